@@ -1,0 +1,117 @@
+"""The definitions, in eager float64: what every other implementation is held to.
+
+This module materialises the ``[B, H, Nq, Nk]`` attention on purpose, in the plainest form the equations have. It is the
+truth in the tests and a peer in the benchmarks, never a fast path.
+
+Notation (I2AM, Park & Jang, ICLR 2025, sections 3.1 and 3.2): ``S = scale * Q K^T + bias``; ``queries`` is the set of
+*generated* tokens, ``keys`` the set of *reference* tokens, both possibly subsets of what the attention sees.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class AttentionOutput(NamedTuple):
+    """One attention call and what it says about the reference. ``Q`` generated queries, ``K`` reference keys.
+
+    Attributes:
+        out: ``[B, H, Nq, dv]`` attention output, in the dtype of the query.
+        r2g: ``[B, H, Q]`` mean over the reference keys of the column softmax (over the generated queries); sums to 1
+            (less where a key is masked for every query: such a column contributes nothing).
+        g2r: ``[B, H, K]`` mean over the generated queries of the row softmax; sums to 1 when ``keys`` is every key,
+            else to the share of attention spent on the reference.
+        mass: ``[B, H, Q]`` row probability on the reference keys; None when ``keys`` is every key (identically 1).
+        row_lse: ``[B, H, Nq]`` natural log-sum-exp of the logits over all keys; -inf for a fully masked row.
+        col_lse: ``[B, H, K]`` natural log-sum-exp of the logits over the generated queries; -inf if fully masked.
+    """
+
+    out: Tensor
+    r2g: Tensor
+    g2r: Tensor
+    mass: Tensor | None
+    row_lse: Tensor
+    col_lse: Tensor
+
+
+def logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """``scale * Q K^T + bias`` in float64, ``[B, H, Nq, Nk]``; a False in a bool mask is a bias of -inf."""
+    s = q.double() @ k.double().transpose(-1, -2) * scale  # [B, H, Nq, Nk]
+    if mask is None:
+        return s
+    return s.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else s + mask.double()
+
+
+def _softmax(s: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Softmax along ``dim`` in which a fully masked slice is all zeros, and its log-sum-exp (-inf there)."""
+    lse = torch.logsumexp(s, dim, keepdim=True)
+    p = torch.where(lse.isneginf(), 0.0, torch.exp(s - lse.masked_fill(lse.isneginf(), 0.0)))
+    return p, lse.squeeze(dim)
+
+
+class Probabilities(NamedTuple):
+    """Both softmaxes of one call, materialised: ``rows`` over all keys, ``columns`` over the generated queries."""
+
+    rows: Tensor  # [B, H, Nq, Nk]
+    columns: Tensor  # [B, H, Q, K]
+    row_lse: Tensor  # [B, H, Nq]
+    col_lse: Tensor  # [B, H, K]
+
+
+def probabilities(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    queries: slice | Tensor = slice(None),
+    keys: slice | Tensor = slice(None),
+) -> Probabilities:
+    """Row and column probabilities of ``q [B, H, Nq, d]`` and ``k [B, H, Nk, d]`` in float64."""
+    s = logits(q, k, scale, mask)
+    rows, row_lse = _softmax(s, -1)
+    columns, col_lse = _softmax(s[:, :, queries][..., keys], -2)
+    return Probabilities(rows, columns, row_lse, col_lse)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    queries: slice | Tensor = slice(None),
+    keys: slice | Tensor = slice(None),
+) -> AttentionOutput:
+    """Attention and its attribution by definition, every field in float64.
+
+    ``mask`` broadcasts to ``[B, H, Nq, Nk]``: bool (True = take part) or additive.
+    """
+    p = probabilities(q, k, scale=scale, mask=mask, queries=queries, keys=keys)
+    spent = p.rows[:, :, queries][..., keys]  # [B, H, Q, K]
+    return AttentionOutput(
+        out=p.rows @ v.double(),
+        r2g=p.columns.mean(-1),
+        g2r=spent.mean(-2),
+        mass=None if spent.shape[-1] == k.shape[-2] else spent.sum(-1),
+        row_lse=p.row_lse,
+        col_lse=p.col_lse,
+    )
+
+
+def sram(rows: Tensor, weights: Tensor) -> Tensor:
+    """SRAM of regions: ``sum_i w[i] P[i, :] / sum_i w[i]``.
+
+    Args:
+        rows: ``[B, H, Q, K]`` row probabilities of the generated queries on the reference keys.
+        weights: ``[R, Q]`` or ``[B, R, Q]`` non-negative region weights over the generated tokens.
+
+    Returns: ``[B, H, R, K]``.
+    """
+    w = weights.to(rows)
+    w = w / w.sum(-1, keepdim=True)
+    return torch.einsum("brq,bhqk->bhrk", w.expand(rows.shape[0], -1, -1), rows)

@@ -1,0 +1,49 @@
+"""Packaging of i2am. ``kernels/`` installs as ``i2am.kernels`` (CONTRIBUTING.md says why it is laid out so)."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"$', (here / "i2am" / "__init__.py").read_text(), re.M).group(1)
+
+extras = {
+    "demo": ["scikit-image>=0.24"],  # the photographs of `i2am demo`
+    "test": ["pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.3", "hypothesis>=6.100", "accelerate>=1.0"],
+    "lint": ["ruff>=0.9"],
+}
+
+setup(
+    name="i2am",
+    version=version,
+    description="What did an image-to-image diffusion model take from its reference? Bidirectional attribution, "
+    "accumulated inside fused attention kernels.",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["i2am", "i2am.families", "i2am.kernels"],
+    package_dir={"i2am.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.2; platform_system == 'Linux'",
+        "diffusers>=0.33",
+        "transformers>=4.45",
+        "numpy>=1.26",
+        "safetensors>=0.4.3",
+        "matplotlib>=3.8",
+        "pillow>=10",
+        "tqdm>=4.66",
+    ],
+    extras_require={**extras, "dev": sorted({p for group in extras.values() for p in group})},
+    entry_points={"console_scripts": ["i2am=i2am.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+    ],
+)
