@@ -1,6 +1,27 @@
-"""i2am: what did an image-to-image diffusion model take from its reference image?"""
+"""i2am: what did an image-to-image diffusion model take from its reference image?
 
+::
+
+    with i2am.trace(pipe) as tracer:
+        image = pipe(...).images[0]
+    maps = tracer.maps()
+    maps.ulam("r2g"), maps.ulam("g2r")
+"""
+
+from i2am.layout import Reference
+from i2am.maps import AttributionMaps
 from i2am.ops import AttentionOutput, attention
+from i2am.patch import BlindLayerError, Tracer, patch_unet, trace
 
 __version__ = "0.1.0"
-__all__ = ["AttentionOutput", "__version__", "attention"]
+__all__ = [
+    "AttentionOutput",
+    "AttributionMaps",
+    "BlindLayerError",
+    "Reference",
+    "Tracer",
+    "__version__",
+    "attention",
+    "patch_unet",
+    "trace",
+]

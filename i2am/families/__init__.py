@@ -1,0 +1,41 @@
+"""Where the reference enters attention, one file a model family.
+
+A family is read from a pipeline or a bare model once, when tracing starts; from then on it answers, for each forward and
+each attention module, which tokens are generated, which encode the reference, and on which grids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from i2am.seam import RunningLayer
+
+
+class Forward(NamedTuple):
+    """What a family reads from the arguments of one forward of the traced model."""
+
+    latents: Tensor  # [B, C, …] what is denoised, without channels concatenated from elsewhere
+    timestep: Tensor | float
+
+
+class Family(Protocol):
+    """What a tracer asks of a model family."""
+
+    def layers(self) -> dict[str, nn.Module]:
+        """The attention modules that may carry the reference, by name."""
+
+    def by_default(self, layer: str) -> bool:
+        """Whether a layer is in the default set of the maps (the paper leaves the mid block out)."""
+
+    def begin(self, args: tuple, kwargs: dict[str, Any]) -> Forward:
+        """Reads one forward's arguments. Raises ValueError when the layout does not fit; nothing has run then."""
+
+    def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """An attention module starts: sets ``layer.carries`` when its next attention call carries the reference."""
+
+    def watch(self) -> Iterable[RemovableHandle]:
+        """Hooks of the family's own, for as long as tracing lasts."""

@@ -1,0 +1,237 @@
+"""diffusers UNets: the reference as the whole cross-attention context, or through IP-Adapters beside a text.
+
+Covers Paint-by-Example and ImageVariation (one image token), Versatile-like contexts (CLIP's 257 tokens), any UNet whose
+reference keys the caller describes, and IP-Adapters of every kind on SD 1.5, SDXL, inpainting and ControlNet pipelines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from i2am.families import Forward
+from i2am.layout import Carried, Grid, Reference
+from i2am.seam import RunningLayer, running_scope
+
+EXAMPLE = "i2am.patch_unet(unet, reference=i2am.Reference(grid=(16, 16), skip=1))  # 16×16 tokens after a class token"
+
+
+class UNetFamily:
+    """What all UNets share: cross-attention modules, and grids read from the spatial transformers around them."""
+
+    def __init__(self, unet: nn.Module):
+        self.unet = unet
+
+    def layers(self) -> dict[str, nn.Module]:
+        return cross_attentions(self.unet)
+
+    def by_default(self, layer: str) -> bool:
+        return not layer.startswith("mid_block")
+
+    def begin(self, args: tuple, kwargs: dict[str, Any]) -> Forward:
+        sample, timestep = _argument(args, kwargs, 0, "sample"), _argument(args, kwargs, 1, "timestep")
+        channels = getattr(getattr(self.unet, "config", None), "out_channels", None) or sample.shape[1]
+        return Forward(latents=sample[:, :channels], timestep=timestep)
+
+    def watch(self) -> Iterable[RemovableHandle]:
+        for _, module in self.unet.named_modules():
+            if type(module).__name__.endswith("Transformer2DModel"):
+                yield module.register_forward_pre_hook(_read_grid, with_kwargs=True)
+
+
+class CrossAttention(UNetFamily):
+    """Every cross-attention key is part of the context that carries the reference.
+
+    Args:
+        unet: a UNet2DConditionModel or one built like it.
+        references: which keys encode which reference; None: the context is one image, laid out as its length says.
+        image_grid: grid of the image encoder's patches, where it is known.
+    """
+
+    def __init__(self, unet: nn.Module, references: Sequence[Reference] | None, image_grid: Grid | None = None):
+        super().__init__(unet)
+        self.references = references
+        self.image_grid = image_grid
+
+    def begin(self, args: tuple, kwargs: dict[str, Any]) -> Forward:
+        context = _argument(args, kwargs, 2, "encoder_hidden_states")
+        if isinstance(context, Tensor):
+            for reference in self._references(context.shape[1]):
+                reference.check(context.shape[1])
+        return super().begin(args, kwargs)
+
+    def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        context = _argument(args, kwargs, 1, "encoder_hidden_states", None)
+        if isinstance(context, Tensor):  # None: self-attention
+            layer.carries = Carried(_grid_of(layer), self._references(context.shape[1]))
+
+    def _references(self, length: int) -> tuple[Reference, ...]:
+        if self.references is not None:
+            return tuple(self.references)
+        return (clip_tokens(length, self.image_grid),)
+
+
+class IPAdapter(UNetFamily):
+    """Image prompts in attention calls of their own, after the text's: one per adapter, or per masked image.
+
+    Args:
+        unet: with IP-Adapter weights loaded.
+        references: one description per adapter; None: read from the projection layers.
+        image_grid: grid of the image encoder's patches, where it is known.
+    """
+
+    def __init__(self, unet: nn.Module, references: Sequence[Reference] | None, image_grid: Grid | None = None):
+        super().__init__(unet)
+        self.projections = list(unet.encoder_hid_proj.image_projection_layers)
+        if references is not None and len(references) != len(self.projections):
+            raise ValueError(f"{len(self.projections)} IP-Adapters are loaded, but {len(references)} references given")
+        self.references = references
+        self.image_grid = image_grid
+        self.images = [1] * len(self.projections)  # per adapter, of the running forward
+
+    def layers(self) -> dict[str, nn.Module]:
+        return {name: m for name, m in super().layers().items() if hasattr(m.processor, "to_k_ip")}
+
+    def begin(self, args: tuple, kwargs: dict[str, Any]) -> Forward:
+        embeds = (kwargs.get("added_cond_kwargs") or {}).get("image_embeds")
+        if isinstance(embeds, (list, tuple)):
+            self.images = [e.shape[1] for e in embeds]
+        return super().begin(args, kwargs)
+
+    def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        pass  # the text's call comes first; an adapter's key projection announces each of the others
+
+    def watch(self) -> Iterable[RemovableHandle]:
+        yield from super().watch()
+        for module in self.layers().values():
+            for adapter, to_k in enumerate(module.processor.to_k_ip):
+                yield to_k.register_forward_pre_hook(lambda _, args, adapter=adapter: self._announce(adapter, args[0]))
+
+    def _announce(self, adapter: int, embeds: Tensor) -> None:
+        """``embeds`` are ``[B, images, T, C]``, all in one softmax, or ``[B, T, C]``: one of them, with a mask."""
+        scope = running_scope()
+        if scope is None or not scope.layers:
+            return
+        layer = scope.layers[-1]
+        T = embeds.shape[-2]
+        if embeds.ndim == 4:
+            carried = [(image, image * T) for image in range(embeds.shape[1])]
+        else:
+            image = layer.images.get(adapter, 0)
+            layer.images[adapter] = image + 1
+            carried = [(image, 0)]
+        references = []
+        for image, start in carried:
+            reference = self._reference(adapter, image, T)
+            reference.check(T)
+            references.append(replace(reference, tokens=slice(start, start + T)))
+        layer.carries = Carried(_grid_of(layer), tuple(references))
+
+    def _reference(self, adapter: int, image: int, T: int) -> Reference:
+        if self.references is not None:
+            reference = self.references[adapter]
+            name = reference.name
+        else:
+            full = type(self.projections[adapter]).__name__ == "IPAdapterFullImageProjection"
+            reference = clip_tokens(T, self.image_grid) if full else Reference()
+            name = "ip_adapter" if len(self.projections) == 1 else f"ip_adapter_{adapter}"
+        if self.images[adapter] > 1:
+            name += f".image_{image}"
+        return replace(reference, name=name)
+
+
+def read_unet(
+    unet: nn.Module, references: Sequence[Reference] | None, *, image_only: bool = False, image_grid: Grid | None = None
+) -> UNetFamily:
+    """The family of a UNet.
+
+    Args:
+        unet: the model.
+        references: as the caller describes them, or None.
+        image_only: a pipeline says that the context is the reference image and nothing else.
+        image_grid: grid of the pipeline's image encoder.
+
+    Raises:
+        ValueError: no attention key encodes a reference, or it can't be told which do; says what to write.
+    """
+    name = type(unet).__name__
+    layers = cross_attentions(unet)
+    if _has_ip_adapter(unet):
+        return IPAdapter(unet, references, image_grid)
+    if not layers:
+        raise ValueError(
+            f"{name} has no cross-attention that i2am can trace: no attention keys encode a reference (by channel "
+            "concatenation it enters the convolutions, where attention cannot tell it from the generated image)"
+        )
+    if references is None and not image_only:
+        config = getattr(unet, "config", None)
+        concatenated = getattr(config, "in_channels", 0) > getattr(config, "out_channels", 0)
+        hint = " Channels beside the latents never reach the keys, so they are no reference either." if concatenated else ""
+        raise ValueError(
+            f"which cross-attention keys of this {name} encode the reference? The model alone does not tell text tokens "
+            f"from image tokens.{hint} Load the IP-Adapter first, trace the pipeline instead, or describe the keys:\n"
+            f"    {EXAMPLE}"
+        )
+    return CrossAttention(unet, references, image_grid)
+
+
+def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
+    """Cross-attention modules by name, without those of an adapter's resampler and without added-KV attention."""
+    return {
+        name: m
+        for name, m in unet.named_modules()
+        if all(hasattr(m, part) for part in ("to_q", "to_k", "to_v", "heads"))
+        and getattr(m, "is_cross_attention", False)
+        and getattr(m, "added_kv_proj_dim", None) is None
+        and not name.startswith("encoder_hid_proj")
+    }
+
+
+def clip_tokens(length: int, image_grid: Grid | None) -> Reference:
+    """A CLIP image as ``length`` tokens: one pooled token has no grid; else a class token and the patches.
+
+    CLIP encoders see square images; without the encoder's own grid, a square number of patches is a square.
+    """
+    patches = length - 1
+    side = math.isqrt(patches)
+    if image_grid is not None and image_grid[0] * image_grid[1] == patches:
+        return Reference(grid=image_grid, skip=1)
+    if patches > 0 and side * side == patches:
+        return Reference(grid=(side, side), skip=1)
+    return Reference()
+
+
+def _has_ip_adapter(unet: nn.Module) -> bool:
+    return getattr(getattr(unet, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj" and hasattr(
+        getattr(unet, "encoder_hid_proj", None), "image_projection_layers"
+    )
+
+
+def _read_grid(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    scope = running_scope()
+    hidden_states = _argument(args, kwargs, 0, "hidden_states")
+    if scope is not None and hidden_states.ndim == 4:
+        scope.grid = tuple(hidden_states.shape[-2:])
+
+
+def _grid_of(layer: RunningLayer) -> Grid:
+    if layer.grid is None:
+        raise ValueError(f"layer {layer.name} runs outside a spatial transformer: its grid is unknown")
+    return layer.grid
+
+
+_MISSING = object()
+
+
+def _argument(args: tuple, kwargs: dict[str, Any], position: int, name: str, default: Any = _MISSING) -> Any:
+    """An argument given by position or by name."""
+    if len(args) > position:
+        return args[position]
+    if default is _MISSING:
+        return kwargs[name]
+    return kwargs.get(name, default)

@@ -1,0 +1,96 @@
+"""Which tokens of an attention call are generated, which encode the reference, and on which grids they lie."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int]
+LayerFilter = str | Sequence[str] | Callable[[str], bool] | None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The keys of a cross-attention that encode a reference image.
+
+    Args:
+        grid: ``(height, width)`` of the reference tokens, or None when they have no 2-D layout (a pooled embedding, a
+            resampler's tokens): then there is no map *on* the reference (G2R, SRAM), but R2G works.
+        tokens: the keys that encode the reference: slice, bool mask or indices.
+        skip: how many leading ones of them are not on the grid (CLIP's class token: 1). They take part in every softmax
+            and are dropped before drawing.
+        name: how the maps call it.
+    """
+
+    grid: Grid | None = None
+    tokens: slice | Tensor | Sequence[int] = field(default_factory=lambda: slice(None))
+    skip: int = 0
+    name: str = "reference"
+
+    def __post_init__(self):
+        if self.grid is not None:
+            grid = tuple(self.grid)
+            if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+                raise ValueError(f"Reference.grid must be (height, width) in tokens, both positive, got {self.grid!r}")
+            object.__setattr__(self, "grid", grid)
+        if not isinstance(self.skip, int) or self.skip < 0:
+            raise ValueError(f"Reference.skip must be a non-negative number of tokens, got {self.skip!r}")
+
+    def count(self, length: int) -> int:
+        """How many of ``length`` keys are this reference's."""
+        if isinstance(self.tokens, slice):
+            return len(range(length)[self.tokens])
+        tokens = torch.as_tensor(self.tokens)
+        return int(tokens.sum()) if tokens.dtype == torch.bool else tokens.numel()
+
+    def check(self, length: int) -> None:
+        """Refuses an attention of ``length`` keys that this description does not fit."""
+        count = self.count(length)
+        if count == 0:
+            raise ValueError(f"reference {self.name!r}: tokens={self.tokens} selects none of the {length} keys")
+        if self.grid is not None and self.skip + self.grid[0] * self.grid[1] != count:
+            h, w = self.grid
+            raise ValueError(
+                f"reference {self.name!r}: grid {h}×{w} after skip={self.skip} makes {self.skip + h * w} tokens, but "
+                f"{count} of the {length} keys are selected; adjust grid, skip (1 for a leading class token) or tokens"
+            )
+
+
+class Carried(NamedTuple):
+    """What the next attention call carries: the generated queries on their grid, and the references among its keys."""
+
+    grid: Grid
+    references: tuple[Reference, ...]
+    queries: slice | Tensor = slice(None)
+
+
+def choose_layers(names: Iterable[str], layers: LayerFilter) -> list[str]:
+    """The names that a filter selects, in their order.
+
+    Args:
+        names: layer names.
+        layers: None (all), a name, a glob pattern ("up_blocks.3.*"), several of them, or a predicate on the name.
+
+    Raises:
+        ValueError: a pattern, or the predicate, that selects nothing; lists what there is.
+    """
+    names = list(names)
+    if layers is None:
+        return names
+    if callable(layers):
+        chosen = [name for name in names if layers(name)]
+        missing = [] if chosen else ["the predicate"]
+    else:
+        patterns = [layers] if isinstance(layers, str) else list(layers)
+        chosen = [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+        missing = [repr(p) for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in names)]
+        if not patterns:
+            missing = ["an empty list"]
+    if missing:
+        raise ValueError(f"layers: {', '.join(missing)} selects no layer; there are: {', '.join(names) or 'none'}")
+    return chosen

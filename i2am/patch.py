@@ -1,0 +1,370 @@
+"""``trace`` and ``patch_unet``: from a pipeline or a UNet to attribution maps.
+
+The one path the data takes: a root hook opens a scope (``seam``) with the step (``clock``) and the conditional samples
+(``guidance``); module hooks say which attention runs, the family says what it carries; the intercepted attention call
+runs the fused op (``ops``), which adds into the running sums (``recorder``); ``maps`` reads them.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from i2am.clock import Clock, CountingClock, SchedulerClock, TimestepClock, read_timestep
+from i2am.families import Family
+from i2am.guidance import Guidance
+from i2am.layout import Carried, LayerFilter, Reference, choose_layers
+from i2am.maps import AttributionMaps
+from i2am.ops import BACKENDS, Selection, accumulate
+from i2am.recorder import Recorder
+from i2am.seam import Call, RunningLayer, Scope, close_scope, open_scope, running_scope
+
+OUTPUTS = ("i2am", "model")
+
+
+class BlindLayerError(RuntimeError):
+    """A reference-carrying layer ran, but its attention went past the seam: its maps would be missing."""
+
+
+def trace(
+    pipe,
+    time_groups: int = 5,
+    layers: LayerFilter = None,
+    *,
+    reference: Reference | Sequence[Reference] | None = None,
+    guidance: str | int = "auto",
+    output: str = "i2am",
+    backend: str | None = None,
+) -> Tracer:
+    """Traces a diffusers pipeline: what its images take from the reference.
+
+    ::
+
+        with i2am.trace(pipe) as tracer:
+            image = pipe(...).images[0]
+        maps = tracer.maps()
+
+    Args:
+        pipe: a diffusers pipeline. Its scheduler gives the steps, its guidance the conditional samples, its image encoder
+            the reference grid. Load IP-Adapters and LoRAs before tracing.
+        time_groups: into how many groups the steps are summed.
+        layers: which attention modules: a name, a glob pattern, several, or a predicate. None: all that carry the
+            reference.
+        reference: which keys encode it, where the pipeline does not tell; one per IP-Adapter.
+        guidance: "auto", "none" (every sample counts), or the index of the conditional part of the batch.
+        output: "i2am": the fused op's output goes on into the model; "model": the model's own attention runs too, and
+            its output goes on, so that images are bit-identical to an untraced run.
+        backend: as in :func:`i2am.attention`.
+
+    Returns:
+        a :class:`Tracer`, already tracing; use it as a context manager or call ``unpatch()``.
+
+    Raises:
+        ValueError: the pipeline has no reference keys or is traced already; an argument does not fit. Nothing changed.
+    """
+    from i2am.families.pipelines import read_pipeline
+
+    traced = read_pipeline(pipe, _references(reference))
+    return Tracer(
+        traced.model,
+        traced.family,
+        clock=SchedulerClock(pipe.scheduler, evaluations=lambda: getattr(pipe, "_num_timesteps", None)),
+        time_groups=time_groups,
+        layers=layers,
+        guidance=guidance,
+        guidance_parts=traced.guidance_parts,
+        output=output,
+        backend=backend,
+    )
+
+
+def patch_unet(
+    unet: nn.Module,
+    *,
+    reference: Reference | Sequence[Reference] | None = None,
+    time_groups: int = 5,
+    num_steps: int | None = None,
+    scheduler=None,
+    guidance: str | int = "auto",
+    layers: LayerFilter = None,
+    output: str = "i2am",
+    backend: str | None = None,
+) -> Tracer:
+    """Traces a bare UNet, wherever it is called from.
+
+    ::
+
+        tracer = i2am.patch_unet(unet, reference=i2am.Reference(grid=(16, 16), skip=1), num_steps=50)
+        ...  # denoise
+        maps = tracer.maps()
+        tracer.unpatch()
+
+    Args:
+        unet: a UNet2DConditionModel or a model built like it.
+        reference: which cross-attention keys encode the reference; several for several references. Not needed with an
+            IP-Adapter.
+        time_groups: into how many groups the steps are summed.
+        num_steps: denoising steps of a run; steps are counted by their timesteps.
+        scheduler: the diffusers scheduler that drives the loop; its steps are counted. With neither, calls are grouped
+            by timestep, in equal ranges of [0, 1000).
+        guidance: "auto": parts of the batch with identical latents are guidance ([uncond, cond], or InstructPix2Pix's
+            [cond, image, uncond]); "none"; or the index of the conditional part.
+        layers, output, backend: as in :func:`trace`.
+
+    Returns:
+        a :class:`Tracer`, already tracing.
+
+    Raises:
+        ValueError: the UNet does not tell where the reference is (the message shows the line to write), is traced
+            already or compiled; an argument does not fit. Nothing changed.
+    """
+    from i2am.families.unet import read_unet
+
+    if num_steps is not None and scheduler is not None:
+        raise ValueError("pass num_steps or scheduler, not both: the scheduler knows its steps")
+    family = read_unet(unet, _references(reference))
+    if scheduler is not None:
+        clock: Clock = SchedulerClock(scheduler)
+    else:
+        clock = TimestepClock() if num_steps is None else CountingClock(num_steps)
+    return Tracer(
+        unet,
+        family,
+        clock=clock,
+        time_groups=time_groups,
+        layers=layers,
+        guidance=guidance,
+        output=output,
+        backend=backend,
+    )
+
+
+_traced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_traced_lock = threading.Lock()
+
+
+class Tracer:
+    """A model being traced, and the running sums. Made by :func:`trace` and :func:`patch_unet`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        *,
+        clock: Clock,
+        time_groups: int,
+        layers: LayerFilter,
+        guidance: str | int,
+        guidance_parts=lambda: (None, None),
+        output: str,
+        backend: str | None,
+    ):
+        self._undo = ExitStack()
+        with ExitStack() as undo:  # a failure on the way in leaves nothing behind
+            if isinstance(clock, SchedulerClock):
+                undo.callback(clock.close)
+            if output not in OUTPUTS:
+                raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+            if backend is not None and backend not in BACKENDS:
+                raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+            self._family = family
+            self._clock = clock
+            self._guidance = Guidance(guidance)
+            self._guidance_parts = guidance_parts
+            self._output = output
+            self._backend = backend
+            self._recorder = Recorder(time_groups)
+            self._scope: Scope | None = None
+            modules = family.layers()
+            chosen = choose_layers(modules, layers)
+            self._defaults = set(chosen) if layers is not None else {n for n in chosen if family.by_default(n)}
+            _refuse_compiled(model)
+            _claim(model, undo)
+            undo.callback(self._close)
+            for name in chosen:
+                for handle in self._watch_layer(name, modules[name]):
+                    undo.callback(handle.remove)
+            for handle in family.watch():
+                undo.callback(handle.remove)
+            for handle in (
+                model.register_forward_pre_hook(self._begin, with_kwargs=True),
+                model.register_forward_hook(self._end, always_call=True),
+            ):
+                undo.callback(handle.remove)
+            self._undo = undo.pop_all()
+
+    def __enter__(self) -> Tracer:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.unpatch()
+
+    def unpatch(self) -> None:
+        """Stops tracing: no hook, no replaced function stays; what was recorded remains readable. Idempotent."""
+        self._undo.close()
+
+    def reset(self) -> None:
+        """Forgets what was recorded and goes on tracing: call it between runs of different batches or sizes."""
+        self._recorder.clear()
+        self._guidance.restart()
+        self._clock.restart()
+
+    def maps(self) -> AttributionMaps:
+        """The maps of all that was recorded since the start or the last ``reset``, detached from the model (on CPU).
+
+        Raises:
+            ValueError: nothing was recorded.
+        """
+        tracks = self._recorder.tracks.values()
+        if not tracks:
+            raise ValueError(
+                "nothing was recorded: no reference-carrying attention has run since tracing began (run the model "
+                "inside the trace; an IP-Adapter of scale 0 is skipped by diffusers)"
+            )
+        return AttributionMaps.of(tracks, default=self._defaults)
+
+    # ------------------------------------------------------------------------------------------------------- hooks
+
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._close()
+        forward = self._family.begin(args, kwargs)
+        scope = Scope(
+            attend=self._attend,
+            batch=forward.latents.shape[0],
+            conditional=self._guidance.conditional(forward.latents, *self._guidance_parts()),
+            group=self._clock.group(read_timestep(forward.timestep), self._recorder.time_groups),
+            frame=sys._getframe(1),
+        )
+        open_scope(scope)
+        self._scope = scope
+
+    def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
+        scope = self._scope
+        self._close()
+        if scope is not None and scope.blind and output is not None:  # None: the forward itself failed
+            raise BlindLayerError(_blind(scope.blind))
+
+    def _close(self) -> None:
+        if self._scope is not None:
+            close_scope(self._scope)
+            self._scope = None
+
+    def _watch_layer(self, name: str, module: nn.Module):
+        def enter(module, args, kwargs):
+            scope = running_scope()
+            if scope is not None and scope is self._scope:
+                layer = RunningLayer(name, grid=scope.grid)
+                scope.layers.append(layer)
+                self._family.enter(layer, module, args, kwargs)
+
+        def leave(module, args, output):
+            scope = self._scope
+            if scope is None or not scope.layers or scope.layers[-1].name != name:
+                return
+            layer = scope.layers.pop()
+            if layer.carries is not None:
+                scope.blind.append(name)
+
+        yield module.register_forward_pre_hook(enter, with_kwargs=True)
+        yield module.register_forward_hook(leave, always_call=True)
+
+    def _attend(self, scope: Scope, layer: RunningLayer, carried: Carried, call: Call) -> Tensor:
+        """An intercepted attention call: runs the fused op for the conditional samples, and adds to the sums."""
+        part = call.on(scope.conditional)
+        q, k, v = (_autocast(x) for x in (part.query, part.key, part.value))
+        self._check_call(layer, carried, call, scope)
+        if call.enable_gqa:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        queries = Selection.of(carried.queries, q.shape[2], "queries").count
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
+        fused_output = self._output == "i2am" and call.dropout_p == 0 and not trained
+        tracks = self._recorder.open(layer.name, carried, q, k, queries)
+        with torch.no_grad():
+            out, _, _ = accumulate(
+                q,
+                k,
+                v if fused_output else None,
+                sums=[track.at(scope.group) for track in tracks],
+                queries=carried.queries,
+                keys=[reference.tokens for reference in carried.references],
+                scale=call.scale,
+                attn_mask=part.attn_mask,
+                backend=self._backend,
+            )
+        for track in tracks:
+            track.counts[scope.group] += 1
+        return _among_others(out, call, scope.conditional) if fused_output else call.run()
+
+    def _check_call(self, layer: RunningLayer, carried: Carried, call: Call, scope: Scope) -> None:
+        if call.query.ndim != 4 or call.query.shape[0] != scope.batch:
+            raise ValueError(
+                f"layer {layer.name}: attention on {tuple(call.query.shape)}, expected [B, H, N, d] with the model's "
+                f"batch of {scope.batch}"
+            )
+        if call.is_causal:
+            raise ValueError(f"layer {layer.name}: causal attention is not supported")
+        count = Selection.of(carried.queries, call.query.shape[2], "queries").count
+        if carried.grid[0] * carried.grid[1] != count:
+            raise ValueError(f"layer {layer.name}: {count} generated queries do not fill its grid {carried.grid}")
+
+
+def _among_others(out: Tensor, call: Call, samples: slice) -> Tensor:
+    """``out [b, H, N, d]`` of the chosen samples, in its place among the model's own output for the others."""
+    before, after = slice(0, samples.start), slice(samples.stop, call.query.shape[0])
+    parts = [call.on(before).run() if samples.start else None, out, call.on(after).run() if after.start < after.stop else None]
+    parts = [part for part in parts if part is not None]
+    return out if len(parts) == 1 else torch.cat(parts)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What ``scaled_dot_product_attention`` would see under the autocast that is on."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype in (torch.float16, torch.bfloat16, torch.float32):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def _claim(model: nn.Module, undo: ExitStack) -> None:
+    """Registers ``model`` as traced until ``undo`` runs."""
+    with _traced_lock:
+        if model in _traced:
+            raise ValueError(f"this {type(model).__name__} is being traced already: unpatch() the other tracer first")
+        _traced.add(model)
+    undo.callback(_traced.discard, model)
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    """Hooks added to a compiled module never fire, without an error."""
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+            where = f"its part {name}" if name else f"this {type(model).__name__}"
+            raise ValueError(f"{where} is compiled, so a tracer would see nothing: trace the uncompiled model")
+
+
+def _blind(layers: list[str]) -> str:
+    shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+    return (
+        f"{shown}: ran with the reference, but not through torch's scaled_dot_product_attention, so nothing was seen. "
+        "Switch off attention slicing (disable_attention_slicing) and xformers "
+        "(disable_xformers_memory_efficient_attention), or set the default processors (set_attn_processor("
+        "AttnProcessor2_0()))"
+    )
+
+
+def _references(reference: Reference | Sequence[Reference] | None) -> list[Reference] | None:
+    if reference is None:
+        return None
+    references = [reference] if isinstance(reference, Reference) else list(reference)
+    if not references or not all(isinstance(r, Reference) for r in references):
+        raise ValueError(f"reference must be an i2am.Reference or several of them, got {reference!r}")
+    names = [r.name for r in references]
+    if len(set(names)) < len(names):
+        raise ValueError(f"references need different names, got {names}: Reference(..., name=...)")
+    return references
