@@ -119,7 +119,9 @@ class SchedulerClock:
         if begin is not None:
             return begin
         distance = [abs(float(t) - timestep) for t in self.scheduler.timesteps]
-        return distance.index(min(distance))
+        nearest = [i for i, d in enumerate(distance) if d == min(distance)]
+        order = getattr(self.scheduler, "order", 1)
+        return next((i for i in nearest if i % order == 0), nearest[0])  # a solver's own steps start at its order's multiples
 
     def _user_step(self, schedule: int) -> tuple[int, int]:
         """(index, number) of the user's step that evaluation ``count`` of a schedule of so many belongs to."""
