@@ -272,11 +272,11 @@ class Selection(NamedTuple):
             if tokens.numel() != length:
                 raise ValueError(f"{name} is a bool mask of {tokens.numel()} tokens, but there are {length}")
             tokens = tokens.nonzero().squeeze(1)
+        if tokens.numel() == 0:
+            raise ValueError(f"{name} selects none of {length} tokens")
         if tokens.is_floating_point() or tokens.is_complex():
             raise ValueError(f"{name} must hold integers, got {tokens.dtype}")
         tokens = tokens.to(torch.int64)
-        if tokens.numel() == 0:
-            raise ValueError(f"{name} selects none of {length} tokens")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= length:
             raise ValueError(f"{name} holds {low if low < 0 else high}, outside the valid range 0…{length - 1}")
