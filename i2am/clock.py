@@ -9,16 +9,26 @@ from __future__ import annotations
 import functools
 import math
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 
-class Clock(Protocol):
-    """Reads the time group of one evaluation of the model."""
+class Moment(NamedTuple):
+    """Where in a run one evaluation of the model stands; None: the clock cannot know."""
 
-    def group(self, timestep: float, time_groups: int) -> int:
-        """Time group of the model call that is about to run at ``timestep``. Raises ValueError where it can't tell."""
+    group: int  # time group
+    step: int | None = None  # the user's step
+    steps: int | None = None  # of the run
+    evaluations: int | None = None  # of the run
+    first: bool = False  # the run's first evaluation
+
+
+class Clock(Protocol):
+    """Tells the time of one evaluation of the model."""
+
+    def read(self, timestep: float, time_groups: int) -> Moment:
+        """The moment of the model call that is about to run at ``timestep``. Raises ValueError where it can't tell."""
 
     def restart(self) -> None:
         """Forget the run so far."""
@@ -30,13 +40,13 @@ class TimestepClock:
     def __init__(self, num_train_timesteps: int = 1000):
         self.num_train_timesteps = num_train_timesteps
 
-    def group(self, timestep: float, time_groups: int) -> int:
+    def read(self, timestep: float, time_groups: int) -> Moment:
         if not 0 <= timestep <= self.num_train_timesteps:
             raise ValueError(
                 f"timestep {timestep} is outside [0, {self.num_train_timesteps}): pass num_steps= or scheduler= so that "
                 "steps are counted instead"
             )
-        return max(time_groups - 1 - int(timestep * time_groups / self.num_train_timesteps), 0)
+        return Moment(max(time_groups - 1 - int(timestep * time_groups / self.num_train_timesteps), 0))
 
     def restart(self) -> None:
         pass
@@ -57,9 +67,10 @@ class CountingClock:
     def restart(self) -> None:
         self._seen: list[float] = []
 
-    def group(self, timestep: float, time_groups: int) -> int:
+    def read(self, timestep: float, time_groups: int) -> Moment:
         if timestep in self._seen[:-1]:
             self._seen = []
+        first = not self._seen
         if not self._seen or self._seen[-1] != timestep:
             if len(self._seen) == self.num_steps:
                 raise ValueError(
@@ -68,7 +79,8 @@ class CountingClock:
                     "before a run over other timesteps"
                 )
             self._seen.append(timestep)
-        return (len(self._seen) - 1) * time_groups // self.num_steps
+        step = len(self._seen) - 1
+        return Moment(step * time_groups // self.num_steps, step, self.num_steps, self.num_steps, first)
 
 
 class SchedulerClock:
@@ -104,14 +116,16 @@ class SchedulerClock:
     def _on_set_timesteps(self) -> None:
         self.restart()
 
-    def group(self, timestep: float, time_groups: int) -> int:
+    def read(self, timestep: float, time_groups: int) -> Moment:
         timesteps = self.scheduler.timesteps
         if timesteps is None or len(timesteps) == 0:
             raise ValueError(f"{type(self.scheduler).__name__} has no timesteps yet: call its set_timesteps first")
-        if self._start is None:
+        first = self._start is None
+        if first:
             self._start = self._find_start(timestep)
-        step, steps = self._user_step(len(timesteps))
-        return min(step * time_groups // steps, time_groups - 1)
+        evaluations = self._evaluations() or len(timesteps) - self._start
+        step, steps = self._user_step(len(timesteps), evaluations)
+        return Moment(min(step * time_groups // steps, time_groups - 1), step, steps, evaluations, first)
 
     def _find_start(self, timestep: float) -> int:
         """img2img starts inside the schedule: at ``begin_index`` where the scheduler has it, else where ``t`` stands."""
@@ -121,10 +135,12 @@ class SchedulerClock:
         distance = [abs(float(t) - timestep) for t in self.scheduler.timesteps]
         nearest = [i for i, d in enumerate(distance) if d == min(distance)]
         order = getattr(self.scheduler, "order", 1)
-        return next((i for i in nearest if i % order == 0), nearest[0])  # a solver's own steps start at its order's multiples
+        return next(
+            (i for i in nearest if i % order == 0), nearest[0]
+        )  # a solver's own steps start at its order's multiples
 
-    def _user_step(self, schedule: int) -> tuple[int, int]:
-        """(index, number) of the user's step that evaluation ``count`` of a schedule of so many belongs to."""
+    def _user_step(self, schedule: int, evaluations: int) -> tuple[int, int]:
+        """(index, number) of the user's step that the running evaluation belongs to."""
         order = getattr(self.scheduler, "order", 1)
         asked = getattr(self.scheduler, "num_inference_steps", None) or math.ceil(schedule / order)
         runge_kutta = getattr(self.scheduler, "prk_timesteps", None)
@@ -132,7 +148,6 @@ class SchedulerClock:
             count = self._count // 4 if self._count < len(runge_kutta) else self._count - len(runge_kutta) * 3 // 4
             return min(count, asked - 1), asked
         extra = schedule - asked * order  # PNDM: 1 evaluation more than steps; Heun: 2n - 1 evaluations
-        evaluations = self._evaluations() or schedule - self._start
         steps = max(math.ceil((evaluations - extra) / order), 1)
         done = max(self._count - max(extra, 0), 0) // order
         return min(done, steps - 1), steps

@@ -1,52 +1,44 @@
-"""Attribution maps: what the running sums say, at the levels of I2AM (Park & Jang, ICLR 2025, section 3).
-
-One path for all levels: mean over time → bicubic to the common grid → clamp at 0 → mean over heads → mean over layers.
-"""
+"""``AttributionMaps``: what a traced run says, at the levels of I2AM and for any patch; saved and loaded."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from i2am.layout import Grid, LayerFilter, choose_layers
+from i2am.levels import (
+    LayerSums,
+    Levels,
+    Picks,
+    RecordedRegions,
+    RegisteredRegion,
+    RunningSums,
+    Source,
+    area,
+    check_direction,
+    check_heads,
+    check_reference_grid,
+    grid_of,
+    pick,
+)
+from i2am.record import Entry, pack, write_atomically
+from i2am.sram import MAX_REGIONS, Match, Region, Weights, cells, match, region_weights, several
 
 if TYPE_CHECKING:
     from i2am.recorder import Track
 
 DIRECTIONS = ("r2g", "g2r", "mass")
 NORMALIZE = ("raw", "lift")
+STORED = (*DIRECTIONS, "sram")
+LEVELS = (None, "time", "head", "layer")
 FORMAT = "i2am-maps-1"
-
-Picks = int | slice | Sequence[int] | None
-
-
-@dataclass(frozen=True)
-class LayerSums:
-    """What one layer saw of one reference. ``T`` time groups, ``Q`` generated queries, ``K`` reference keys."""
-
-    layer: str
-    reference: str
-    grid: Grid  # of the Q generated tokens
-    reference_grid: Grid | None  # of the last K - skip reference tokens
-    skip: int
-    keys: int  # all keys of the attention
-    default: bool  # in the default layer set
-    counts: tuple[int, ...]  # [T] calls
-    r2g: Tensor  # [T, B, H, Q] float32 sums over calls
-    g2r: Tensor  # [T, B, H, K]
-    mass: Tensor | None  # [T, B, H, Q]
-
-    @property
-    def heads(self) -> int:
-        return self.r2g.shape[2]
 
 
 class AttributionMaps:
@@ -68,30 +60,41 @@ class AttributionMaps:
     All return float32 on CPU, and raise ValueError when there is no such map; the message says why.
     """
 
-    def __init__(self, sums: Sequence[LayerSums]):
+    def __init__(
+        self,
+        sums: Sequence[LayerSums],
+        *,
+        canvas: Grid | None = None,
+        regions: Sequence[str] = (),
+        entries: Sequence[Entry] = (),
+    ):
         if not sums:
             raise ValueError("no maps without a recorded layer")
         self._sums = tuple(sums)
+        self._canvas = canvas
+        self._entries = list(entries)
+        self.regions = list(regions)
 
     @classmethod
-    def of(cls, tracks: Iterable[Track], default: set[str]) -> AttributionMaps:
+    def of(cls, tracks: Iterable[Track], default: set[str], **extra) -> AttributionMaps:
         """A copy of a recorder's running sums; ``default`` names the layers of the default set."""
-        return cls([
-            LayerSums(
-                layer=t.layer,
-                reference=t.reference.name,
-                grid=t.grid,
-                reference_grid=t.reference.grid,
-                skip=t.reference.skip,
-                keys=t.keys,
-                default=t.layer in default,
-                counts=tuple(t.counts),
-                r2g=_copy(t.r2g),
-                g2r=_copy(t.g2r),
-                mass=None if t.mass is None else _copy(t.mass),
-            )
-            for t in tracks
-        ])
+        return cls(
+            [
+                LayerSums(
+                    layer=t.layer,
+                    reference=t.reference.name,
+                    grid=t.grid,
+                    reference_grid=t.reference.grid,
+                    skip=t.reference.skip,
+                    keys=t.keys,
+                    default=t.layer in default,
+                    counts=tuple(t.counts),
+                    **{name: _copy(getattr(t, name)) for name in STORED},
+                )
+                for t in tracks
+            ],
+            **extra,
+        )
 
     # ---------------------------------------------------------------------------------------------------- contents
 
@@ -140,28 +143,108 @@ class AttributionMaps:
 
     def ulam(self, direction: str, **options) -> Tensor:
         """Unified map ``[B, h, w]``: over all chosen times, heads and layers. Options: see the class."""
-        return self._levels(direction, **options).mean_layers()[:, 0]
+        return self._read(direction, None, **options)
 
     def tlam(self, direction: str, **options) -> Tensor:
         """Time-level maps ``[B, T, h, w]``, one a chosen time group; NaN for a group in which nothing ran."""
-        return self._levels(direction, keep_times=True, **options).mean_layers()
+        return self._read(direction, "time", **options)
 
     def hlam(self, direction: str, **options) -> Tensor:
         """Head-level maps ``[B, H, h, w]``. Raises ValueError, naming the layers, where head counts differ."""
-        levels = self._levels(direction, keep_heads=True, **options)
-        heads = {s.layer: s.heads for s in levels.sums}
-        if len(set(heads.values())) > 1:
-            listing = ", ".join(f"{layer}: {n}" for layer, n in heads.items())
-            raise ValueError(f"head maps need layers of equal head count, choose with layers=; there are {listing}")
-        return levels.mean_layers()
+        return self._read(direction, "head", **options)
 
     def llam(self, direction: str, **options) -> Tensor:
         """Layer-level maps ``[B, L, h, w]`` in the order of ``maps.layers`` (or of the chosen ones)."""
-        return torch.cat([m for _, m, _ in self._levels(direction, **options)], dim=1)
+        return self._read(direction, "layer", **options)
 
-    def _levels(
+    # -------------------------------------------------------------------------------------------------------- SRAM
+
+    def sram(self, region: str | Region, *, canvas: Grid | None = None, level: str | None = None, **options) -> Tensor:
+        """The reference regions behind one patch of the generated image: ``[B, h_ref, w_ref]``.
+
+        Args:
+            region: a point ``(y, x)``, a mask of the generated picture (soft values are weights), or the name of a
+                region registered with ``trace(sram=...)``. All but names need ``trace(record="qk")``.
+            canvas: ``(height, width)`` in which points are given. None: ``maps.canvas``, the pixels of the generated
+                image where a pipeline was traced, else the latent grid.
+            level: None: unified; "time", "head" or "layer": one map each, ``[B, T | H | L, h_ref, w_ref]``.
+            options: as at every level, see the class.
+
+        Raises:
+            IndexError: a point outside the picture.
+            ValueError: an empty mask; a reference without a grid; nothing recorded that could answer.
+        """
+        if isinstance(region, str):
+            return self._read("g2r", level, source=RegisteredRegion(self._region(region)), **options)
+        weights = region_weights(region, canvas or self.canvas)
+        return self._read("g2r", level, source=self._recorded(weights, 1), **options)
+
+    def where_did_it_go(
+        self, region: Region, *, canvas: Grid | None = None, level: str | None = None, **options
+    ) -> Tensor:
+        """SRAM in reverse: where in the generated image a piece of the reference went, ``[B, h, w]``.
+
+        Column probabilities, ``Σ_j w[j]·C[:, j] / Σ_j w[j]`` over the chosen reference tokens.
+
+        Args:
+            region: a point ``(y, x)`` or a mask of the reference.
+            canvas: ``(height, width)`` in which points are given. None: the reference grid.
+            level, options, raises: as :meth:`sram`.
+        """
+        s = self._chosen(self._reference(options.get("reference")), options.get("layers"))[0]
+        check_reference_grid(s, "map of where a place of the reference went")
+        weights = region_weights(region, canvas or s.reference_grid)
+        return self._read("r2g", level, source=self._recorded(weights, 1, reverse=True), **options)
+
+    def correspondence(self, grid: Grid = (16, 16), **options) -> Tensor:
+        """SRAM of every cell of a grid over the generated image: ``[B, rows·columns, h_ref, w_ref]``, row by row."""
+        if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+            raise ValueError(f"grid must be (rows, columns), both positive, got {grid!r}")
+        return self._regions(cells(grid), grid[0] * grid[1], **options)
+
+    def match(self, **options) -> Match:
+        """For each generated token of the finest chosen grid, where on the reference it looked, and how surely.
+
+        See :class:`i2am.sram.Match` for shapes and units.
+        """
+        sums = self._chosen(self._reference(options.get("reference")), options.get("layers"))
+        grid = max((s.grid for s in sums), key=area)
+        points = [(y + 0.5, x + 0.5) for y in range(grid[0]) for x in range(grid[1])]
+        tiles = []
+        for start in range(0, len(points), MAX_REGIONS):
+            tile = [region_weights(p, grid) for p in points[start : start + MAX_REGIONS]]
+            tiles.append(match(self._regions(several(tile), len(tile), **options)))
+        return Match(*(torch.cat(x, dim=1).unflatten(1, grid) for x in zip(*tiles, strict=True)))
+
+    @property
+    def canvas(self) -> Grid:
+        """``(height, width)`` in which points on the generated image are given."""
+        return self._canvas or max((s.grid for s in self._sums), key=area)
+
+    def _regions(self, weights: Weights, count: int, **options) -> Tensor:
+        maps = self._read("g2r", None, source=self._recorded(weights, count), **options)
+        return maps.unflatten(0, (self.batch, count))
+
+    def _region(self, name: str) -> int:
+        if name not in self.regions:
+            there = ", ".join(self.regions) or "none"
+            raise ValueError(f"no region {name!r} was registered with trace(sram=...); there are: {there}")
+        return self.regions.index(name)
+
+    def _recorded(self, weights: Weights, count: int, reverse: bool = False) -> RecordedRegions:
+        if not self._entries:
+            raise ValueError(
+                'these maps keep no queries and keys: trace with record="qk" to ask any patch afterwards, or register '
+                'patches beforehand with sram={"name": (y, x)}'
+            )
+        return RecordedRegions(self._entries, weights, count, reverse)
+
+    # ------------------------------------------------------------------------------------------------------ reading
+
+    def _read(
         self,
         direction: str,
+        level: str | None,
         *,
         reference: str | None = None,
         layers: LayerFilter = None,
@@ -169,21 +252,37 @@ class AttributionMaps:
         times: Picks = None,
         size: Grid | None = None,
         normalize: str = "raw",
-        keep_times: bool = False,
-        keep_heads: bool = False,
-    ) -> _Levels:
+        source: Source | None = None,
+    ) -> Tensor:
+        """One level: ``[B, h, w]``, or ``[B, T | H | L, h, w]``."""
         if direction not in DIRECTIONS:
             raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
         if normalize not in NORMALIZE:
             raise ValueError(f"normalize must be one of {', '.join(NORMALIZE)}, got {normalize!r}")
+        if level not in LEVELS:
+            raise ValueError(f"level must be one of {', '.join(map(str, LEVELS))}, got {level!r}")
         sums = self._chosen(self._reference(reference), layers)
-        _check_direction(direction, sums)
+        check_direction(direction, sums, source)
+        if level == "head":
+            check_heads(sums)
         if size is None:
-            size = max((_grid(s, direction) for s in sums), key=lambda g: g[0] * g[1])
+            size = max((grid_of(s, direction) for s in sums), key=area)
         elif len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
             raise ValueError(f"size must be (height, width), both positive, got {size!r}")
-        picked = _pick(times, self.time_groups, "times")
-        return _Levels(direction, sums, picked, heads, tuple(size), normalize == "lift", keep_times, keep_heads)
+        levels = Levels(
+            direction=direction,
+            sums=sums,
+            source=source or RunningSums(direction),
+            times=pick(times, self.time_groups, "times"),
+            heads=heads,
+            size=tuple(size),
+            lift=normalize == "lift",
+            level=level,
+        )
+        if level == "layer":
+            return torch.cat([maps for maps, _ in levels], dim=1)
+        maps = levels.mean_layers()
+        return maps[:, 0] if level is None else maps
 
     def _reference(self, reference: str | None) -> str:
         names = self.references
@@ -204,31 +303,34 @@ class AttributionMaps:
 
     # ------------------------------------------------------------------------------------------------------- files
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Writes the maps as safetensors, at once or not at all; returns the path."""
+    def save(self, path: str | os.PathLike, *, embed: bool = False) -> Path:
+        """Writes the maps as safetensors, at once or not at all; returns the path.
+
+        A record in memory goes into the file. A record on disk stays in its folder and the file refers to it, relative
+        to its own place, unless ``embed``.
+        """
         from safetensors.torch import save_file
 
         path = Path(path)
-        tensors, layers = {}, []
+        contents, layers = {}, []
         for i, s in enumerate(self._sums):
-            tensors |= {f"{i}.{d}": getattr(s, d).contiguous() for d in DIRECTIONS if getattr(s, d) is not None}
-            fields = ("layer", "reference", "grid", "reference_grid", "skip", "keys", "default", "counts")
-            layers.append({field: getattr(s, field) for field in fields})
-        unfinished = path.with_name(path.name + ".part")
-        try:
-            save_file(tensors, unfinished, metadata={"format": FORMAT, "layers": json.dumps(layers)})
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+            contents |= {f"{i}.{name}": getattr(s, name) for name in STORED if getattr(s, name) is not None}
+            layers.append({f.name: getattr(s, f.name) for f in fields(s) if f.name not in STORED})
+        record = _RecordFile.pack(self._entries, path, embed)
+        header = {"layers": layers, "canvas": self._canvas, "regions": self.regions, "record": record.header}
+        contents = {name: x.contiguous() for name, x in (contents | record.contents).items()}
+        write_atomically(
+            path, lambda file: save_file(contents, file, metadata={"format": FORMAT, "maps": json.dumps(header)})
+        )
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> AttributionMaps:
-        """Reads what :meth:`save` wrote.
+        """Reads what :meth:`save` wrote; recorded queries and keys are read only when a patch is asked.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is truncated, or not an i2am file.
+            FileNotFoundError: there is no such file, or the record it refers to has gone.
+            ValueError: it, or its record, is truncated or not an i2am file.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -240,108 +342,63 @@ class AttributionMaps:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"{path} is not a maps file of i2am (format {metadata.get('format')!r})")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                names = [n for n in file.keys() if not n.startswith(_RecordFile.PREFIX)]  # noqa: SIM118 (not a dict)
+                tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
-        return cls([
+        header = json.loads(metadata["maps"])
+        sums = [
             LayerSums(
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()},
-                **{d: tensors.get(f"{i}.{d}") for d in DIRECTIONS},
+                **{name: tuple(x) if isinstance(x, list) else x for name, x in layer.items()},
+                **{name: tensors.get(f"{i}.{name}") for name in STORED},
             )
-            for i, fields in enumerate(json.loads(metadata["layers"]))
-        ])
+            for i, layer in enumerate(header["layers"])
+        ]
+        canvas = tuple(header["canvas"]) if header["canvas"] else None
+        entries = _RecordFile.unpack(header["record"], path)
+        return cls(sums, canvas=canvas, regions=header["regions"], entries=entries)
 
 
-@dataclass(frozen=True)
-class _Levels:
-    """The chosen maps, layer by layer on the common grid: what a level is a mean of."""
+class _RecordFile(NamedTuple):
+    """A record as part of a maps file: embedded tensors, and a header that says which entry is where."""
 
-    direction: str
-    sums: list[LayerSums]
-    times: list[int]
-    heads: Picks
-    size: Grid
-    lift: bool
-    keep_times: bool
-    keep_heads: bool
+    PREFIX = "record."
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """``(layer, maps [B, G, h, w], seen [G])`` with ``G`` the kept axis (time groups or heads), else 1.
+    contents: dict[str, Tensor]
+    header: dict
 
-        A map without any call is NaN, and ``seen`` is False there.
-        """
-        for s in self.sums:
-            counts = torch.tensor([s.counts[t] for t in self.times])
-            sums = getattr(s, self.direction)[self.times]  # [G, B, H, N]
-            sums = sums[:, :, _pick(self.heads, s.heads, f"heads of {s.layer}")]
-            if not self.keep_times:
-                counts, sums = counts.sum(0, keepdim=True), sums.sum(0, keepdim=True)
-            mean = sums / counts[:, None, None, None]  # [G, B, H, N]; 0 / 0 is NaN
-            maps = self._on_grid(s, mean)  # [G, B, H, h, w]
-            seen = counts > 0
-            if self.keep_heads:
-                yield s.layer, maps[0], seen.expand(maps.shape[2])
-            else:
-                yield s.layer, maps.mean(2).transpose(0, 1), seen
+    @classmethod
+    def pack(cls, entries: list[Entry], path: Path, embed: bool) -> _RecordFile:
+        def embedded(e: Entry) -> bool:
+            return embed or e.file is None or e.file.resolve() == path.resolve()
 
-    def mean_layers(self) -> Tensor:
-        """``[B, G, h, w]``: the mean over the layers that ran."""
-        total, ran = 0.0, 0
-        for _, maps, seen in self:
-            total = total + torch.where(seen[:, None, None], maps, 0.0)
-            ran = ran + seen
-        return total / ran[:, None, None]
+        inside = [replace(e, tensors=e.read(), file=None) if embedded(e) else e for e in entries]
+        contents, keys = pack([e for e in inside if e.file is None], cls.PREFIX)
+        of_memory = iter(keys)
+        listing, files = [], {}
+        for e in inside:
+            file = None if e.file is None else os.path.relpath(e.file.resolve(), path.resolve().parent)
+            if file is not None:
+                files[file] = e.file.stat().st_size
+            listing.append([e.layer, e.reference, e.group, e.scale, file, e.keys if file else next(of_memory)])
+        return cls(contents, {"entries": listing, "files": files})
 
-    def _on_grid(self, s: LayerSums, x: Tensor) -> Tensor:
-        """``[..., N]`` token values → ``[..., h, w]`` on the common grid, not negative."""
-        h, w = _grid(s, self.direction)
-        if self.direction == "g2r":
-            scale, x = s.keys, x[..., s.skip :]
-        else:
-            scale = x.shape[-1] if self.direction == "r2g" else s.keys / s.g2r.shape[-1]
-        x = x * scale if self.lift else x
-        grids = x.reshape(-1, 1, h, w)
-        if (h, w) != self.size:
-            grids = F.interpolate(grids, self.size, mode="bicubic", align_corners=False)
-        return grids.clamp_min(0).reshape(*x.shape[:-1], *self.size)
+    @classmethod
+    def unpack(cls, header: dict, path: Path) -> list[Entry]:
+        for name, size in header["files"].items():
+            file = path.parent / name
+            if not file.is_file():
+                raise FileNotFoundError(f"{path} refers to the record {file}, which is not there")
+            if file.stat().st_size != size:
+                raise ValueError(f"the record {file} is truncated: {file.stat().st_size} bytes of {size}")
+        return [
+            Entry(layer, reference, group, scale, file=path.parent / file if file else path, keys=keys)
+            for layer, reference, group, scale, file, keys in header["entries"]
+        ]
 
 
-def _grid(s: LayerSums, direction: str) -> Grid:
-    return s.reference_grid if direction == "g2r" else s.grid
-
-
-def _check_direction(direction: str, sums: list[LayerSums]) -> None:
-    s = sums[0]
-    if direction == "g2r" and s.g2r.shape[-1] == 1:
-        raise ValueError(
-            f"no G2R for reference {s.reference!r}: it is one token, and a softmax over one key is identically 1. R2G, "
-            "which normalises over the generated tokens, is still a map: use 'r2g'"
-        )
-    if direction == "g2r" and s.reference_grid is None:
-        raise ValueError(
-            f"no G2R map for reference {s.reference!r}: its {s.g2r.shape[-1]} tokens have no 2-D layout (pooled or "
-            "resampled); pass Reference(grid=(h, w)) if they do, or use 'r2g'"
-        )
-    if direction == "mass" and any(s.mass is None for s in sums):
-        raise ValueError(f"no mass for reference {s.reference!r}: its tokens are all the keys there are, so it is 1")
-
-
-def _pick(picks: Picks, length: int, name: str) -> list[int]:
-    """Chosen indices as a list; refuses what is outside."""
-    if picks is None:
-        return list(range(length))
-    if isinstance(picks, slice):
-        chosen = list(range(length))[picks]
-    else:
-        chosen = [picks] if isinstance(picks, int) else [int(i) for i in picks]
-    wrong = [i for i in chosen if not -length <= i < length]
-    if wrong or not chosen:
-        raise IndexError(f"{name}={picks} picks {wrong[0] if wrong else 'nothing'} from 0…{length - 1}")
-    return [i % length for i in chosen]
-
-
-def _copy(x: Tensor) -> Tensor:
-    return x.detach().to("cpu", copy=True)
+def _copy(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().to("cpu", copy=True)
 
 
 def _unique(names: Iterable[str]) -> list[str]:

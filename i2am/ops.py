@@ -80,7 +80,7 @@ def attention(
         g2r=_zeros(q, B, H, K.count),
         mass=None if K.count == k.shape[2] else _zeros(q, B, H, Q.count),
     )
-    out, row_lse, col_lse = _dispatch(q, k, v, mask, scale, Q, [K], [sums], None, backend)
+    out, row_lse, (col_lse,) = _dispatch(q, k, v, mask, scale, Q, [K], [sums], None, backend)
     return AttentionOutput(out, sums.r2g, sums.g2r, sums.mass, row_lse, col_lse)
 
 
@@ -96,7 +96,7 @@ def accumulate(
     attn_mask: Tensor | None = None,
     regions: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, list[Tensor]]:
     """One attention call that adds its attribution to the running sums of every reference among its keys.
 
     Args:
@@ -107,8 +107,7 @@ def accumulate(
             ``Sums.sram``.
 
     Returns:
-        ``(out | None, row_lse [B, H, Nq], col_lse [B, H, K1 + K2 + …])``; where the references are slices, ``col_lse``
-        covers the range from the first reference key to the last.
+        ``(out | None, row_lse [B, H, Nq], col_lse)`` with one ``[B, H, K]`` column log-sum-exp per reference.
 
     Raises:
         ValueError: as :func:`attention`; also when the sums do not fit. Nothing has been added then.
@@ -213,8 +212,7 @@ def _check_sums(q: Tensor, Q: Selection, Ks: list[Selection], sums: Sequence[Sum
     if regions is not None:
         if regions.ndim != 3 or regions.shape[0] not in (1, B) or regions.shape[2] != Q.count:
             raise ValueError(
-                f"regions must be [1 or {B}, R, {Q.count}] weights over the generated queries, "
-                f"got {_describe(regions)}"
+                f"regions must be [1 or {B}, R, {Q.count}] weights over the generated queries, got {_describe(regions)}"
             )
         R = regions.shape[1]
     for K, s in zip(Ks, sums, strict=True):
@@ -291,7 +289,9 @@ def _to_spans(selections: list[Selection], length: int, device) -> tuple[list[tu
     """Spans for a list of token sets, and the token order that makes them contiguous (None: as they are)."""
     if all(s.tokens is None for s in selections):
         return [(s.start, s.stop) for s in selections], None
-    chosen = torch.cat([torch.arange(length)[s.index.cpu() if isinstance(s.index, Tensor) else s.index] for s in selections])
+    chosen = torch.cat(
+        [torch.arange(length)[s.index.cpu() if isinstance(s.index, Tensor) else s.index] for s in selections]
+    )
     if chosen.unique().numel() != chosen.numel():
         raise ValueError("references given as index sets must not share tokens")
     rest = torch.ones(length, dtype=torch.bool)
@@ -336,7 +336,8 @@ def _dispatch(q, k, v, mask, scale, Q, Ks, sums, regions, backend):
     if query_order is not None:
         back = torch.empty_like(query_order).scatter_(0, query_order, torch.arange(len(query_order), device=q.device))
         out, row_lse = (out if v is None else out[:, :, back]), row_lse[:, :, back]
-    return out, row_lse, col_lse
+    first = min(start for start, _ in key_spans)
+    return out, row_lse, [col_lse[..., start - first : stop - first] for start, stop in key_spans]
 
 
 def _accumulate_reference(q, k, v, mask, scale, Q, Ks, sums, regions):
@@ -352,7 +353,7 @@ def _accumulate_reference(q, k, v, mask, scale, Q, Ks, sums, regions):
             s.sram.add_(reference.sram(spent, regions))
         lse.append(p.col_lse)
     out = None if v is None else (p.rows @ v.double()).to(q.dtype)
-    return out, p.row_lse, torch.cat(lse, -1)
+    return out, p.row_lse, lse
 
 
 @torch.library.custom_op("i2am::attention", mutates_args=("r2g", "g2r", "mass", "sram"))

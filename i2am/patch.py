@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from i2am.clock import Clock, CountingClock, SchedulerClock, TimestepClock, read_timestep
 from i2am.families import Family
 from i2am.guidance import Guidance
-from i2am.layout import Carried, LayerFilter, Reference, choose_layers
+from i2am.layout import Carried, Grid, LayerFilter, Reference, choose_layers
 from i2am.maps import AttributionMaps
 from i2am.ops import BACKENDS, Selection, accumulate
+from i2am.record import Record, RecordOptions, check_limit, logger, mask_between, run_on_shapes
 from i2am.recorder import Recorder
 from i2am.seam import Call, RunningLayer, Scope, close_scope, open_scope, running_scope
+from i2am.sram import MAX_REGIONS, Region, Weights, region_weights, several
 
 OUTPUTS = ("i2am", "model")
 
@@ -42,6 +45,9 @@ def trace(
     guidance: str | int = "auto",
     output: str = "i2am",
     backend: str | None = None,
+    sram: Mapping[str, Region] | None = None,
+    canvas: Grid | None = None,
+    **record: Any,
 ) -> Tracer:
     """Traces a diffusers pipeline: what its images take from the reference.
 
@@ -62,6 +68,13 @@ def trace(
         output: "i2am": the fused op's output goes on into the model; "model": the model's own attention runs too, and
             its output goes on, so that images are bit-identical to an untraced run.
         backend: as in :func:`i2am.attention`.
+        sram: name → patch of the generated image to follow, a point ``(y, x)`` or a mask, at most 64: read with
+            ``maps.sram(name)``.
+        canvas: ``(height, width)`` in which points are given; None: pixels of the output image (of a bare UNet: the
+            latent grid).
+        record: ``record="qk"`` keeps queries and keys so that any patch can be asked afterwards, with ``record_to``,
+            ``record_every``, ``record_times``, ``record_dtype`` and ``record_limit``: see
+            :class:`i2am.record.RecordOptions`.
 
     Returns:
         a :class:`Tracer`, already tracing; use it as a context manager or call ``unpatch()``.
@@ -82,6 +95,10 @@ def trace(
         guidance_parts=traced.guidance_parts,
         output=output,
         backend=backend,
+        sram=sram,
+        canvas=canvas,
+        pixels=traced.pixels,
+        record=record,
     )
 
 
@@ -96,6 +113,9 @@ def patch_unet(
     layers: LayerFilter = None,
     output: str = "i2am",
     backend: str | None = None,
+    sram: Mapping[str, Region] | None = None,
+    canvas: Grid | None = None,
+    **record: Any,
 ) -> Tracer:
     """Traces a bare UNet, wherever it is called from.
 
@@ -116,7 +136,8 @@ def patch_unet(
             by timestep, in equal ranges of [0, 1000).
         guidance: "auto": parts of the batch with identical latents are guidance ([uncond, cond], or InstructPix2Pix's
             [cond, image, uncond]); "none"; or the index of the conditional part.
-        layers, output, backend: as in :func:`trace`.
+        layers, output, backend, sram, canvas, record: as in :func:`trace`; ``record="qk"`` needs num_steps or
+            scheduler.
 
     Returns:
         a :class:`Tracer`, already tracing.
@@ -143,6 +164,9 @@ def patch_unet(
         guidance=guidance,
         output=output,
         backend=backend,
+        sram=sram,
+        canvas=canvas,
+        record=record,
     )
 
 
@@ -165,6 +189,10 @@ class Tracer:
         guidance_parts=lambda: (None, None),
         output: str,
         backend: str | None,
+        sram: Mapping[str, Region] | None = None,
+        canvas: Grid | None = None,
+        pixels: int = 1,
+        record: Mapping[str, Any] | None = None,
     ):
         self._undo = ExitStack()
         with ExitStack() as undo:  # a failure on the way in leaves nothing behind
@@ -181,7 +209,14 @@ class Tracer:
             self._output = output
             self._backend = backend
             self._recorder = Recorder(time_groups)
+            self._record = Record(RecordOptions(**(record or {})))
+            if self._record.options.record and isinstance(clock, TimestepClock):
+                raise ValueError(
+                    "record= needs num_steps= or scheduler=, so that its size is known before the first step"
+                )
+            self._sram = _Registered(sram or {}, canvas, pixels)
             self._scope: Scope | None = None
+            self._measuring = False
             modules = family.layers()
             chosen = choose_layers(modules, layers)
             self._defaults = set(chosen) if layers is not None else {n for n in chosen if family.by_default(n)}
@@ -213,6 +248,7 @@ class Tracer:
     def reset(self) -> None:
         """Forgets what was recorded and goes on tracing: call it between runs of different batches or sizes."""
         self._recorder.clear()
+        self._record = Record(self._record.options)
         self._guidance.restart()
         self._clock.restart()
 
@@ -228,33 +264,83 @@ class Tracer:
                 "nothing was recorded: no reference-carrying attention has run since tracing began (run the model "
                 "inside the trace; an IP-Adapter of scale 0 is skipped by diffusers)"
             )
-        return AttributionMaps.of(tracks, default=self._defaults)
+        return AttributionMaps.of(
+            tracks,
+            default=self._defaults,
+            canvas=self._sram.canvas,
+            regions=self._sram.names,
+            entries=self._record.entries,
+        )
 
     # ------------------------------------------------------------------------------------------------------- hooks
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._measuring:  # a shape-only forward of _measured
+            return
         self._close()
         forward = self._family.begin(args, kwargs)
+        self._sram.see(tuple(forward.latents.shape[-2:]))
+        moment = self._clock.read(read_timestep(forward.timestep), self._recorder.time_groups)
         scope = Scope(
             attend=self._attend,
             batch=forward.latents.shape[0],
             conditional=self._guidance.conditional(forward.latents, *self._guidance_parts()),
-            group=self._clock.group(read_timestep(forward.timestep), self._recorder.time_groups),
+            moment=moment,
             frame=sys._getframe(1),
         )
+        if self._record.options.record and moment.first:
+            nbytes = self._measured(model, args, kwargs, scope)
+            if nbytes is not None:
+                check_limit(self._record.options, nbytes, moment, self._recorder.time_groups, have=self._record.nbytes)
+        self._open(scope)
+
+    def _open(self, scope: Scope) -> None:
         open_scope(scope)
         self._scope = scope
 
     def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
+        if self._measuring:
+            return
         scope = self._scope
         self._close()
-        if scope is not None and scope.blind and output is not None:  # None: the forward itself failed
+        if scope is None or output is None:  # the forward itself failed
+            self._record.drop()
+            return
+        if scope.blind:
+            self._record.drop()
             raise BlindLayerError(_blind(scope.blind))
+        self._record.flush()
 
     def _close(self) -> None:
         if self._scope is not None:
             close_scope(self._scope)
             self._scope = None
+
+    def _measured(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], scope: Scope) -> int | None:
+        """Bytes that one forward will record, from a run on shapes alone; None where the model can't be run so."""
+        sizes: dict[object, int] = {}
+
+        def attend(scope: Scope, layer: RunningLayer, carried: Carried, call: Call) -> Tensor:
+            part = call.on(scope.conditional)
+            B, H, Nq, d = part.query.shape
+            width = d * (self._record.options.record_dtype or _autocast(part.query).dtype).itemsize
+            Q = Selection.of(carried.queries, Nq, "queries").count
+            sizes[layer.name] = B * H * Q * width
+            for reference in carried.references:
+                sizes[layer.name, reference.name] = B * H * (reference.count(part.key.shape[2]) * (width + 4) + Q * 4)
+            return call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1])
+
+        self._open(replace(scope, attend=attend, frame=sys._getframe()))
+        self._measuring = True
+        try:
+            run_on_shapes(model, args, kwargs)
+        except Exception as error:
+            logger.warning("the record's size is not known beforehand (%s); its limit is watched as it grows", error)
+            return None
+        finally:
+            self._measuring = False
+            self._close()
+        return sum(sizes.values())
 
     def _watch_layer(self, name: str, module: nn.Module):
         def enter(module, args, kwargs):
@@ -285,22 +371,39 @@ class Tracer:
         queries = Selection.of(carried.queries, q.shape[2], "queries").count
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
         fused_output = self._output == "i2am" and call.dropout_p == 0 and not trained
-        tracks = self._recorder.open(layer.name, carried, q, k, queries)
+        group = scope.moment.group
+        regions = self._sram.weights(carried.grid)
+        tracks = self._recorder.open(layer.name, carried, q, k, queries, len(self._sram.names))
         with torch.no_grad():
-            out, _, _ = accumulate(
+            out, row_lse, col_lse = accumulate(
                 q,
                 k,
                 v if fused_output else None,
-                sums=[track.at(scope.group) for track in tracks],
+                sums=[track.at(group) for track in tracks],
                 queries=carried.queries,
                 keys=[reference.tokens for reference in carried.references],
                 scale=call.scale,
                 attn_mask=part.attn_mask,
+                regions=None if regions is None else regions.to(q.device),
                 backend=self._backend,
             )
         for track in tracks:
-            track.counts[scope.group] += 1
+            track.counts[group] += 1
+        if self._record.options.wants(scope.moment):
+            self._keep(layer, carried, part, q, k, row_lse, col_lse, group)
         return _among_others(out, call, scope.conditional) if fused_output else call.run()
+
+    def _keep(self, layer, carried, part: Call, q, k, row_lse, col_lse: list[Tensor], group: int) -> None:
+        """Records one call's generated queries and reference keys."""
+        queries = Selection.of(carried.queries, q.shape[2], "queries").index
+        references = {}
+        for reference, lse in zip(carried.references, col_lse, strict=True):
+            keys = Selection.of(reference.tokens, k.shape[2], "keys").index
+            references[reference.name] = {"k": k[:, :, keys], "col_lse": lse}
+            if part.attn_mask is not None:
+                references[reference.name]["mask"] = mask_between(part.attn_mask, queries, keys, layer.name)
+        scale = q.shape[-1] ** -0.5 if part.scale is None else part.scale
+        self._record.add(layer.name, group, scale, q[:, :, queries], row_lse[:, :, queries], references)
 
     def _check_call(self, layer: RunningLayer, carried: Carried, call: Call, scope: Scope) -> None:
         if call.query.ndim != 4 or call.query.shape[0] != scope.batch:
@@ -315,10 +418,53 @@ class Tracer:
             raise ValueError(f"layer {layer.name}: {count} generated queries do not fill its grid {carried.grid}")
 
 
+class _Registered:
+    """The registered regions of a tracer, as weights on each layer's grid.
+
+    Args:
+        regions: name → point or mask.
+        canvas: where points are given; None: known from the first forward, ``pixels`` per latent pixel.
+    """
+
+    def __init__(self, regions: Mapping[str, Region], canvas: Grid | None, pixels: int):
+        if len(regions) > MAX_REGIONS:
+            raise ValueError(f"at most {MAX_REGIONS} regions can be registered, got {len(regions)}")
+        self.names = list(regions)
+        self.canvas = canvas
+        self._regions = list(regions.values())
+        self._pixels = pixels
+        self._on_grid: dict[Grid, Tensor] = {}
+        self._all: Weights | None = None
+        if canvas is not None or not any(isinstance(r, tuple) for r in self._regions):
+            self._read(canvas or (1, 1))  # what can be refused now is
+
+    def see(self, latent: Grid) -> None:
+        """A forward is about to run on latents of this size."""
+        if self.canvas is None:
+            self.canvas = (latent[0] * self._pixels, latent[1] * self._pixels)
+        if self._all is None:
+            self._read(self.canvas)
+
+    def weights(self, grid: Grid) -> Tensor | None:
+        """``[1 | B, R, h·w]`` on a layer's grid; None without regions."""
+        if not self.names:
+            return None
+        if grid not in self._on_grid:
+            self._on_grid[grid] = self._all(grid)
+        return self._on_grid[grid]
+
+    def _read(self, canvas: Grid) -> None:
+        self._all = several([region_weights(region, canvas) for region in self._regions])
+
+
 def _among_others(out: Tensor, call: Call, samples: slice) -> Tensor:
     """``out [b, H, N, d]`` of the chosen samples, in its place among the model's own output for the others."""
     before, after = slice(0, samples.start), slice(samples.stop, call.query.shape[0])
-    parts = [call.on(before).run() if samples.start else None, out, call.on(after).run() if after.start < after.stop else None]
+    parts = [
+        call.on(before).run() if samples.start else None,
+        out,
+        call.on(after).run() if after.start < after.stop else None,
+    ]
     parts = [part for part in parts if part is not None]
     return out if len(parts) == 1 else torch.cat(parts)
 

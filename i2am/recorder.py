@@ -22,10 +22,11 @@ class Track:
     r2g: Tensor  # [T, B, H, Q]
     g2r: Tensor  # [T, B, H, K]
     mass: Tensor | None  # [T, B, H, Q]
+    sram: Tensor | None  # [T, B, H, R, K]
     counts: list[int] = field(default_factory=list)  # [T] calls seen
 
     def at(self, group: int) -> Sums:
-        return Sums(self.r2g[group], self.g2r[group], None if self.mass is None else self.mass[group])
+        return Sums(*(None if x is None else x[group] for x in (self.r2g, self.g2r, self.mass, self.sram)))
 
 
 class Recorder:
@@ -40,7 +41,7 @@ class Recorder:
     def clear(self) -> None:
         self.tracks.clear()
 
-    def open(self, layer: str, carried: Carried, q: Tensor, k: Tensor, queries: int) -> list[Track]:
+    def open(self, layer: str, carried: Carried, q: Tensor, k: Tensor, queries: int, regions: int = 0) -> list[Track]:
         """The tracks that one attention call adds to, made on the first call.
 
         Args:
@@ -49,28 +50,42 @@ class Recorder:
             q: ``[B, H, Nq, d]`` conditional queries.
             k: ``[B, H, Nk, d]`` conditional keys.
             queries: number of generated ones among the queries.
+            regions: how many are registered.
 
         Raises:
             ValueError: the call does not look like the earlier ones of this layer (batch, heads, grids).
         """
         share = any(reference.count(k.shape[2]) < k.shape[2] for reference in carried.references)
-        return [self._track(layer, carried.grid, r, q, k, queries, share) for r in carried.references]
+        return [self._track(layer, carried.grid, r, q, k, queries, share, regions) for r in carried.references]
 
     def _track(
-        self, layer: str, grid: Grid, reference: Reference, q: Tensor, k: Tensor, queries: int, share: bool
+        self,
+        layer: str,
+        grid: Grid,
+        reference: Reference,
+        q: Tensor,
+        k: Tensor,
+        queries: int,
+        share: bool,
+        regions: int,
     ) -> Track:
         T, (B, H), K = self.time_groups, q.shape[:2], reference.count(k.shape[2])
         key = (layer, reference.name)
         track = self.tracks.get(key)
         if track is None:
+
+            def zeros(*shape: int) -> Tensor:
+                return torch.zeros(T, B, H, *shape, dtype=torch.float32, device=q.device)
+
             track = self.tracks[key] = Track(
                 layer=layer,
                 reference=reference,
                 grid=grid,
                 keys=k.shape[2],
-                r2g=torch.zeros(T, B, H, queries, device=q.device),
-                g2r=torch.zeros(T, B, H, K, device=q.device),
-                mass=torch.zeros(T, B, H, queries, device=q.device) if share else None,
+                r2g=zeros(queries),
+                g2r=zeros(K),
+                mass=zeros(queries) if share else None,
+                sram=zeros(regions, K) if regions else None,
                 counts=[0] * T,
             )
         seen = (track.grid, tuple(track.r2g.shape[1:]), tuple(track.g2r.shape[1:]))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch.nn.functional as F
 from torch import Tensor
 
+from i2am.clock import Moment
 from i2am.layout import Carried, Grid
 
 
@@ -71,7 +72,7 @@ class Scope:
     attend: Callable[[Scope, RunningLayer, Carried, Call], Tensor]
     batch: int
     conditional: slice  # the samples of the batch that count
-    group: int  # time group
+    moment: Moment  # where in the run this forward stands
     frame: object  # the forward's caller: the scope is alive while this is on the stack
     grid: Grid | None = None  # of the spatial transformer that is executing
     layers: list[RunningLayer] = field(default_factory=list)

@@ -161,26 +161,20 @@ def paint_by_example(**unet_config):
     torch.manual_seed(0)
     encoder = PaintByExampleImageEncoder(_vision_config(), proj_size=CONTEXT).eval()
     return quiet(
-        PaintByExamplePipeline(
-            vae(), encoder, unet(9, **unet_config), ddim(), None, feature_extractor(), False
-        )
+        PaintByExamplePipeline(vae(), encoder, unet(9, **unet_config), ddim(), None, feature_extractor(), False)
     )
 
 
 def image_variation():
     return quiet(
-        StableDiffusionImageVariationPipeline(
-            vae(), image_encoder(), unet(), ddim(), None, feature_extractor(), False
-        )
+        StableDiffusionImageVariationPipeline(vae(), image_encoder(), unet(), ddim(), None, feature_extractor(), False)
     )
 
 
 def versatile():
     from diffusers import VersatileDiffusionImageVariationPipeline
 
-    return quiet(
-        VersatileDiffusionImageVariationPipeline(feature_extractor(), image_encoder(), unet(), vae(), ddim())
-    )
+    return quiet(VersatileDiffusionImageVariationPipeline(feature_extractor(), image_encoder(), unet(), vae(), ddim()))
 
 
 def _sd_parts(in_channels: int, adapters: tuple[str, ...]) -> dict:

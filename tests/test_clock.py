@@ -5,7 +5,7 @@ import pipelines
 import pytest
 import torch
 
-from i2am.clock import CountingClock, SchedulerClock, TimestepClock, read_timestep
+from i2am.clock import CountingClock, Moment, SchedulerClock, TimestepClock, read_timestep
 
 
 def groups(scheduler, steps, T, start=0):
@@ -14,7 +14,7 @@ def groups(scheduler, steps, T, start=0):
     scheduler.set_timesteps(steps)
     x, seen = torch.randn(1, 4, 4, 4), []
     for t in scheduler.timesteps[start:]:
-        seen.append(clock.group(read_timestep(t), T))
+        seen.append(clock.read(read_timestep(t), T).group)
         x = scheduler.step(torch.zeros_like(x), t, x).prev_sample
     clock.close()
     return seen
@@ -70,7 +70,7 @@ def test_a_new_run_starts_over():
         scheduler.set_timesteps(steps)
         seen = []
         for t in scheduler.timesteps:
-            seen.append(clock.group(float(t), 2))
+            seen.append(clock.read(float(t), 2).group)
             scheduler.step(torch.zeros(1, 4, 2, 2), t, torch.zeros(1, 4, 2, 2))
         assert seen == [i * 2 // steps for i in range(steps)]
 
@@ -85,24 +85,35 @@ def test_scheduler_gets_its_methods_back():
 
 def test_bare_timesteps():
     clock = TimestepClock()
-    assert [clock.group(t, 4) for t in (999, 751, 750, 749.5, 500, 250, 1, 0)] == [0, 0, 0, 1, 1, 2, 3, 3]
+    assert [clock.read(t, 4).group for t in (999, 751, 750, 749.5, 500, 250, 1, 0)] == [0, 0, 0, 1, 1, 2, 3, 3]
     with pytest.raises(ValueError, match=r"outside \[0, 1000\)"):
-        clock.group(1700, 4)
+        clock.read(1700, 4)
 
 
 def test_counting():
     clock = CountingClock(4)
     run = [900, 900, 600, 600, 300, 0]  # two calls at one timestep are one step
-    assert [clock.group(t, 4) for t in run] == [0, 0, 1, 1, 2, 3]
-    assert [clock.group(t, 2) for t in run] == [0, 0, 0, 0, 1, 1]  # the next run
-    assert [clock.group(t, 2) for t in (900, 600)] == [0, 0]
-    assert clock.group(900, 4) == 0  # an interrupted run, started again
+    assert [clock.read(t, 4).group for t in run] == [0, 0, 1, 1, 2, 3]
+    assert [clock.read(t, 2).group for t in run] == [0, 0, 0, 0, 1, 1]  # the next run
+    assert [clock.read(t, 2).group for t in (900, 600)] == [0, 0]
+    assert clock.read(900, 4).group == 0  # an interrupted run, started again
     for t in (600, 300, 0):
-        clock.group(t, 4)
+        clock.read(t, 4)
     with pytest.raises(ValueError, match="5th timestep, 950"):
-        clock.group(950, 4)
+        clock.read(950, 4)
     clock.restart()
-    assert clock.group(950, 4) == 0
+    assert clock.read(950, 4).group == 0
+
+
+def test_moments_tell_how_long_a_run_is():
+    scheduler = diffusers.HeunDiscreteScheduler()
+    clock = SchedulerClock(scheduler)
+    scheduler.set_timesteps(4)
+    assert clock.read(float(scheduler.timesteps[0]), 2) == Moment(0, step=0, steps=4, evaluations=7, first=True)
+    assert not clock.read(float(scheduler.timesteps[0]), 2).first
+    counting = CountingClock(3)
+    assert counting.read(900, 3) == Moment(0, step=0, steps=3, evaluations=3, first=True)
+    assert counting.read(600, 3) == Moment(1, step=1, steps=3, evaluations=3, first=False)
 
 
 def test_read_timestep():

@@ -76,7 +76,9 @@ def test_guidance_from_the_latents():
     assert Guidance("none").conditional(torch.cat([x, x])) == slice(0, 4)
     assert Guidance(0).conditional(latents(2)) == slice(0, 1)
     assert Guidance(2).conditional(latents(3)) == slice(2, 3)
-    assert Guidance(1).conditional(latents(3), 3, 0) == slice(1, 2)  # three parts, as the pipeline says; the user's index
+    assert Guidance(1).conditional(latents(3), 3, 0) == slice(
+        1, 2
+    )  # three parts, as the pipeline says; the user's index
 
 
 @pytest.mark.parametrize("mode", ["cond", -1, 1.0, True, None])

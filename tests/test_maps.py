@@ -49,7 +49,10 @@ def test_resize_before_clamp_before_mean(maps):
     spiky = torch.zeros(T, B, H, 6)
     for head in range(H):
         spiky[:, :, head, head] = 5.0
-    layers = [sums("down.0", grid=(2, 3), r2g=spiky, counts=(5, 0, 0)), sums("up.0", grid=(4, 6), r2g=torch.zeros(T, B, H, 24))]
+    layers = [
+        sums("down.0", grid=(2, 3), r2g=spiky, counts=(5, 0, 0)),
+        sums("up.0", grid=(4, 6), r2g=torch.zeros(T, B, H, 24)),
+    ]
     got = AttributionMaps(layers).ulam("r2g", times=0)
     want = F.interpolate(spiky[0].reshape(B, H, 2, 3) / 5, (4, 6), mode="bicubic", align_corners=False)
     assert want.min() < 0
@@ -81,7 +84,9 @@ def test_a_layer_that_did_not_run_counts_in_no_mean():
 
 
 def test_several_references():
-    maps = AttributionMaps([sums("a", "left"), sums("a", "right", reference_grid=(2, 2)), sums("b", "right", reference_grid=(2, 2))])
+    maps = AttributionMaps(
+        [sums("a", "left"), sums("a", "right", reference_grid=(2, 2)), sums("b", "right", reference_grid=(2, 2))]
+    )
     assert maps.references == ["left", "right"]
     assert maps.ulam("g2r", reference="left").shape == (B, 3, 2)
     assert maps.llam("g2r", reference="right").shape == (B, 2, 2, 2)
@@ -123,7 +128,7 @@ def test_maps_are_a_copy():
     from i2am.recorder import Track
 
     r2g = torch.ones(1, 1, 1, 6)
-    track = Track("a", Reference(grid=(1, 2)), (2, 3), 2, r2g, torch.ones(1, 1, 1, 2), None, [1])
+    track = Track("a", Reference(grid=(1, 2)), (2, 3), 2, r2g, torch.ones(1, 1, 1, 2), None, None, [1])
     maps = AttributionMaps.of([track], {"a"})
     r2g += 1
     track.counts[0] = 2

@@ -57,7 +57,10 @@ def test_definitions_by_hand():
         (lambda q, k, v: dict(q=q[:, :, :0]), "q is empty"),
         (lambda q, k, v: dict(q=q.transpose(2, 3).contiguous().transpose(2, 3)), "stride 10 along the head dim"),
         (lambda q, k, v: dict(scale=float("nan")), "scale must be finite"),
-        (lambda q, k, v: dict(attn_mask=torch.ones(4, 7).bool()), r"does not broadcast to \[B, H, Nq, Nk\] = \(2, 3, 10, 7\)"),
+        (
+            lambda q, k, v: dict(attn_mask=torch.ones(4, 7).bool()),
+            r"does not broadcast to \[B, H, Nq, Nk\] = \(2, 3, 10, 7\)",
+        ),
         (lambda q, k, v: dict(attn_mask=torch.ones(10, 7).int()), "attn_mask must be bool"),
         (lambda q, k, v: dict(attn_mask=torch.ones(10, 7, device="meta")), "attn_mask is on meta"),
         (lambda q, k, v: dict(backend="cuda"), "backend must be one of triton, streaming, reference"),
@@ -68,7 +71,10 @@ def test_definitions_by_hand():
         (lambda q, k, v: dict(keys=torch.ones(5)), "must hold integers"),
         (lambda q, k, v: dict(keys=[]), "selects none of 7"),
         (lambda q, k, v: dict(v=torch.randn(2, 3, 7, 8), backend="triton"), "one head dim for q, k and v"),
-        (lambda q, k, v: dict(q=q.double(), k=k.double(), v=v.double(), backend="triton"), "float16, bfloat16 or float32"),
+        (
+            lambda q, k, v: dict(q=q.double(), k=k.double(), v=v.double(), backend="triton"),
+            "float16, bfloat16 or float32",
+        ),
     ],
 )
 def test_refusals(change, message):
@@ -199,5 +205,5 @@ def test_compile_keeps_one_graph(backend):
 def test_gradients_are_refused_not_wrong():
     q, k, v = qkv()
     out = i2am.attention(q.requires_grad_(), k, v).out
-    with pytest.raises(RuntimeError, match="autograd|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"autograd|does not require grad"):
         out.sum().backward()

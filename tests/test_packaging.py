@@ -53,7 +53,9 @@ def stub(tmp_path_factory):
     (folder / "kernels").mkdir()
     (folder / "kernels" / "__init__.py").write_text(STUB)
     (folder / "kernels-0.18.2.dist-info").mkdir()
-    (folder / "kernels-0.18.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    (folder / "kernels-0.18.2.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n"
+    )
     return folder
 
 

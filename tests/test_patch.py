@@ -242,7 +242,10 @@ def test_models_without_reference_keys_are_refused():
     from diffusers import UNet2DModel
 
     plain = UNet2DModel(
-        block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=4
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
     )
     with pytest.raises(ValueError, match="no cross-attention"):
         i2am.patch_unet(plain)

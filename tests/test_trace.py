@@ -16,9 +16,11 @@ def generator():
 
 def run(pipe, steps=4, size=(32, 32), **kwargs):
     width, height = size
-    return lambda: pipe(
-        generator=generator(), num_inference_steps=steps, width=width, height=height, output_type="np", **kwargs
-    ).images
+    return lambda: (
+        pipe(
+            generator=generator(), num_inference_steps=steps, width=width, height=height, output_type="np", **kwargs
+        ).images
+    )
 
 
 def check_levels(maps, truth, T, reference=None, directions=("r2g", "g2r")):
@@ -112,7 +114,10 @@ def test_options(narrow):
     assert maps.recorded_layers == everything
     assert_peak(maps.ulam("r2g", layers="up_blocks.1.*"), truth.ulam("r2g", names=up))
     assert_peak(maps.llam("r2g", layers="*"), truth.llam("r2g", names=everything))
-    assert_peak(maps.llam("r2g", layers=lambda name: "mid" in name), truth.llam("r2g", names=[n for n in everything if "mid" in n]))
+    assert_peak(
+        maps.llam("r2g", layers=lambda name: "mid" in name),
+        truth.llam("r2g", names=[n for n in everything if "mid" in n]),
+    )
     assert_peak(maps.ulam("r2g", size=(5, 7)), truth.ulam("r2g", size=(5, 7)))
     assert_peak(maps.ulam("g2r", times=[1, 3]), truth.ulam("g2r", groups=[1, 3]))
     assert_peak(maps.tlam("r2g", times=-1), truth.ulam("r2g", groups=[3])[:, None])
@@ -245,9 +250,7 @@ def test_masked_images_come_one_by_one():
     assert maps.references == ["ip_adapter_0", "ip_adapter_1.image_0", "ip_adapter_1.image_1"]
     for nth, name in enumerate(maps.references, start=1):
         grid = pipelines.PATCHES if "image" in name else None
-        truth = Truth(
-            calls, nth=nth, samples=GUIDED, groups=[0, 0, 1, 1], reference_grid=grid, skip=1 if grid else 0
-        )
+        truth = Truth(calls, nth=nth, samples=GUIDED, groups=[0, 0, 1, 1], reference_grid=grid, skip=1 if grid else 0)
         check_levels(maps, truth, 2, reference=name, directions=("r2g", "g2r") if grid else ("r2g",))
 
 
@@ -257,9 +260,7 @@ def test_scale_zero_is_skipped():
     go = run(pipe, ip_adapter_image=pipelines.image(seed=3), **PROMPT)
     with i2am.trace(pipe) as tracer:
         go()
-    assert tracer.maps().recorded_layers == [
-        f"up_blocks.2.attentions.{i}.transformer_blocks.0.attn2" for i in (0, 1)
-    ]
+    assert tracer.maps().recorded_layers == [f"up_blocks.2.attentions.{i}.transformer_blocks.0.attn2" for i in (0, 1)]
     pipe.set_ip_adapter_scale(0.0)
     with i2am.trace(pipe) as tracer:
         go()
@@ -270,9 +271,7 @@ def test_scale_zero_is_skipped():
 def test_several_images_and_no_guidance():
     pipe = pipelines.sd("full")
     for guidance, samples in ((5.0, slice(3, 6)), (1.0, slice(0, 3))):
-        go = run(
-            pipe, ip_adapter_image=pipelines.image(), num_images_per_prompt=3, guidance_scale=guidance, **PROMPT
-        )
+        go = run(pipe, ip_adapter_image=pipelines.image(), num_images_per_prompt=3, guidance_scale=guidance, **PROMPT)
         truth = Truth(
             capture(pipe.unet, go),
             nth=1,

@@ -18,6 +18,7 @@ class Traced(NamedTuple):
     model: nn.Module
     family: Family
     guidance_parts: Callable[[], tuple[int | None, int | None]]  # (parts, index of the conditional one); None: unknown
+    pixels: int  # of the output image per latent pixel
 
 
 def read_pipeline(pipe, references: Sequence[Reference] | None) -> Traced:
@@ -35,7 +36,7 @@ def read_pipeline(pipe, references: Sequence[Reference] | None) -> Traced:
     encoder = getattr(pipe, "image_encoder", None)
     text = any(getattr(pipe, part, None) is not None for part in ("text_encoder", "text_encoder_2", "tokenizer"))
     family = read_unet(unet, references, image_only=encoder is not None and not text, image_grid=_patch_grid(encoder))
-    return Traced(unet, family, lambda: _guidance_parts(pipe))
+    return Traced(unet, family, lambda: _guidance_parts(pipe), getattr(pipe, "vae_scale_factor", 1))
 
 
 def _patch_grid(encoder) -> Grid | None:

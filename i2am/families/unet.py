@@ -171,7 +171,11 @@ def read_unet(
     if references is None and not image_only:
         config = getattr(unet, "config", None)
         concatenated = getattr(config, "in_channels", 0) > getattr(config, "out_channels", 0)
-        hint = " Channels beside the latents never reach the keys, so they are no reference either." if concatenated else ""
+        hint = (
+            " Channels beside the latents never reach the keys, so they are no reference either."
+            if concatenated
+            else ""
+        )
         raise ValueError(
             f"which cross-attention keys of this {name} encode the reference? The model alone does not tell text tokens "
             f"from image tokens.{hint} Load the IP-Adapter first, trace the pipeline instead, or describe the keys:\n"
