@@ -10,7 +10,14 @@ version = re.search(r'^__version__ = "(.+)"$', (here / "i2am" / "__init__.py").r
 
 extras = {
     "demo": ["scikit-image>=0.24"],  # the photographs of `i2am demo`
-    "test": ["pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.3", "hypothesis>=6.100", "accelerate>=1.0"],
+    "test": [
+        "accelerate>=1.0",
+        "hypothesis>=6.100",
+        "pytest>=8",
+        "pytest-benchmark>=5",
+        "pytest-timeout>=2.3",
+        "setuptools>=77",
+    ],
     "lint": ["ruff>=0.9"],
 }
 
@@ -35,6 +42,7 @@ setup(
         "safetensors>=0.4.3",
         "matplotlib>=3.8",
         "pillow>=10",
+        "scipy>=1.11",
         "tqdm>=4.66",
     ],
     extras_require={**extras, "dev": sorted({p for group in extras.values() for p in group})},

@@ -8,8 +8,10 @@
     maps.ulam("r2g"), maps.ulam("g2r")
 """
 
+from i2am.detect import Box, detect_box
 from i2am.layout import Reference
 from i2am.maps import AttributionMaps
+from i2am.metrics import imacs
 from i2am.ops import AttentionOutput, attention
 from i2am.patch import BlindLayerError, Tracer, patch_unet, trace
 
@@ -18,10 +20,13 @@ __all__ = [
     "AttentionOutput",
     "AttributionMaps",
     "BlindLayerError",
+    "Box",
     "Reference",
     "Tracer",
     "__version__",
     "attention",
+    "detect_box",
+    "imacs",
     "patch_unet",
     "trace",
 ]

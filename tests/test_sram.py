@@ -353,10 +353,10 @@ def test_a_second_run_needs_room_too():
     torch.manual_seed(0)
     unet, scheduler = pipelines.unet(), pipelines.ddim()
     args = (unet, scheduler, torch.randn(2, 49, pipelines.CONTEXT), torch.randn(1, 4, *LATENT))
-    with i2am.patch_unet(unet, reference=REFERENCE, scheduler=scheduler, record="qk", record_limit="1.5MB") as tracer:
+    with i2am.patch_unet(unet, reference=REFERENCE, scheduler=scheduler, record="qk", record_limit="1MB") as tracer:
         denoise(*args)
         first = tracer.maps()
-        assert 750_000 < tracer._record.nbytes < 1_500_000
+        assert 500_000 < tracer._record.nbytes < 1_000_000
         with pytest.raises(ValueError, match="too much"):
             denoise(*args)
         assert tracer.maps().sram((1, 1)).equal(first.sram((1, 1)))  # the finished run is whole

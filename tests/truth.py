@@ -31,7 +31,9 @@ def capture(unet, run) -> list[Captured]:
     def sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if state["layer"] is not None:
             calls.append(
-                Captured(state["evaluation"], state["layer"], state["nth"], state["grid"], q.clone(), k.clone(), attn_mask)
+                Captured(
+                    state["evaluation"], state["layer"], state["nth"], state["grid"], q.clone(), k.clone(), attn_mask
+                )
             )
             state["nth"] += 1
         return original(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
