@@ -30,6 +30,7 @@ from i2am.seam import Call, RunningLayer, Scope, close_scope, open_scope, runnin
 from i2am.sram import MAX_REGIONS, Region, Weights, region_weights, several
 
 OUTPUTS = ("i2am", "model")
+PADDING = -1e4  # an additive mask this low means "no such key"
 
 
 class BlindLayerError(RuntimeError):
@@ -251,6 +252,7 @@ class Tracer:
         self._record = Record(self._record.options)
         self._guidance.restart()
         self._clock.restart()
+        self._sram.restart()
 
     def maps(self) -> AttributionMaps:
         """The maps of all that was recorded since the start or the last ``reset``, detached from the model (on CPU).
@@ -364,6 +366,7 @@ class Tracer:
     def _attend(self, scope: Scope, layer: RunningLayer, carried: Carried, call: Call) -> Tensor:
         """An intercepted attention call: runs the fused op for the conditional samples, and adds to the sums."""
         part = call.on(scope.conditional)
+        mask = _padding_is_masked(part.attn_mask)
         q, k, v = (_autocast(x) for x in (part.query, part.key, part.value))
         self._check_call(layer, carried, call, scope)
         if call.enable_gqa:
@@ -383,26 +386,26 @@ class Tracer:
                 queries=carried.queries,
                 keys=[reference.tokens for reference in carried.references],
                 scale=call.scale,
-                attn_mask=part.attn_mask,
+                attn_mask=mask,
                 regions=None if regions is None else regions.to(q.device),
                 backend=self._backend,
             )
         for track in tracks:
             track.counts[group] += 1
         if self._record.options.wants(scope.moment):
-            self._keep(layer, carried, part, q, k, row_lse, col_lse, group)
+            self._keep(layer, carried, q, k, mask, call.scale, row_lse, col_lse, group)
         return _among_others(out, call, scope.conditional) if fused_output else call.run()
 
-    def _keep(self, layer, carried, part: Call, q, k, row_lse, col_lse: list[Tensor], group: int) -> None:
+    def _keep(self, layer, carried, q, k, mask, scale, row_lse, col_lse: list[Tensor], group: int) -> None:
         """Records one call's generated queries and reference keys."""
         queries = Selection.of(carried.queries, q.shape[2], "queries").index
         references = {}
         for reference, lse in zip(carried.references, col_lse, strict=True):
             keys = Selection.of(reference.tokens, k.shape[2], "keys").index
             references[reference.name] = {"k": k[:, :, keys], "col_lse": lse}
-            if part.attn_mask is not None:
-                references[reference.name]["mask"] = mask_between(part.attn_mask, queries, keys, layer.name)
-        scale = q.shape[-1] ** -0.5 if part.scale is None else part.scale
+            if mask is not None:
+                references[reference.name]["mask"] = mask_between(mask, queries, keys, layer.name)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
         self._record.add(layer.name, group, scale, q[:, :, queries], row_lse[:, :, queries], references)
 
     def _check_call(self, layer: RunningLayer, carried: Carried, call: Call, scope: Scope) -> None:
@@ -430,13 +433,18 @@ class _Registered:
         if len(regions) > MAX_REGIONS:
             raise ValueError(f"at most {MAX_REGIONS} regions can be registered, got {len(regions)}")
         self.names = list(regions)
-        self.canvas = canvas
+        self._given = canvas
         self._regions = list(regions.values())
         self._pixels = pixels
-        self._on_grid: dict[Grid, Tensor] = {}
-        self._all: Weights | None = None
+        self.restart()
         if canvas is not None or not any(isinstance(r, tuple) for r in self._regions):
             self._read(canvas or (1, 1))  # what can be refused now is
+
+    def restart(self) -> None:
+        """Forgets the sizes of earlier runs."""
+        self.canvas = self._given
+        self._on_grid: dict[Grid, Tensor] = {}
+        self._all: Weights | None = None
 
     def see(self, latent: Grid) -> None:
         """A forward is about to run on latents of this size."""
@@ -467,6 +475,17 @@ def _among_others(out: Tensor, call: Call, samples: slice) -> Tensor:
     ]
     parts = [part for part in parts if part is not None]
     return out if len(parts) == 1 else torch.cat(parts)
+
+
+def _padding_is_masked(mask: Tensor | None) -> Tensor | None:
+    """An additive mask whose padding is -inf: diffusers adds -10000, which a softmax over queries would not notice.
+
+    A row with nothing but padding keeps it, so that the output stays the model's.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    padding = mask <= PADDING
+    return mask.masked_fill(padding & ~padding.all(-1, keepdim=True), float("-inf"))
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from test_trace import GUIDED, PROMPT, denoise, run
 from truth import Truth, assert_peak, capture
 
 import i2am
-from i2am.sram import cells, match, region_weights
+from i2am.record import Entry
+from i2am.sram import cells, match, pooled, region_weights
 
 GRID, LATENT = (8, 6), (13, 9)
 REFERENCE = i2am.Reference(grid=GRID, skip=1)
@@ -360,6 +361,33 @@ def test_a_second_run_needs_room_too():
         with pytest.raises(ValueError, match="too much"):
             denoise(*args)
         assert tracer.maps().sram((1, 1)).equal(first.sram((1, 1)))  # the finished run is whole
+
+
+def test_the_announced_size_is_the_size(caplog):
+    """Heun calls the model 7 times in 4 steps; the shape-only forward knows every layer."""
+    from diffusers import HeunDiscreteScheduler
+
+    torch.manual_seed(0)
+    unet, scheduler = pipelines.unet(), HeunDiscreteScheduler()
+    args = (unet, scheduler, torch.randn(2, 49, pipelines.CONTEXT), torch.randn(1, 4, *LATENT))
+    with i2am.patch_unet(unet, reference=REFERENCE, scheduler=scheduler, record="qk") as tracer:
+        with caplog.at_level("INFO", logger="i2am"):
+            denoise(*args)
+    assert f"{tracer._record.nbytes / 1e6:.3g} MB for 4 steps" in caplog.text
+
+
+def test_masked_rows_have_no_probabilities():
+    """A query that sees no key (its log-sum-exp is -inf) adds nothing, and no NaN."""
+    x = {"q": torch.randn(1, 1, 3, 4), "k": torch.randn(1, 1, 5, 4)}
+    s = x["q"] @ x["k"].transpose(-1, -2)
+    x["row_lse"] = s.logsumexp(-1)
+    x["row_lse"][..., 1] = -torch.inf
+    x["mask"] = torch.ones(1, 1, 3, 5, dtype=torch.bool)
+    x["mask"][:, :, 1] = False
+    got = pooled(Entry("a", "r", 0, 1.0, tensors=x), torch.eye(3)[None], [0])
+    want = s.softmax(-1)
+    want[:, :, 1] = 0
+    torch.testing.assert_close(got[:, :, 0], want[:, 0])
 
 
 def test_a_failed_forward_records_nothing():
