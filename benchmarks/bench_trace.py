@@ -5,15 +5,13 @@ timed in turn with the untraced one's, and the table holds the median of these r
 grows beyond an untraced step's.
 """
 
-import gc
-import threading
 import time
 from contextlib import nullcontext
 from statistics import median
 
-import psutil
 import pytest
 import torch
+from memory import Memory
 from peers.hook import HookTracer
 
 import i2am
@@ -28,26 +26,6 @@ def unet():
 
     torch.manual_seed(0)
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval()
-
-
-class Memory:
-    """Growth of the resident set inside a ``with``, in bytes at its peak."""
-
-    def __enter__(self):
-        gc.collect()
-        self._process, self._done, self.peak = psutil.Process(), threading.Event(), 0
-        self._start = self._process.memory_info().rss
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self):
-        while not self._done.wait(0.002):
-            self.peak = max(self.peak, self._process.memory_info().rss - self._start)
-
-    def __exit__(self, *exc):
-        self._done.set()
-        self._thread.join()
 
 
 def providers(unet, tokens):

@@ -132,6 +132,11 @@ class AttributionMaps:
         name = self._reference(reference)
         return {s.layer: s.grid for s in self._sums if s.reference == name}
 
+    def heads(self, reference: str | None = None) -> dict[str, int]:
+        """Each layer's number of heads."""
+        name = self._reference(reference)
+        return {s.layer: s.heads for s in self._sums if s.reference == name}
+
     def __repr__(self) -> str:
         references = ", ".join(repr(name) for name in self.references)
         return (

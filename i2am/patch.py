@@ -274,6 +274,11 @@ class Tracer:
             entries=self._record.entries,
         )
 
+    @property
+    def record_bytes(self) -> int:
+        """What the recorded queries and keys take so far."""
+        return self._record.nbytes
+
     # ------------------------------------------------------------------------------------------------------- hooks
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from i2am.layout import choose_layers
-from i2am.maps import AttributionMaps, Picks
+from i2am.levels import pick
+from i2am.maps import AttributionMaps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,8 +34,8 @@ MEANING = {
 }
 LEVEL_NAMES = {"time": ("TLAM", "time groups"), "head": ("HLAM", "heads"), "layer": ("LLAM", "layers")}
 PANEL_PIXELS = 320  # small multiples hold their image at this size: they are printed smaller than that
-PANEL_INCHES = 1.55
-MOST_COLUMNS = {"time": 5, "head": 4, "layer": 6}
+PANEL_INCHES = 1.38
+MOST_COLUMNS = {"time": 5, "head": 4, "layer": 5}
 
 
 def overlay(
@@ -67,7 +68,8 @@ def overlay(
         title: above the image.
 
     Raises:
-        ValueError: not an image or a map of these shapes; the map is not finite (a time group without a step).
+        ValueError: not an image or a map of these shapes; the map is not finite (a time group without a step);
+            ``vmin`` is not below ``vmax``.
         IndexError: ``index`` is outside the batch.
     """
     from matplotlib.figure import Figure
@@ -82,7 +84,7 @@ def overlay(
     if colorbar:
         _colorbar(ax.figure, heat, [ax])
     if title:
-        ax.set_title(title, fontsize=9)
+        ax.set_title(_wrap(title, 42), fontsize=9)
     return ax
 
 
@@ -114,7 +116,7 @@ def levels(
         cmap, alpha: see :func:`overlay`.
         columns: panels a row. None: what reads well.
         footer: a note below the figure.
-        **options: of :class:`AttributionMaps`' levels: ``reference``, ``layers``, ``heads``, ``times``, ``normalize``, …
+        **options: of :class:`AttributionMaps`' levels: ``reference``, ``layers``, ``heads``, ``times``, ``normalize``.
 
     Raises:
         ValueError: there is no such map (as the maps say), or an argument is not one of the above.
@@ -135,12 +137,12 @@ def levels(
         _picture(image, index),
         panels,
         labels,
-        columns or min(len(panels), MOST_COLUMNS[level]),
+        columns or _balanced(len(panels), MOST_COLUMNS[level]),
         shared=scale == "shared",
         cmap=cmap,
         alpha=alpha,
         title=f"{name} ({what}) · {MEANING[direction]}",
-        footer="\n".join(filter(None, (_units(options) + "; " + said, footer))),
+        footer="\n".join(filter(None, (_units(direction, options) + "; " + said, footer))),
     )
 
 
@@ -175,19 +177,27 @@ def summary(
     options["reference"] = reference_name
     rows = [("generated", "r2g", _picture(generated, index)), ("reference", "g2r", _picture(reference, index))]
     found = {"r2g": maps.ulam("r2g", **options), "g2r": _or_reason(maps, "g2r", options)}
-    heights = [3.0 * picture.shape[0] / picture.shape[1] for _, _, picture in rows]
+    heights = [min(3.0 * picture.shape[0] / picture.shape[1], 4.0) for _, _, picture in rows]  # inches
     figure = Figure(figsize=(7.0, sum(heights) + 1.3), layout="constrained")
     axes = figure.subplots(2, 2, squeeze=False, height_ratios=heights)
     for (name, direction, picture), (plain, mapped) in zip(rows, axes, strict=True):
         _bare(plain).imshow(picture)
         plain.set_title(name, fontsize=9)
         if isinstance(found[direction], str):
-            _note(mapped, "no 2-D layout, no G2R map", found[direction])
+            _instead(mapped, "no 2-D layout, no G2R map", found[direction])
             continue
         ulam = _one(found[direction], index, "maps")
-        overlay(picture, ulam, mapped, cmap=cmap, alpha=alpha, title=_wrap(MEANING[direction], 42))
+        overlay(picture, ulam, mapped, cmap=cmap, alpha=alpha, title=MEANING[direction])
     figure.suptitle("ULAM: attribution over all time groups, heads and layers", fontsize=10)
-    _footer(figure, "\n".join(filter(None, (_units(options) + "; each map from its minimum to its maximum", footer))))
+    note(
+        figure, "\n".join(filter(None, (_units("r2g", options) + "; each map from its minimum to its maximum", footer)))
+    )
+    return figure
+
+
+def note(figure: Figure, text: str) -> Figure:
+    """Writes a small note below a figure, wrapped to its width; replaces the one that is there."""
+    figure.supxlabel(_wrap(text, int(figure.get_figwidth() * 18)), fontsize=6.5, color="0.25")
     return figure
 
 
@@ -211,11 +221,12 @@ def _grid(
 
     rows = math.ceil(len(panels) / columns)
     lines = 1 + max(label.count("\n") for label in labels) + (not shared)
-    panel_height = PANEL_INCHES * picture.shape[0] / picture.shape[1] + 0.14 * lines + 0.12
+    panel_height = PANEL_INCHES * picture.shape[0] / picture.shape[1] + 0.12 * lines + 0.08
     width = max(PANEL_INCHES * columns + (0.8 if shared else 0.1), 4.2)
-    title, footer = _wrap(title, int(width * 13)), _wrap(footer, int(width * 17))
-    height = rows * panel_height + 0.17 * (title.count("\n") + 1) + 0.13 * (footer.count("\n") + 1) + 0.2
+    title, footer = _wrap(title, int(width * 13)), _wrap(footer, int(width * 18))
+    height = rows * panel_height + 0.17 * (title.count("\n") + 1) + 0.13 * (footer.count("\n") + 1) + 0.15
     figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.07)  # inches
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes[len(panels) :]:
         ax.remove()
@@ -227,16 +238,22 @@ def _grid(
         if np.isfinite(panel).all():
             limits = common if shared else _limits([panel])
             heat = _draw(ax, picture, panel, cmap, alpha, *limits)
-            label += "" if shared else f"\n{panel.min():.3g} – {panel.max():.3g}"
+            label += "" if shared else "\n" + _range(float(panel.min()), float(panel.max()))
         else:
             _bare(ax).imshow(0.75 + 0.25 * _grey(picture))
             ax.text(0.5, 0.5, "no step", transform=ax.transAxes, ha="center", va="center", fontsize=8)
         ax.set_xlabel(label, fontsize=6.5, labelpad=3)
     if shared and heat is not None:
-        _colorbar(figure, heat, list(axes[: len(panels)]), shrink=0.9 if rows == 1 else 0.5)
+        _colorbar(figure, heat, list(axes[: len(panels)]), shrink=0.8 if rows == 1 else 0.5)
     figure.suptitle(title, fontsize=9)
-    _footer(figure, footer)
+    note(figure, footer)
     return figure
+
+
+def _balanced(count: int, most: int) -> int:
+    """Columns for so many panels: ``most`` or a square of them, with rows about equally long (6: 3 + 3, not 5 + 1)."""
+    most = max(most, math.isqrt(count - 1) + 1)
+    return math.ceil(count / math.ceil(count / most))
 
 
 def _draw(ax: Axes, picture: np.ndarray, values: np.ndarray, cmap: str, alpha: float, vmin: float, vmax: float):
@@ -258,16 +275,13 @@ def _colorbar(figure: Figure, heat, axes: list[Axes], shrink: float = 1.0) -> No
     bar.ax.yaxis.get_offset_text().set_fontsize(6.5)
 
 
-def _note(ax: Axes, headline: str, reason: str) -> None:
+def _instead(ax: Axes, headline: str, reason: str) -> None:
+    """Text where a map would be."""
     _bare(ax).set_title(headline, fontsize=9)
     for spine in ax.spines.values():
         spine.set_visible(True)
         spine.set_color("0.8")
     ax.text(0.5, 0.5, _wrap(reason, 40), transform=ax.transAxes, ha="center", va="center", fontsize=7, color="0.25")
-
-
-def _footer(figure: Figure, text: str) -> None:
-    figure.supxlabel(_wrap(text, int(figure.get_figwidth() * 17)), fontsize=6.5, color="0.25")
 
 
 def _bare(ax: Axes) -> Axes:
@@ -284,24 +298,22 @@ def _bare(ax: Axes) -> Axes:
 def _labels(maps: AttributionMaps, direction: str, level: str, options: dict) -> list[str]:
     """One label a panel, in the order of the level's maps."""
     if level == "time":
-        return [_time_label(maps, t, options) for t in _picked(options.get("times"), maps.time_groups)]
+        return [_time_label(maps, t, options) for t in pick(options.get("times"), maps.time_groups, "times")]
     if level == "head":
         heads = maps.hlam(direction, **{**options, "heads": None}).shape[1]
-        return [f"head {head}" for head in _picked(options.get("heads"), heads)]
+        return [f"head {head}" for head in pick(options.get("heads"), heads, "heads")]
     grids = maps.grids(options.get("reference"))
     layers = options.get("layers")
     names = [n for n in maps.layers if n in grids] if layers is None else choose_layers(grids, layers)
     sizes = "" if direction == "g2r" else "\n{} × {} tokens"
-    return [
-        short + sizes.format(*grids[name]) for name, short in zip(names, short_layer_names(names), strict=True)
-    ]
+    return [short + sizes.format(*grids[name]) for name, short in zip(names, short_layer_names(names), strict=True)]
 
 
 def _time_label(maps: AttributionMaps, group: int, options: dict) -> str:
     """Which part of the run a time group covers, and how many of the model's calls fell into it."""
     counts = np.array(list(maps.counts(options.get("reference")).values())).max(0)  # a cache may skip some layers
     share = [round(100 * edge / maps.time_groups) for edge in (group, group + 1)]
-    return f"group {group} · {share[0]}–{share[1]} % of run\n{counts[group]} of {counts.sum()} steps"
+    return f"group {group} · {share[0]}–{share[1]} % of run\n{counts[group]} of {counts.sum()} calls"
 
 
 def short_layer_names(names: Sequence[str], width: int = 20) -> list[str]:
@@ -339,7 +351,17 @@ def _wrap_dots(name: str, width: int) -> str:
     return "\n".join(lines if len(lines) <= 3 else ["…" + lines[-3], *lines[-2:]])
 
 
-def _units(options: dict) -> str:
+def _range(low: float, high: float) -> str:
+    """Both ends with three digits of the larger, over one power of ten: ``0.78 – 1.23 ×10⁻³``."""
+    exponent = math.floor(math.log10(high)) if high > 0 else 0
+    if -2 < exponent < 3:
+        return f"{low:.3g} – {high:.3g}"
+    return f"{low / 10**exponent:.2f} – {high / 10**exponent:.2f} $\\times10^{{{exponent}}}$"
+
+
+def _units(direction: str, options: dict) -> str:
+    if direction == "mass":
+        return "0…1 of a token's attention"
     if options.get("normalize", "raw") == "lift":
         return "values × number of tokens (1 = uniform)"
     return "raw values (sum over a layer's tokens ≤ 1)"
@@ -358,10 +380,6 @@ def _or_reason(maps: AttributionMaps, direction: str, options: dict) -> Tensor |
         return maps.ulam(direction, **options)
     except ValueError as error:
         return str(error)
-
-
-def _picked(picks: Picks, length: int) -> list[int]:
-    return np.atleast_1d(np.arange(length)[slice(None) if picks is None else picks]).tolist()
 
 
 def _one(batch, index: int, what: str):
@@ -430,10 +448,10 @@ def _resized(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return F.interpolate(grid, size, mode="bicubic", align_corners=False)[0, 0].numpy().clip(values.min(), values.max())
 
 
-def _limits(
-    panels: Sequence[np.ndarray], vmin: float | None = None, vmax: float | None = None
-) -> tuple[float, float]:
+def _limits(panels: Sequence[np.ndarray], vmin: float | None = None, vmax: float | None = None) -> tuple[float, float]:
     """Ends of a colour scale over some maps, never equal (a constant map is drawn in the lowest colour)."""
+    if vmin is not None and vmax is not None and vmin >= vmax:
+        raise ValueError(f"vmin must be below vmax, got {vmin} and {vmax}")
     low = min((float(p.min()) for p in panels), default=0.0) if vmin is None else vmin
     high = max((float(p.max()) for p in panels), default=1.0) if vmax is None else vmax
     return low, high if high > low else low + (abs(low) or 1.0)

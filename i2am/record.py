@@ -245,6 +245,9 @@ def write_atomically(path: Path, write) -> None:
     unfinished = path.with_name(path.name + ".part")
     try:
         write(unfinished)
+        umask = os.umask(0)
+        os.umask(umask)
+        unfinished.chmod(0o666 & ~umask)  # safetensors makes files that only their owner reads
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -41,6 +41,7 @@ def test_contents(maps):
     assert (maps.references, maps.time_groups, maps.batch) == (["reference"], T, B)
     assert maps.counts()["up.0"] == [2, 2, 1]
     assert maps.grids() == {"down.0": (4, 6), "mid.0": (2, 3), "up.0": (2, 3)}
+    assert maps.heads() == {"down.0": H, "mid.0": H, "up.0": H}
     assert repr(maps) == "AttributionMaps(3 layers, references 'reference', batch 2, 3 time groups)"
 
 
@@ -147,6 +148,8 @@ def test_save_and_load(maps, tmp_path):
             x, y = getattr(a, field.name), getattr(b, field.name)
             assert x.equal(y) if isinstance(x, torch.Tensor) else x == y, field.name
     assert [p.name for p in tmp_path.iterdir()] == ["maps.safetensors"]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # as readable as any other file
 
 
 def test_files_that_are_no_maps(maps, tmp_path):

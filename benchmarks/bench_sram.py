@@ -1,0 +1,93 @@
+"""SRAM: what registered regions add to a call, what an answer from recorded queries costs, and what a record takes."""
+
+import time
+from statistics import median
+
+import pytest
+import torch
+from memory import Memory
+
+import i2am
+from i2am import sram
+from i2am.ops import Sums, accumulate
+from i2am.record import Entry, show_size
+
+ROUNDS = 9
+
+
+@pytest.mark.parametrize(("Nk", "d"), [(257, 40), (4096, 40)])
+def test_registered_regions(benchmark, Nk, d, capsys):
+    """8 heads, 4,096 queries: a call with 1, 8, 64 regions over one with none, timed in turn."""
+    H, Nq = 8, 4096
+    q, k, v = torch.randn(1, H, Nq, d), torch.randn(1, H, Nk, d), torch.randn(1, H, Nk, d)
+
+    def call(R):
+        regions = torch.rand(1, R, Nq) if R else None
+        sums = Sums(torch.zeros(1, H, Nq), torch.zeros(1, H, Nk), None, torch.zeros(1, H, R, Nk) if R else None)
+        return lambda: accumulate(q, k, v, sums=[sums], regions=regions)
+
+    calls = {R: call(R) for R in (0, 1, 8, 64)}
+    times = {R: [] for R in calls}
+    for _ in range(ROUNDS):
+        for R, run in calls.items():
+            start = time.perf_counter()
+            run()
+            times[R].append(time.perf_counter() - start)
+    ratios = {R: median(t / u for t, u in zip(times[R], times[0], strict=True)) for R in calls}
+    benchmark.extra_info["ratio_to_no_regions"] = ratios
+    with capsys.disabled():
+        print(f"\n{Nq}×{Nk}, d={d}: " + ", ".join(f"{R} regions {r:.2f} ×" for R, r in ratios.items() if R))
+    benchmark.pedantic(calls[8], rounds=3)
+
+
+def recorded(N, H=1, d=64):
+    """An entry of ``N`` queries and keys, and its log-sum-exps."""
+    q, k = torch.randn(1, H, N, d), torch.randn(1, H, N, d)
+    sums = Sums(torch.zeros(1, H, N), torch.zeros(1, H, N))
+    _, row_lse, (col_lse,) = accumulate(q, k, None, sums=[sums])
+    tensors = {"q": q, "k": k, "row_lse": row_lse, "col_lse": col_lse}
+    return Entry("layer", "reference", 0, d**-0.5, tensors=tensors)
+
+
+@pytest.mark.parametrize("what", ["point", "mask of a quarter", "256 cells", "where a point went"])
+def test_answers_at_16384(benchmark, what, capsys):
+    """One head, 128×128 tokens on both sides; the extra memory of an answer stays under 64 MiB."""
+    grid = (128, 128)
+    entry = recorded(grid[0] * grid[1])
+    quarter = torch.zeros(8, 8)
+    quarter[:4, :4] = 1
+    weights = {
+        "point": sram.region_weights((5, 7), grid),
+        "mask of a quarter": sram.region_weights(quarter, grid),
+        "256 cells": sram.cells((16, 16)),
+        "where a point went": sram.region_weights((5, 7), grid),
+    }[what](grid)
+
+    def answer():
+        return sram.pooled(entry, weights, [0], reverse=what.startswith("where"))
+
+    answer()
+    with Memory() as memory:
+        answer()
+    benchmark.extra_info["extra_bytes"] = memory.peak
+    benchmark.pedantic(answer, rounds=3)
+    with capsys.disabled():
+        print(f"\n{what}: {benchmark.stats.stats.median * 1e3:.0f} ms, {memory.peak / 2**20:.0f} MiB extra")
+
+
+@torch.no_grad()
+def test_what_a_record_takes(benchmark, capsys):
+    """SD 1.5 at 512 px, 257 reference tokens, 50 steps, float16: every layer and step, every 5th step, one group of 5."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval()
+    reference = i2am.Reference(grid=(16, 16), skip=1)
+    inputs = dict(sample=torch.randn(1, 4, 64, 64), timestep=500, encoder_hidden_states=torch.randn(1, 257, 768))
+    settings = {"record_dtype": torch.float16, "record_limit": "100GB"}
+    with i2am.patch_unet(unet, reference=reference, num_steps=50, record="qk", **settings) as tracer:
+        benchmark.pedantic(lambda: unet(**inputs), rounds=1)
+        step = tracer.record_bytes
+    sizes = {"all 50 steps": 50 * step, "record_every=5": 10 * step, "one time group of 5": 10 * step}
+    benchmark.extra_info["record_bytes"] = sizes
+    with capsys.disabled():
+        print("\nSD 1.5, 512 px, float16: " + ", ".join(f"{name} {show_size(n)}" for name, n in sizes.items()))

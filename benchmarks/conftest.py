@@ -1,0 +1,6 @@
+"""Makes `peers` importable for the benchmarks."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
