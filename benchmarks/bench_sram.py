@@ -77,7 +77,7 @@ def test_answers_at_16384(benchmark, what, capsys):
 
 @torch.no_grad()
 def test_what_a_record_takes(benchmark, capsys):
-    """SD 1.5 at 512 px, 257 reference tokens, 50 steps, float16: every layer and step, every 5th step, one group of 5."""
+    """SD 1.5 at 512 px, 257 reference tokens, 50 steps, float16: all layers; every 5th step; one group of 5."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval()

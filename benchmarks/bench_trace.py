@@ -56,9 +56,7 @@ def verify(unet, tokens, inputs):
 @pytest.mark.parametrize("tokens", CONTEXTS)
 @torch.no_grad()
 def test_full_size_unet_step(benchmark, unet, tokens, capsys):
-    inputs = dict(
-        sample=torch.randn(1, 4, 64, 64), timestep=500, encoder_hidden_states=torch.randn(1, tokens, 768)
-    )
+    inputs = dict(sample=torch.randn(1, 4, 64, 64), timestep=500, encoder_hidden_states=torch.randn(1, tokens, 768))
     verify(unet, tokens, inputs)
     times, memory = {}, {}
     for name, provider in providers(unet, tokens).items():
@@ -75,7 +73,9 @@ def test_full_size_unet_step(benchmark, unet, tokens, capsys):
     extra = {n: memory[n] - memory["untraced"] for n in memory}
     benchmark.extra_info.update(ratio_to_untraced=ratios, extra_bytes=extra)
     with capsys.disabled():
-        print(f"\nSD 1.5 UNet step, 64×64 latent, {tokens} reference tokens: untraced {median(times['untraced']):.2f} s")
+        print(
+            f"\nSD 1.5 UNet step, 64×64 latent, {tokens} reference tokens: untraced {median(times['untraced']):.2f} s"
+        )
         for name in times:
             print(f"  {name:20s} {ratios[name]:5.2f} × untraced   {extra[name] / 1e6:+8.0f} MB")
     with i2am.patch_unet(unet, reference=CONTEXTS[tokens]):

@@ -491,16 +491,17 @@ def _figures(
         draw = partial(plot.levels, maps, direction, image, footer=footer)
         yield f"ulam_{direction}", partial(unified, direction, image)
         yield f"tlam_{direction}", partial(draw, "time")
-        for suffix, layers in _head_groups(maps, direction).items():
+        for suffix, layers in _head_groups(maps).items():
             yield f"hlam_{direction}{suffix}", partial(draw, "head", layers=layers)
         yield f"llam_{direction}", partial(draw, "layer")
 
 
-def _head_groups(maps: AttributionMaps, direction: str) -> dict[str, list[str]]:
+def _head_groups(maps: AttributionMaps) -> dict[str, list[str]]:
     """Layers that share a head count, by a suffix for their picture: empty where all do (SDXL: 10 and 20)."""
     groups: dict[int, list[str]] = {}
+    heads = maps.heads()
     for layer in maps.layers:
-        groups.setdefault(maps.hlam(direction, layers=[layer]).shape[1], []).append(layer)
+        groups.setdefault(heads[layer], []).append(layer)
     return {f"_{heads}_heads" if len(groups) > 1 else "": layers for heads, layers in groups.items()}
 
 

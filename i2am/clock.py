@@ -1,7 +1,7 @@
 """Which denoising step is running, as one of ``T`` time groups: step ``i`` of ``n`` is in group ``⌊i·T/n⌋``.
 
-Group 0 holds the first, noisiest steps. A solver may call the model more often than it steps (Heun, PNDM), a pipeline may
-skip the first steps (img2img strength), and a tracer may see several runs; each clock says how it tells.
+Group 0 holds the first, noisiest steps. A solver may call the model more often than it steps (Heun, PNDM), a pipeline
+may skip the first steps (img2img strength), and a tracer may see several runs; each clock says how it tells.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class TimestepClock:
     def read(self, timestep: float, time_groups: int) -> Moment:
         if not 0 <= timestep <= self.num_train_timesteps:
             raise ValueError(
-                f"timestep {timestep} is outside [0, {self.num_train_timesteps}): pass num_steps= or scheduler= so that "
-                "steps are counted instead"
+                f"timestep {timestep} is outside [0, {self.num_train_timesteps}): pass num_steps= or scheduler= so "
+                "that steps are counted instead"
             )
         return Moment(max(time_groups - 1 - int(timestep * time_groups / self.num_train_timesteps), 0))
 
@@ -128,7 +128,7 @@ class SchedulerClock:
         return Moment(min(step * time_groups // steps, time_groups - 1), step, steps, evaluations, first)
 
     def _find_start(self, timestep: float) -> int:
-        """img2img starts inside the schedule: at ``begin_index`` where the scheduler has it, else where ``t`` stands."""
+        """img2img starts inside the schedule: at the scheduler's ``begin_index``, or else where ``timestep`` stands."""
         begin = getattr(self.scheduler, "begin_index", None)
         if begin is not None:
             return begin

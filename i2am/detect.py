@@ -33,8 +33,8 @@ def detect_box(
 ) -> Box | None:
     """The box of the region that the reference influenced most.
 
-    The map (an R2G map as a rule) is min-max normalised and thresholded; a border of 2 pixels and components smaller than
-    ``smallest`` go, an opening smooths what is left, and the largest component's box is the answer.
+    The map (an R2G map as a rule) is min-max normalised and thresholded; a border of 2 pixels and components smaller
+    than ``smallest`` go, an opening smooths what is left, and the largest component's box is the answer.
 
     Args:
         map: ``[h, w]``.

@@ -1,7 +1,7 @@
 """Attention that also says what it took from the reference: one op, three implementations.
 
-``attention`` is for model authors; ``accumulate`` is what a tracer calls in place of a model's attention. Both go the one
-way: check → selectors become spans → ``torch.ops.i2am.attention`` → ``streaming`` (torch ops, any device) or the
+``attention`` is for model authors; ``accumulate`` is what a tracer calls in place of a model's attention. Both go the
+one way: check → selectors become spans → ``torch.ops.i2am.attention`` → ``streaming`` (torch ops, any device) or the
 Triton kernels. ``backend="reference"`` is the float64 twin of :mod:`i2am.reference`.
 """
 
@@ -181,8 +181,8 @@ def _check_backend(q: Tensor, v: Tensor | None, backend: str | None) -> str:
             raise ValueError("backend='triton', but triton is not installed (it exists for Linux only)")
         if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
-                f"backend='triton' needs GPU tensors, got {q.device}; set TRITON_INTERPRET=1 before the first import of "
-                "triton to interpret the kernels on CPU (slow), or use backend='streaming'"
+                f"backend='triton' needs GPU tensors, got {q.device}; set TRITON_INTERPRET=1 before the first import "
+                "of triton to interpret the kernels on CPU (slow), or use backend='streaming'"
             )
         if q.dtype not in TRITON_DTYPES:
             raise ValueError(f"backend='triton' takes float16, bfloat16 or float32, got {q.dtype}; use 'streaming'")

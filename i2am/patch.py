@@ -59,8 +59,8 @@ def trace(
         maps = tracer.maps()
 
     Args:
-        pipe: a diffusers pipeline. Its scheduler gives the steps, its guidance the conditional samples, its image encoder
-            the reference grid. Load IP-Adapters and LoRAs before tracing.
+        pipe: a diffusers pipeline. Its scheduler gives the steps, its guidance the conditional samples, its image
+            encoder the reference grid. Load IP-Adapters and LoRAs before tracing.
         time_groups: into how many groups the steps are summed.
         layers: which attention modules: a name, a glob pattern, several, or a predicate. None: all that carry the
             reference.

@@ -92,8 +92,8 @@ class Recorder:
         now = (grid, (B, H, queries), (B, H, K))
         if seen != now:
             raise ValueError(
-                f"layer {layer}: grid, [B, H, queries], [B, H, keys] of reference {reference.name!r} were {seen} and are "
-                f"now {now}; one set of maps needs the same batch and sizes: maps() then reset() between such runs"
+                f"layer {layer}: grid, [B, H, queries], [B, H, keys] of reference {reference.name!r} were {seen} and "
+                f"are now {now}; one set of maps needs the same batch and sizes: maps() then reset() between such runs"
             )
         if track.r2g.device != q.device:
             raise ValueError(f"layer {layer} moved from {track.r2g.device} to {q.device}; reset() the tracer first")

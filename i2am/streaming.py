@@ -1,15 +1,14 @@
 """The streaming path: attention and attribution in torch ops, in tiles, never an ``Nq × Nk`` tensor.
 
 What a machine without the Triton kernels runs; any device, float16 to float64 in, float32 statistics (float64 for
-float64 inputs). A tile holds every key of a few queries, so a row's normaliser is known as soon as its tile is:
+float64 inputs). A tile holds every key of a few queries, so its rows' normalisers are known as soon as it is computed:
 
-1. first sweep: ``out``, row log-sum-exp, G2R, mass and SRAM are final; the column sums are gathered,
-2. second sweep, over the reference columns only: the logits once more, against the finished column sums, give R2G.
-   Heads that fit one tile skip it: their tile is still there.
+1. First sweep: ``out``, row log-sum-exp, G2R, mass and SRAM. The column sums are gathered from the same exponentials.
+2. Second sweep, over the reference columns only: the logits once more, against the finished column sums, give R2G.
+   Where everything fits one tile there is none: the exponentials are still there.
 
-There are two ways to take the exponential. :class:`_Unshifted` is the cheap one and can tell afterwards whether all its
-sums stayed in range; :class:`_Shifted` is right for any logits. In both, ``s`` is a tile of logits and ``e`` one of
-exponentials, ``[G, R, Nk]``: ``G`` heads, ``R`` queries.
+``s`` is a tile of logits, ``e`` one of exponentials, both ``[G, R, Nk]``: ``G`` heads, ``R`` queries. Logits and what
+is compared with them are in units of :attr:`_Heads.unit`.
 """
 
 from __future__ import annotations
@@ -22,11 +21,13 @@ import torch
 from torch import Tensor
 
 TILE = 5 << 18  # elements: 5 MiB of float32, small enough for the caches, large enough to hide the calls' overhead
-SMALL = 1 << 18  # heads share a tile up to this size; beyond it one head at a time has the faster products
-NARROW = 64  # with fewer keys a tile lies transposed in memory, so that its long axis is the contiguous one
-LANES = 16  # float32 lanes of a vector register: the product with V is 1.5× faster when dv is a multiple
-REACH = 55.0  # sums of unshifted exponentials within e^±55: what underflowed (2^-126) is below their rounding
+SMALL = 1 << 19  # heads share a tile up to this size; beyond it one head at a time has the faster products
+NARROW = 48  # with fewer keys a tile lies transposed in memory, so that its long axis is the contiguous one
+LANES = 16  # float32 lanes of a vector register: oneDNN's product with V is 1.5× faster when dv is a multiple
+HEAVY = 1 << 20  # multiply-adds per head from which oneDNN head by head beats one batched product
 LOG2E = math.log2(math.e)  # torch's exp2 is 4× as fast as its exp on x86
+WEAK = 2.0**-80  # a column sum below this share of the strongest row may have lost terms that count to underflow
+TINY = 1e-30  # below any row sum: its largest term is 1
 
 Span = tuple[int, int]
 
@@ -48,241 +49,276 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One attention call; adds to the running sums of every reference. See :func:`i2am.ops.accumulate`."""
     B, H, Nq, _ = q.shape
-    hull = (min(a for a, _ in keys), max(b for _, b in keys))  # the columns whose statistics are kept
+    hull = slice(min(a for a, _ in keys), max(b for _, b in keys))  # the columns whose statistics are kept
     out = q.new_empty(0) if v is None else q.new_empty(B, Nq, H, v.shape[-1]).transpose(1, 2)
     row_lse = q.new_empty(B, H, Nq, dtype=torch.float32)
-    col_lse = q.new_empty(B, H, hull[1] - hull[0], dtype=torch.float32)
-    exponentials = _Unshifted if mask is None else _Shifted
-    for at in _groups(B, H, Nq * k.shape[2]):
-        heads = _Heads.of(at, q, k, v, mask, regions, scale, queries, keys, hull)
-        target = None if v is None else out[at]
-        first = _first_sweep(heads, exponentials(heads), target, row_lse[at])
-        if not first.columns.holds(row_lse[at]):
-            exponentials = _Shifted  # for the heads to come as well: they are likely to need it too
-            first = _first_sweep(heads, exponentials(heads), target, row_lse[at])
-        col_lse[at] = first.columns.lse()
-        for n, share in enumerate(_second_sweep(heads, first)):
-            r2g[n][at].add_(share)
-            g2r[n][at].add_(first.weighted[n][:, 0])
-            if mass:
-                mass[n][at].add_(first.mass[n])
-            if regions is not None:
-                sram[n][at].add_(first.weighted[n][:, 1:])
+    col_lse = q.new_empty(B, H, hull.stop - hull.start, dtype=torch.float32)
+    with torch.autocast(q.device.type, enabled=False):  # the model's own autocast must not reach the statistics
+        for at in _groups(q, k):
+            heads = _Heads.of(at, q, k, v, mask, scale, queries)
+            references = [
+                _Reference(
+                    slice(*span),
+                    r2g[n][at],
+                    g2r[n][at],
+                    mass[n][at] if mass else None,
+                    sram[n][at] if regions is not None else None,
+                )
+                for n, span in enumerate(keys)
+            ]
+            columns = _Columns(heads, hull)
+            weights = _query_weights(heads, None if regions is None else regions[at[0] % len(regions)])
+            whole = _first_sweep(heads, columns, references, weights, None if v is None else out[at], row_lse[at])
+            lse, repaired = _column_lse(heads, columns)
+            col_lse[at] = lse / heads.unit
+            for reference in references:
+                if whole is None or repaired:
+                    _second_sweep(heads, lse, hull, reference)
+                else:
+                    _second_look(whole, columns, reference)
     return out, row_lse, col_lse
 
 
-def _groups(B: int, H: int, elements: int) -> Iterator[tuple[int, slice]]:
-    """Which heads are worked on together: ``(image, heads)``, for an attention of ``elements`` per head."""
-    step = max(1, min(H, SMALL // elements))
+def _groups(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice]]:
+    """Which heads are worked on together: ``(image, heads)``."""
+    B, H, Nq, d = q.shape
+    step = max(1, min(H, SMALL // (k.shape[2] * max(Nq, d))))
     for b in range(B):
         for h in range(0, H, step):
             yield b, slice(h, min(h + step, H))
 
 
-class _Heads(NamedTuple):
-    """The inputs of ``G`` heads of one image, in the dtype of the statistics where a product needs it."""
+class _Reference(NamedTuple):
+    """One reference: its keys, and the running sums of these heads."""
 
-    q: Tensor  # [G, Nq, d]
-    k: Tensor  # [G, Nk, d]
-    v: Tensor | None  # [G, Nk, dv], dv rounded up to LANES with zeros
-    mask: Tensor | None  # [1 | G, 1 | Nq, 1 | Nk]
-    scale: float
-    queries: Span
-    keys: list[Span]
-    hull: Span
-    weights: Tensor  # [1 + regions, Q] weights over the generated queries; the first row takes their mean
+    keys: slice
+    r2g: Tensor  # [G, Q]
+    g2r: Tensor  # [G, K]
+    mass: Tensor | None  # [G, Q]
+    sram: Tensor | None  # [G, regions, K]
+
+
+class _Heads(NamedTuple):
+    """The inputs of ``G`` heads of one image; keys and values dense, in the dtype of the statistics."""
+
+    q: Tensor  # [G, Nq, d] as given
+    k: Tensor  # [G, Nk, d], times scale and unit
+    v: Tensor | None  # [G, Nk, dv], dv filled up to LANES with zeros unless the tiles are narrow
+    bias: Tensor | None  # [1 | G, 1 | Nq, 1 | Nk], bool or additive
+    queries: slice
+    unit: float  # logits are unit × the natural ones: LOG2E; 1 with an additive mask, whose finfo.min would overflow
 
     @classmethod
-    def of(cls, at, q, k, v, mask, regions, scale, queries, keys, hull) -> _Heads:
+    def of(cls, at, q, k, v, mask, scale, queries) -> _Heads:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        Q = queries[1] - queries[0]
-        weights = q.new_full((1, Q), 1.0 / Q, dtype=dtype)
-        if regions is not None:
-            weights = torch.cat([weights, regions[at[0] if len(regions) > 1 else 0].to(weights)])
+        unit = LOG2E if mask is None or mask.dtype == torch.bool else 1.0
         if v is not None:
-            v = torch.nn.functional.pad(v[at].to(dtype), (0, -v.shape[-1] % LANES))
+            v = v[at].to(dtype)
+            v = v if k.shape[2] < NARROW else torch.nn.functional.pad(v, (0, -v.shape[2] % LANES)).contiguous()
         return cls(
             q[at],
-            k[at].to(dtype).contiguous(),
+            (k[at].to(dtype) * (scale * unit)).contiguous(),
             v,
             None if mask is None else _unexpanded(mask[at]),
-            scale,
-            queries,
-            keys,
-            hull,
-            weights,
+            slice(*queries),
+            unit,
         )
 
-    def rows(self, first: int, last: int, width: int) -> Iterator[slice]:
-        """Tiles of queries over ``[first, last)``, as many as TILE allows for ``width`` keys, of about equal size."""
-        most = max(1, TILE // (self.q.shape[0] * width))
-        count = -(-(last - first) // most)
-        step = -(-(last - first) // count)
-        for start in range(first, last, step):
-            yield slice(start, min(start + step, last))
+    def tiles(self, queries: slice, width: int) -> Iterator[slice]:
+        """``queries`` in tiles of about equal size: at most TILE for ``width`` keys, 4 TILE for their q or out."""
+        G, _, d = self.q.shape
+        longest = d if self.v is None else max(d, self.v.shape[2])
+        most = max(1, TILE // (G * max(width, longest // 4)))
+        length = queries.stop - queries.start
+        step = -(-length // -(-length // most))
+        for start in range(queries.start, queries.stop, step):
+            yield slice(start, min(start + step, queries.stop))
 
-    def generated(self, rows: slice) -> tuple[slice, slice]:
-        """The generated queries among ``rows``: their places in the tile, and in ``[0, Q)``. Possibly none."""
-        first, last = max(rows.start, self.queries[0]), min(rows.stop, self.queries[1])
-        last = max(first, last)
-        return slice(first - rows.start, last - rows.start), slice(first - self.queries[0], last - self.queries[0])
-
-    def logits(self, rows: slice, keys: Span, unit: float) -> Tensor:
-        """``unit · (scale · q kᵀ + bias)`` of a tile, ``[G, R, K]``; ``unit`` is 1 where there is a mask."""
-        q = self.q[:, rows].to(self.k.dtype) * (self.scale * unit)  # [G, R, d]
-        k = self.k[:, slice(*keys)]  # [G, K, d]
+    def logits(self, rows: slice, keys: slice | Tensor) -> Tensor:
+        q, k = self.q[:, rows].to(self.k.dtype), self.k[:, keys]  # [G, R, d], [G, K, d]
         s = _product(k, q).transpose(1, 2) if k.shape[1] < NARROW else _product(q, k)
-        if self.mask is None:
+        if self.bias is None:
             return s
-        mask = _cut(_cut(self.mask, 1, rows), 2, slice(*keys))  # [1 | G, 1 | R, 1 | K]
-        return s.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else s.add_(mask)
+        bias = self.bias if self.bias.shape[1] == 1 else self.bias[:, rows]
+        bias = bias if bias.shape[2] == 1 else bias[:, :, keys]  # [1 | G, 1 | R, 1 | K]
+        return s.add_(torch.where(bias, 0.0, -math.inf) if bias.dtype == torch.bool else bias)
+
+    def exp_(self, s: Tensor) -> Tensor:
+        return (s if self.unit == LOG2E else s.mul_(LOG2E)).exp2_()
+
+    def log(self, x: Tensor) -> Tensor:
+        return x.log().mul_(self.unit)
 
 
-class _Unshifted:
-    """``e = exp(s)`` as it is: no maxima, and the column sums are plain sums of ``e``.
+class _Columns:
+    """Log-sum-exp over the generated queries of the columns in ``hull``, from exponentials shifted by rows."""
 
-    Right as long as every row and column sum is of moderate size (:meth:`holds`): then nothing overflowed, and what
-    underflowed was too small to count. Logits of trained models pass; ±80 does not, nor does a fully masked row.
-    """
+    def __init__(self, heads: _Heads, hull: slice):
+        self.heads, self.hull = heads, hull
+        self.top = heads.k.new_full((heads.k.shape[0], 1), -math.inf)  # [G, 1] the largest shift so far
+        self.sums = heads.k.new_zeros(heads.k.shape[0], hull.stop - hull.start)  # [G, K] relative to it
 
-    unit = LOG2E
-    reusable = True  # the first sweep's e serves the second one too
-
-    def __init__(self, heads: _Heads):
-        self.hull = slice(*heads.hull)
-        self.sums = heads.k.new_zeros(heads.k.shape[0], heads.hull[1] - heads.hull[0])  # [G, K]
-
-    def rows(self, s: Tensor, generated: slice) -> tuple[Tensor, Tensor | float]:
-        """Turns ``s`` into ``e`` in place and takes up the generated rows' columns. Returns ``e`` and its shift."""
-        e = s.exp2_()
-        self.sums += e[:, generated, self.hull].sum(1)
-        return e, 0.0
-
-    def holds(self, row_lse: Tensor) -> bool:
-        return bool((row_lse.abs().amax() < REACH) & (self.lse().abs().amax() < REACH))
-
-    def lse(self) -> Tensor:
-        return self.sums.log()
-
-    def shares(self, s: Tensor, keys: Span) -> Tensor:
-        """Sum over ``keys`` of the column softmax, ``[G, R]``, from their logits ``[G, R, K]``."""
-        return self.shares_of(s.exp2_(), keys)
-
-    def shares_of(self, e: Tensor, keys: Span) -> Tensor:
-        sums = self.sums[:, keys[0] - self.hull.start : keys[1] - self.hull.start]
-        return torch.bmm(e, sums.reciprocal().unsqueeze(2)).squeeze(2)
+    def add(self, e: Tensor, shift: Tensor) -> Tensor:
+        """Takes up ``e = exp(s − shift)``, ``[G, R, Nk]``; returns the rows' weights ``exp(shift − top) [G, R]``."""
+        top = torch.maximum(self.top, shift.amax(1, keepdim=True))
+        weights = self.heads.exp_(shift - top)  # [G, R]
+        self.sums *= self.heads.exp_(self.top - top)
+        self.sums += _rows_times(weights, e[:, :, self.hull])
+        self.top = top
+        return weights
 
 
-class _Shifted:
-    """``e = exp(s − row maximum)``, and column sums against running column maxima: right for any logits and mask."""
-
-    unit = 1.0  # natural: a mask of finfo.min must not overflow when it changes base
-    reusable = False
-
-    def __init__(self, heads: _Heads):
-        self.hull = slice(*heads.hull)
-        self.sums = heads.k.new_zeros(heads.k.shape[0], heads.hull[1] - heads.hull[0])  # [G, K] of exp(s − peaks)
-        self.peaks = torch.full_like(self.sums, -math.inf)  # [G, K]
-
-    def rows(self, s: Tensor, generated: slice) -> tuple[Tensor, Tensor | float]:
-        """As :meth:`_Unshifted.rows`; the shift is ``[G, R]``."""
-        columns = s[:, generated, self.hull]
-        if columns.shape[1]:
-            peaks = torch.maximum(self.peaks, columns.amax(1))
-            shift = _finite(peaks)
-            self.sums *= torch.exp(self.peaks - shift)
-            self.sums += _exp_(columns - shift.unsqueeze(1)).sum(1)
-            self.peaks = peaks
-        shift = _finite(s.amax(2))
-        return _exp_(s.sub_(shift.unsqueeze(2))), shift
-
-    def holds(self, row_lse: Tensor) -> bool:
-        return True
-
-    def lse(self) -> Tensor:
-        return self.peaks + self.sums.log()
-
-    def shares(self, s: Tensor, keys: Span) -> Tensor:
-        lse = _finite(self.lse()[:, keys[0] - self.hull.start : keys[1] - self.hull.start])
-        return _exp_(s.sub_(lse.unsqueeze(1))).sum(2)
+def _query_weights(heads: _Heads, regions: Tensor | None) -> Tensor:
+    """``[1 + regions, Q]`` weights over the generated queries: their mean (G2R), then the regions (SRAM)."""
+    Q = heads.queries.stop - heads.queries.start
+    mean = heads.k.new_full((1, Q), 1.0 / Q)
+    return mean if regions is None else torch.cat([mean, regions.to(mean)])
 
 
-class _First(NamedTuple):
-    """What the first sweep found; lists hold one tensor per reference."""
+class _Whole(NamedTuple):
+    """The exponentials of all generated queries, where one tile holds them, and the weights that undo their shifts."""
 
-    columns: _Unshifted | _Shifted
-    weighted: list[Tensor]  # [G, 1 + regions, K] row probabilities, summed over the queries with each of the weights
-    mass: list[Tensor]  # [G, Q]
-    whole: Tensor | None  # [G, Nq, Nk] exponentials, where all of it was one tile
+    e: Tensor  # [G, Q, Nk]
+    weights: Tensor  # [G, Q]
 
 
-def _first_sweep(heads: _Heads, columns: _Unshifted | _Shifted, out: Tensor | None, row_lse: Tensor) -> _First:
-    """Writes ``out`` and ``row_lse``; everything that needs only the row normalisers is final."""
-    G, Nq, _ = heads.q.shape
-    Nk, (n_weights, Q) = heads.k.shape[1], heads.weights.shape
-    weighted = [heads.k.new_zeros(G, n_weights, b - a) for a, b in heads.keys]
-    mass = [heads.k.new_zeros(G, Q) for _ in heads.keys]
-    for rows in heads.rows(0, Nq, Nk):
-        here, there = heads.generated(rows)
-        e, shift = columns.rows(heads.logits(rows, (0, Nk), columns.unit), here)  # [G, R, Nk]
+def _first_sweep(
+    heads: _Heads,
+    columns: _Columns,
+    references: list[_Reference],
+    weights: Tensor,
+    out: Tensor | None,
+    row_lse: Tensor,
+) -> _Whole | None:
+    """Writes ``out`` and ``row_lse``, adds G2R, mass and SRAM, gathers the column sums."""
+    (G, Nq, _), Nk = heads.q.shape, heads.k.shape[1]
+    whole = None
+    spent = [heads.k.new_zeros(G, len(weights), r.keys.stop - r.keys.start) for r in references]  # [G, 1 + regions, K]
+    for rows in heads.tiles(slice(0, Nq), Nk):
+        s = heads.logits(rows, slice(0, Nk))
+        shift = _finite(s.amax(2))  # [G, R]
+        e = heads.exp_(s.sub_(shift.unsqueeze(2)))  # [G, R, Nk]
         sums = e.sum(2)  # [G, R]
-        torch.add(sums.log(), shift, out=row_lse[:, rows])
-        inverse = sums.reciprocal().masked_fill_(sums == 0, 0.0)  # a fully masked row gives zeros
+        row_lse[:, rows] = (heads.log(sums) + shift) / heads.unit
+        inverse = sums.clamp_min_(TINY).reciprocal_()  # a fully masked row, all zeros, stays so
         if out is not None:
-            product = _product(e, heads.v.transpose(1, 2))[..., : out.shape[-1]]
-            torch.mul(product, inverse.unsqueeze(2), out=out[:, rows])
-        weights = heads.weights[:, there] * inverse[:, None, here]  # [G, 1 + regions, R]
-        for n, (a, b) in enumerate(heads.keys):
-            spent = e[:, here, a:b]
-            weighted[n] += weights @ spent
-            torch.mul(spent.sum(2), inverse[:, here], out=mass[n][:, there])
-    whole = e if columns.reusable and rows == slice(0, Nq) else None
-    return _First(columns, weighted, mass, whole)
+            _write_output(out[:, rows], e, heads.v, inverse)
+        first, last = max(rows.start, heads.queries.start), min(rows.stop, heads.queries.stop)
+        if first >= last:
+            del s, e
+            continue
+        here = slice(first - rows.start, last - rows.start)  # the generated queries' place in the tile
+        there = slice(first - heads.queries.start, last - heads.queries.start)  # and among themselves
+        e, inverse = e[:, here], inverse[:, here]
+        undo = columns.add(e, shift[:, here])  # [G, R]
+        for reference, total in zip(references, spent, strict=True):
+            total += _rows_times(weights[:, there] * inverse.unsqueeze(1), e[:, :, reference.keys])
+            if reference.mass is not None:
+                reference.mass[:, there].add_(e[:, :, reference.keys].sum(2).mul_(inverse))
+        if rows == slice(0, Nq):
+            whole = _Whole(e, undo)
+        del s, e  # before the next tile is allocated, which then takes their place in the caches
+    for reference, total in zip(references, spent, strict=True):
+        reference.g2r.add_(total[:, 0])
+        if reference.sram is not None:
+            reference.sram.add_(total[:, 1:])
+    return whole
 
 
-def _second_sweep(heads: _Heads, first: _First) -> Iterator[Tensor]:
-    """R2G of each reference, ``[G, Q]``."""
-    for keys in heads.keys:
-        width = keys[1] - keys[0]
-        if first.whole is not None:
-            shares = first.columns.shares_of(first.whole[:, slice(*heads.queries), slice(*keys)], keys)
-        else:
-            shares = torch.cat(
-                [
-                    first.columns.shares(heads.logits(rows, keys, first.columns.unit), keys)
-                    for rows in heads.rows(*heads.queries, width)
-                ],
-                1,
-            )
-        yield shares / width
+def _write_output(out: Tensor, e: Tensor, v: Tensor, inverse: Tensor) -> None:
+    """``out = inverse · e v``, with the factor where there are fewer numbers to multiply."""
+    if e.shape[2] >= NARROW:
+        torch.mul(_product(e, v.transpose(1, 2))[..., : out.shape[2]], inverse.unsqueeze(2), out=out)
+    elif out.dtype == v.dtype:
+        torch.bmm(e * inverse.unsqueeze(2), v, out=out)
+    else:
+        out.copy_(torch.bmm(e * inverse.unsqueeze(2), v))
+
+
+def _column_lse(heads: _Heads, columns: _Columns) -> tuple[Tensor, bool]:
+    """Log-sum-exp of the columns, ``[G, K]``, and whether some had to be computed anew.
+
+    Columns far below the strongest row are: their terms underflowed. So are fully masked ones (-inf).
+    """
+    lse = heads.log(columns.sums) + columns.top
+    weak = (columns.sums < WEAK).any(0).nonzero().squeeze(1)  # [W]
+    if len(weak) == 0:
+        return lse, False
+    exact = torch.full_like(lse[:, weak], -math.inf)
+    for rows in heads.tiles(heads.queries, len(weak)):
+        s = heads.logits(rows, weak + columns.hull.start)  # [G, R, W]
+        exact = torch.logaddexp(exact, torch.logsumexp(s / heads.unit, 1))
+    lse[:, weak] = exact * heads.unit
+    return lse, True
+
+
+def _second_sweep(heads: _Heads, lse: Tensor, hull: slice, reference: _Reference) -> None:
+    """Adds R2G: every generated query's share of the reference's columns, given their log-sum-exp."""
+    width = reference.keys.stop - reference.keys.start
+    lse = _finite(_within(lse, hull, reference)).unsqueeze(1)  # [G, 1, K]
+    for rows in heads.tiles(heads.queries, width):
+        c = heads.exp_(heads.logits(rows, reference.keys).sub_(lse))  # [G, R, K] column probabilities
+        there = slice(rows.start - heads.queries.start, rows.stop - heads.queries.start)
+        reference.r2g[:, there].add_(c.sum(2), alpha=1.0 / width)
+        del c
+
+
+def _second_look(whole: _Whole, columns: _Columns, reference: _Reference) -> None:
+    """What :func:`_second_sweep` does, from the exponentials at hand."""
+    width = reference.keys.stop - reference.keys.start
+    sums = _within(columns.sums, columns.hull, reference)  # [G, K]
+    shares = _rows_times(sums.reciprocal(), whole.e[:, :, reference.keys].transpose(1, 2))  # [G, Q]
+    reference.r2g.add_(shares.mul_(whole.weights), alpha=1.0 / width)
+
+
+def _within(x: Tensor, hull: slice, reference: _Reference) -> Tensor:
+    """The reference's columns of ``x [G, hull]``."""
+    return x[:, reference.keys.start - hull.start : reference.keys.stop - hull.start]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a bᵀ`` of ``[G, M, d]`` and ``[G, N, d]``; float32 goes to oneDNN, on AMD twice as fast as torch's own BLAS."""
-    if a.shape[0] == 1 and a.dtype == torch.float32 and a.is_cpu and _linear is not None and a.is_contiguous():
-        return _linear(a[0], b[0], None, "none", [], "").unsqueeze(0)
+    """``a bᵀ`` of ``[G, M, d]`` and ``[G, N, d]``. For float32 oneDNN, on AMD twice as fast as torch's own choice."""
+    G, M, d = a.shape
+    if _linear is not None and a.is_cpu and a.dtype == torch.float32 and (G == 1 or M * b.shape[1] * d >= HEAVY):
+        products = [_linear(x, _dense(y), None, "none", [], "") for x, y in zip(a, b, strict=True)]
+        return products[0].unsqueeze(0) if G == 1 else torch.stack(products)
     return torch.bmm(a, b.transpose(1, 2))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x [N, d]``, copied if its rows lie apart: for a view of one head oneDNN falls back to a loop 1000× as slow."""
+    return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
 
 
 _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
-def _exp_(x: Tensor) -> Tensor:
-    return x.mul_(LOG2E).exp2_()
+def _rows_times(weights: Tensor, e: Tensor) -> Tensor:
+    """``Σ_i weights[i] · e[i, :]``: ``[G, R]`` or ``[G, W, R]`` and ``[G, R, K]`` give ``[G, K]`` or ``[G, W, K]``."""
+    if weights.ndim == 2:
+        return torch.bmm(weights.unsqueeze(1), e).squeeze(1)
+    return torch.bmm(weights, e)
 
 
 def _finite(x: Tensor) -> Tensor:
-    """A shift that can be subtracted: where everything is masked (-inf) there is nothing to shift."""
+    """What to subtract: nothing where everything is masked (-inf)."""
     return x.masked_fill(x.isneginf(), 0.0)
 
 
 def _unexpanded(mask: Tensor) -> Tensor:
     """Axes that were only expanded, back to length 1."""
-    for axis in range(mask.ndim):
-        if mask.stride(axis) == 0:
+    for axis, stride in enumerate(mask.stride()):
+        if stride == 0:
             mask = mask.narrow(axis, 0, 1)
     return mask
 
 
-def _cut(mask: Tensor, axis: int, part: slice) -> Tensor:
-    return mask if mask.shape[axis] == 1 else mask[(slice(None),) * axis + (part,)]
+def _keep_freed_memory() -> None:
+    """Has glibc reuse a freed tile. By default it goes back to the system, and its page faults cost 4× its arithmetic.
+
+    Freeing one large block (never touched) raises the size from which malloc does so to its maximum of 32 MiB.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
+_keep_freed_memory()

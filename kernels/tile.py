@@ -67,6 +67,36 @@ def mask_scores(
 
 
 @triton.jit
+def scores(
+    b_q,  # [BM, D_MAIN]
+    b_qt,  # [BM, D_TAIL], unused where D_TAIL is 0
+    p_k,  # [Nk, D]
+    p_mask,  # [Nq, Nk] or None
+    o_m,
+    o_n,
+    scale,
+    Nq,
+    Nk,
+    stride_kn,
+    stride_mm,
+    stride_mn,
+    D: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_TAIL: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    ROW_MASK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """:func:`mask_scores` of the queries at hand and the keys ``o_n``."""
+    b_k = load_rows(p_k, o_n, Nk, stride_kn, 0, D_MAIN, D)  # [BN, D_MAIN]
+    b_s = dot(b_q, tl.trans(b_k), None, UPCAST)  # [BM, BN]
+    if D_TAIL > 0:
+        b_kt = load_rows(p_k, o_n, Nk, stride_kn, D_MAIN, D_TAIL, D)  # [BN, D_TAIL]
+        b_s = dot(b_qt, tl.trans(b_kt), b_s, UPCAST)
+    return mask_scores(b_s, scale, p_mask, o_m, o_n, Nq, Nk, stride_mm, stride_mn, EVEN_N, ROW_MASK)
+
+
+@triton.jit
 def log2_add(b_x, b_y):
     """``log2(2^x + 2^y)``, -inf where both are."""
     b_top = tl.maximum(b_x, b_y)

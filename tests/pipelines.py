@@ -134,7 +134,7 @@ def quiet(pipe):
 
 
 def add_ip_adapters(model: UNet2DConditionModel, *kinds: str) -> None:
-    """Loads random IP-Adapters ("base": 4 tokens, "plus": 16, "full": 4×4 patches and a class token) as diffusers does."""
+    """Loads random IP-Adapters ("base": 4 tokens, "plus": 16, "full": 4×4 patches and CLS) as diffusers does."""
     torch.manual_seed(1)
     width = model.config.cross_attention_dim
     make = {

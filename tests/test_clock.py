@@ -58,7 +58,11 @@ def test_img2img_pipeline_counts_its_own_steps():
     pipe.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)
     with i2am.trace(pipe, time_groups=2) as tracer:
         pipe(
-            prompt="a", image=pipelines.image(), ip_adapter_image=pipelines.image(), strength=0.75, num_inference_steps=8
+            prompt="a",
+            image=pipelines.image(),
+            ip_adapter_image=pipelines.image(),
+            strength=0.75,
+            num_inference_steps=8,
         )
     assert set(map(tuple, tracer.maps().counts().values())) == {(4, 3)}  # 6 steps; PNDM makes 7 evaluations
 

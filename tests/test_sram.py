@@ -230,7 +230,7 @@ def test_maps_without_records_say_how_to_get_them():
     maps = tracer.maps()
     assert maps.sram("a").shape == (1, *GRID)
     for ask in (lambda: maps.sram((0, 0)), maps.correspondence, maps.match, lambda: maps.where_did_it_go((0, 0))):
-        with pytest.raises(ValueError, match='record="qk".*sram='):
+        with pytest.raises(ValueError, match=r'record="qk".*sram='):
             ask()
 
 
@@ -468,7 +468,7 @@ def test_a_truncated_record_is_refused(tmp_path):
     path = record_run(record="qk", record_to=tmp_path / "record").save(tmp_path / "maps.safetensors")
     victim = tmp_path / "record" / "000002.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="000002.safetensors is truncated"):
+    with pytest.raises(ValueError, match=r"000002\.safetensors is truncated"):
         i2am.AttributionMaps.load(path)
 
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import i2am
 from i2am import ops, reference, streaming
@@ -125,7 +126,30 @@ def test_strided_views(Nk, tiled):
     q = randn(B, 65, H, d).transpose(1, 2)
     k, v = randn(B, Nk, 2, H, d).permute(2, 0, 3, 1, 4)
     check(q, k, v)
-    check(randn(B, H, 130, 2 * d)[:, :, ::2, :d], randn(H, B, Nk, d).transpose(0, 1), randn(1, 1, Nk, d).expand(B, H, -1, -1))
+    check(
+        randn(B, H, 130, 2 * d)[:, :, ::2, :d],
+        randn(H, B, Nk, d).transpose(0, 1),
+        randn(1, 1, Nk, d).expand(B, H, -1, -1),
+    )
+
+
+@pytest.mark.parametrize("Nk", [5, 77])
+def test_onednn_gets_dense_matrices(Nk, monkeypatch):
+    """A view of one head among others sends it to a loop that takes 1000 times as long."""
+    if streaming._linear is None:
+        pytest.skip("this torch has no oneDNN")
+    seen = []
+
+    def linear(x, y, *args, real=streaming._linear):
+        seen.append(y.is_contiguous() or y.T.is_contiguous())
+        return real(x, y, *args)
+
+    monkeypatch.setattr(streaming, "_linear", linear)
+    monkeypatch.setattr(streaming, "HEAVY", 1)
+    q, k, v = (randn(1, n, 2, 40).transpose(1, 2) for n in (65, Nk, Nk))
+    check(q, k, v, keys=slice(1, 4))
+    assert seen
+    assert all(seen)
 
 
 def test_inputs_are_left_alone(tiled):
@@ -238,7 +262,9 @@ def test_text_padding_by_the_lowest_number(lowest, tiled):
     check(q, k, v, attn_mask=mask, keys=slice(0, 50))
     row = torch.full((65, 77), lowest)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=row)
-    assert_close("out", i2am.attention(q, k, v, attn_mask=row, backend="streaming").out, expected, 4 * EPS * min(-lowest, 1e5))
+    assert_close(
+        "out", i2am.attention(q, k, v, attn_mask=row, backend="streaming").out, expected, 4 * EPS * min(-lowest, 1e5)
+    )
 
 
 # -------------------------------------------------------------------------------------------------- which tokens
@@ -400,8 +426,8 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        known = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for x in torch.utils._pytree.tree_leaves(result):
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
             if isinstance(x, torch.Tensor):
                 self._own(x, x.untyped_storage().data_ptr() in known)
         return result
@@ -449,16 +475,19 @@ def call(q, k, v, mask=None, n_references=1):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("Nq", "Nk"), [(3000, 3000), (512, 16384), (16384, 512), (200_000, 16), (2, 200_000)])
-def test_no_tensor_grows_with_the_attention(Nq, Nk, masked):
-    q, k, v = inputs(Nq, Nk, 8, dtype=torch.float16)
+@pytest.mark.parametrize(
+    ("Nq", "Nk", "d"),
+    [(3000, 3000, 8), (512, 16384, 8), (16384, 512, 8), (200_000, 16, 8), (200_000, 1, 160), (2, 200_000, 8)],
+)
+def test_no_tensor_grows_with_the_attention(Nq, Nk, d, masked):
+    q, k, v = inputs(Nq, Nk, d, dtype=torch.float16)
     mask = torch.randn(1, 1, 1, Nk).expand(1, 2, Nq, Nk) if masked else None
     with Allocations() as seen:
         results = call(q, k, v, mask)
-    kept = sum(x.numel() * x.element_size() for x in results)
-    linear = 3 * 4 * 160 * Nk  # k, v and sums of one head
-    assert seen.largest <= max(4 * 4 * streaming.TILE, max(x.numel() * 2 for x in results), 4 * 16 * Nk)
-    assert seen.peak - kept <= 5 * 4 * streaming.TILE + linear
+    kept = [x.numel() * x.element_size() for x in results]
+    inputs_of_a_head = 4 * 16 * Nk  # float32, head dims up to LANES
+    assert seen.largest <= max(4 * 4 * streaming.TILE, inputs_of_a_head, *kept)
+    assert seen.peak - sum(kept) <= 64 * MIB
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -37,7 +37,9 @@ class HookTracer:
     def _hook(self, name: str):
         def hook(module, args, kwargs, output):
             hidden, context = args[0], kwargs["encoder_hidden_states"]
-            q, k = (self._heads(project(x), module.heads) for project, x in ((module.to_q, hidden), (module.to_k, context)))
+            q, k = (
+                self._heads(project(x), module.heads) for project, x in ((module.to_q, hidden), (module.to_k, context))
+            )
             s = q @ k.transpose(-1, -2) * module.scale  # [b, H, Nq, Nk]
             self.r2g.setdefault(name, []).append(s.softmax(-2).mean(-1))
             self.g2r.setdefault(name, []).append(s.softmax(-1).mean(-2))

@@ -1,7 +1,7 @@
 """Where the reference enters attention, one file a model family.
 
-A family is read from a pipeline or a bare model once, when tracing starts; from then on it answers, for each forward and
-each attention module, which tokens are generated, which encode the reference, and on which grids.
+A family is read from a pipeline or a bare model once, when tracing starts; from then on it answers, for each forward
+and each attention module, which tokens are generated, which encode the reference, and on which grids.
 """
 
 from __future__ import annotations

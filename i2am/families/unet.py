@@ -1,7 +1,8 @@
 """diffusers UNets: the reference as the whole cross-attention context, or through IP-Adapters beside a text.
 
-Covers Paint-by-Example and ImageVariation (one image token), Versatile-like contexts (CLIP's 257 tokens), any UNet whose
-reference keys the caller describes, and IP-Adapters of every kind on SD 1.5, SDXL, inpainting and ControlNet pipelines.
+Covers Paint-by-Example and ImageVariation (one image token), Versatile-like contexts (CLIP's 257 tokens), any UNet
+whose reference keys the caller describes, and IP-Adapters of every kind on SD 1.5, SDXL, inpainting and ControlNet
+pipelines.
 """
 
 from __future__ import annotations
@@ -177,9 +178,9 @@ def read_unet(
             else ""
         )
         raise ValueError(
-            f"which cross-attention keys of this {name} encode the reference? The model alone does not tell text tokens "
-            f"from image tokens.{hint} Load the IP-Adapter first, trace the pipeline instead, or describe the keys:\n"
-            f"    {EXAMPLE}"
+            f"which cross-attention keys of this {name} encode the reference? The model alone does not tell "
+            f"text tokens from image tokens.{hint} Load the IP-Adapter first, trace the pipeline instead, or describe "
+            f"the keys:\n    {EXAMPLE}"
         )
     return CrossAttention(unet, references, image_grid)
 

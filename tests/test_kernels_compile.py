@@ -1,0 +1,98 @@
+"""What is shipped, compiled ahead of time for GPUs that need not be there: does it fit, spill, and cost what it should?
+
+A process that interprets Triton cannot compile it, so each target is compiled in a process of its own.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+TARGETS = ("sm_80", "sm_90", "gfx942")
+EVERY_TARGET = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+
+
+def start(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "i2am.kernels.compile", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr[-2000:]
+    return [json.loads(line) for line in stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """Target → what became of each configuration."""
+    running = {}
+    for target in TARGETS:
+        plain = start(target, "--dtypes", "fp16", "--head-dims", 40, 64, 80, 128, "--variants", "plain")
+        others = start(target, "--dtypes", "bf16", "fp32", "--head-dims", 64, "--variants", "plain")
+        running[target] = plain, others
+    return {target: [line for p in processes for line in finish(p)] for target, processes in running.items()}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_and_fits(reports, target):
+    assert len(reports[target]) == 3 * 6 + 2 * 2
+    for found in reports[target]:
+        assert "error" not in found, found
+        assert found["shared"] <= found["allowed"], found
+        assert found["spills"] == 0, found
+
+
+def tiles(reports, kernel):
+    """Constants and instruction counts on sm_90 of one kernel's 16-bit configurations."""
+    chosen = [f for f in reports["sm_90"] if f["name"].startswith(kernel) and "fp32" not in f["name"]]
+    assert len(chosen) == 5
+    for found in chosen:
+        constants = found["constants"]
+        scores = constants["BM"] * constants["BN"] / (32 * found["num_warps"])  # a thread's, of one tile
+        yield constants, scores, found["num_warps"], found["sass"]
+
+
+@pytest.mark.parametrize(("kernel", "products"), [("attention", 2), ("attribution", 1)])
+def test_matrix_products(reports, kernel, products):
+    """Three in all, O included: two in pass 1, one in pass 2, each on the tensor cores."""
+    for constants, _, warps, sass in tiles(reports, kernel):
+        macs = 0
+        for opcode, count in sass.items():
+            if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", opcode):
+                m, n, k = map(int, shape.groups())
+                macs += count * m * n * k * warps // 4
+        padded = constants["D_MAIN"] + constants["D_TAIL"]
+        assert macs == products * constants["BM"] * constants["BN"] * padded, constants
+
+
+def test_pass_1_takes_one_exponential_a_score(reports):
+    """And a few per row: rescaling, and the rows' factors of the column sums, which take none of their own."""
+    for constants, scores, _, sass in tiles(reports, "attention"):
+        assert scores <= sass["MUFU.EX2"] <= 1.15 * scores, constants
+
+
+def test_pass_2_takes_one_exponential_a_score(reports):
+    """The code holds two, the second on the way that only tiles of extreme range take."""
+    for constants, scores, _, sass in tiles(reports, "attribution"):
+        assert 2 * scores <= sass["MUFU.EX2"] <= 2.1 * scores, constants
+
+
+def test_no_atomics(reports):
+    for found in reports["sm_90"]:
+        assert not [opcode for opcode in found["sass"] if re.match(r"ATOM|RED(G|\.|$)", opcode)], found["name"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", EVERY_TARGET)
+def test_every_target(target):
+    """Every dtype and head dim, and every variant; none may ask for more shared memory than there is."""
+    plain = start(target, "--variants", "plain")
+    variants = start(target, "--dtypes", "fp16", "--head-dims", 64, 160)
+    found = finish(plain) + finish(variants)
+    broken = [f for f in found if "error" in f or f["shared"] > f["allowed"]]
+    assert not broken, broken[:3]
