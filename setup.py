@@ -31,7 +31,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["i2am", "i2am.families", "i2am.kernels"],
+    packages=["i2am", "i2am.cli", "i2am.families", "i2am.kernels"],
     package_dir={"i2am.kernels": "kernels"},
     install_requires=[
         "torch>=2.6",

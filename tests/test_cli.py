@@ -13,6 +13,10 @@ from safetensors.torch import save_file
 
 import i2am
 from i2am import cli, demo
+from i2am.cli import images as cli_images
+from i2am.cli import job, pipelines
+from i2am.cli import trace as trace_command
+from i2am.cli.arguments import UserError
 
 R2G_FILES = {"ulam_r2g.png", "tlam_r2g.png", "hlam_r2g.png", "llam_r2g.png"}
 G2R_FILES = {"ulam_g2r.png", "tlam_g2r.png", "hlam_g2r.png", "llam_g2r.png"}
@@ -210,7 +214,9 @@ def test_paint_by_example_as_published(paint_by_example, images, tmp_path):
 def test_reference_and_seed_reach_the_run(inpaint, images, tmp_path, monkeypatch):
     pipeline, adapter = inpaint
     written = []
-    monkeypatch.setattr(cli, "write_results", lambda out, maps, generated, *_: written.append((maps, generated)))
+    monkeypatch.setattr(
+        trace_command, "write_results", lambda out, maps, generated, *_: written.append((maps, generated))
+    )
 
     def run(*more):
         options = ["--ip-adapter", adapter, "--ip-adapter-subfolder", "models", *more]
@@ -299,7 +305,7 @@ def test_option_values(paint_by_example, images, tmp_path, capsys, options, word
 
 
 def test_missing_inputs_are_named_before_loading(paint_by_example, inpaint, images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(job, "load_pipeline", lambda *_: pytest.fail("weights were loaded"))
     check_error(capsys, trace(paint_by_example, images, tmp_path, image=False), "PaintByExamplePipeline", "--image")
     code = trace(paint_by_example, images, tmp_path, "--image", images / "image.png", image=False)
     check_error(capsys, code, "--mask")
@@ -397,7 +403,7 @@ def call_of(name):
     ],
 )
 def test_where_inputs_go(name, given, expected):
-    assert cli.route(name, call_of(name), options(**dict.fromkeys(given.split(), "given"))) == expected
+    assert pipelines.route(name, call_of(name), options(**dict.fromkeys(given.split(), "given"))) == expected
 
 
 @pytest.mark.parametrize(
@@ -414,17 +420,17 @@ def test_where_inputs_go(name, given, expected):
     ],
 )
 def test_inputs_that_do_not_fit(name, given, message):
-    with pytest.raises(cli.UserError, match=message):
-        cli.route(name, call_of(name), options(**dict.fromkeys(given.split(), "given")))
+    with pytest.raises(UserError, match=message):
+        pipelines.route(name, call_of(name), options(**dict.fromkeys(given.split(), "given")))
 
 
 def test_part_of_the_reference_that_clip_sees():
     reference = Image.fromarray(np.arange(40 * 60, dtype=np.uint16).reshape(40, 60).astype(np.uint8))
     pipe = type("Pipe", (), {"feature_extractor": feature_extractor()})()
-    seen = cli.part_seen(reference, pipe)
+    seen = cli_images.part_seen(reference, pipe)
     assert seen.tobytes() == reference.crop((10, 0, 50, 40)).tobytes()
     pipe.feature_extractor = None
-    assert cli.part_seen(reference, pipe) is reference
+    assert cli_images.part_seen(reference, pipe) is reference
 
 
 def test_figures_of_a_model_with_several_head_counts(images, tmp_path):

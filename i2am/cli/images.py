@@ -1,0 +1,64 @@
+"""Input images of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from i2am.cli.arguments import UserError, flag
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_OPTIONS = {"reference": "RGB", "image": "RGB", "mask": "L", "control_image": "RGB"}
+
+
+def open_image(option: str, path: Path | None, mode: str) -> Image | None:
+    from PIL import Image, ImageOps
+
+    if path is None:
+        return None
+    if not path.is_file():
+        raise UserError(f"{flag(option)}: there is no file {path}")
+    try:
+        return ImageOps.exif_transpose(Image.open(path)).convert(mode)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{flag(option)}: {path} cannot be read as an image: {error}") from error
+
+
+def fit_images(images: dict[str, Image | None], size: tuple[int, int] | None) -> dict[str, Image | None]:
+    """The input images at one size: the one asked for, else the first one's own in multiples of 8.
+
+    Not the reference: its encoder has a size of its own.
+    """
+    from PIL.Image import Resampling
+
+    inputs = [option for option in ("image", "control_image", "mask") if images.get(option) is not None]
+    if not inputs:
+        return images
+    width, height = images[inputs[0]].size
+    height, width = size or (max(height // 8, 1) * 8, max(width // 8, 1) * 8)
+    fitted = {
+        option: images[option].resize((width, height), Resampling.NEAREST if option == "mask" else Resampling.LANCZOS)
+        for option in inputs
+        if images[option].size != (width, height)
+    }
+    return images | fitted
+
+
+def part_seen(reference: Image, pipe) -> Image:
+    """The part of a reference that the pipeline's image encoder sees, and that the G2R maps lie on.
+
+    CLIP's image processors scale the shorter side and cut out the centre; others scale the whole image.
+    """
+    processor = getattr(pipe, "feature_extractor", None) or getattr(pipe, "image_feature_extractor", None)
+    shorter = (getattr(processor, "size", None) or {}).get("shortest_edge")
+    if not shorter or not getattr(processor, "do_center_crop", False):
+        return reference
+    scale = min(reference.size) / shorter
+    width, height = (
+        min(round(processor.crop_size[side] * scale), n)
+        for side, n in zip(("width", "height"), reference.size, strict=True)
+    )
+    left, top = (reference.width - width) // 2, (reference.height - height) // 2
+    return reference.crop((left, top, left + width, top + height))

@@ -1,0 +1,79 @@
+"""One pipeline, checked and loaded, and how a sample's inputs go through it: what ``trace`` and ``evaluate`` share."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+import i2am
+from i2am.cli.images import fit_images, part_seen
+from i2am.cli.pipelines import check_adapter, find_class, load_pipeline, route
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from i2am.maps import AttributionMaps
+
+
+class Outcome(NamedTuple):
+    """A traced run."""
+
+    maps: AttributionMaps
+    generated: Image
+    seen: Image  # the part of the reference that its encoder saw
+
+
+@dataclass
+class Job:
+    """What to run, decided before any weights are read; ``load`` reads them."""
+
+    args: argparse.Namespace
+    pipeline_class: type
+    parameters: set[str]
+    routes: dict[str, str]  # argument of the pipeline's call → option
+    pipe: Any = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Job:
+        """Checks the options of a command against what its pipeline takes.
+
+        Raises:
+            UserError: there is no such pipeline or adapter; an input is missing, or is of no use.
+        """
+        check_adapter(args)
+        pipeline_class = find_class(args.pipeline)
+        parameters = set(inspect.signature(pipeline_class.__call__).parameters)
+        return cls(args, pipeline_class, parameters, route(pipeline_class.__name__, parameters, args))
+
+    @property
+    def name(self) -> str:
+        return self.pipeline_class.__name__
+
+    def load(self) -> None:
+        self.pipe = load_pipeline(self.pipeline_class, self.args)
+
+    def run(self, images: dict[str, Image | None], seed: int, texts: dict[str, str] | None = None, **traced) -> Outcome:
+        """Runs the pipeline once.
+
+        Args:
+            images: by option ("reference", "image", "mask", "control_image"); those that are painted on get one size.
+            seed: of the initial noise, drawn on the CPU: the same on every device.
+            texts: what replaces the command's own options, such as a sample's prompt.
+            **traced: of :func:`i2am.trace`.
+        """
+        args = self.args
+        images = fit_images(images, args.size)
+        call: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)}
+        if "prompt" in self.parameters:
+            call["prompt"] = ""
+        if args.size is not None and "height" in self.parameters:
+            call["height"], call["width"] = args.size
+        values = {**vars(args), **(texts or {}), **images}
+        call |= {argument: values[option] for argument, option in self.routes.items()}
+        with i2am.trace(self.pipe, time_groups=args.time_groups, layers=args.layers, **traced) as tracer:
+            result = self.pipe(**call)
+        return Outcome(tracer.maps(), result.images[0], part_seen(images["reference"], self.pipe))

@@ -1,0 +1,55 @@
+"""``i2am trace``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import i2am
+from i2am.cli.arguments import UserError, add_adapter_options, add_map_options, add_run_options
+from i2am.cli.images import IMAGE_OPTIONS, open_image
+from i2am.cli.job import Job
+from i2am.cli.results import claim, hush, write_results
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Runs a diffusers pipeline once, traced, and writes its image, maps and figures."
+    parser.add_argument("pipeline", metavar="PIPELINE", help="folder of a saved diffusers pipeline, or its hub name")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+
+    images = parser.add_argument_group("images")
+    images.add_argument("--reference", type=Path, required=True, metavar="FILE", help="the reference image")
+    images.add_argument("--image", type=Path, metavar="FILE", help="the image to paint in or to start from")
+    images.add_argument("--mask", type=Path, metavar="FILE", help="white where to paint")
+    images.add_argument("--control-image", type=Path, metavar="FILE", help="a ControlNet's input")
+    add_adapter_options(parser)
+    add_run_options(parser)
+    add_map_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    images = {option: open_image(option, getattr(args, option), mode) for option, mode in IMAGE_OPTIONS.items()}
+    hush()
+    job = Job.of(args)
+    claim(args.out)
+    job.load()
+    try:
+        maps, generated, seen = job.run(images, args.seed)
+    except (ValueError, i2am.BlindLayerError) as error:
+        raise UserError(f"{job.name}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{job.name}: out of memory on {job.pipe.device}; try a smaller --size, or --dtype float16"
+        ) from error
+    if seen.size != images["reference"].size:
+        print(f"the image encoder sees the central {seen.width}×{seen.height} pixels of the reference: reference.png")
+    write_results(args.out, maps, generated, seen, shown_settings(args, job.name))
+
+
+def shown_settings(args: argparse.Namespace, pipeline_class: str) -> dict[str, Any]:
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in ("run", "out")}
+    readable = {k: v if isinstance(v, (int, float, str, list, tuple)) else str(v) for k, v in given.items()}
+    return {"command": "trace", "pipeline_class": pipeline_class, **readable}
