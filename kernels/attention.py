@@ -1,10 +1,15 @@
-"""Pass 1, a flash forward that also leaves the column log-sum-exp, and the launcher of both passes."""
+"""Pass 1, a flash forward that also leaves the column log-sum-exp, and the launcher of both passes.
+
+Where all keys fit one tile, a row's normaliser is known at once, and pass 1 leaves G2R as well.
+"""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from i2am.kernels.attribution import attribute
 from i2am.kernels.columns import Columns, normalise
 from i2am.kernels.configuration import (
@@ -20,8 +25,7 @@ from i2am.kernels.configuration import (
     upcast,
 )
 from i2am.kernels.reduce import accumulate
-from i2am.kernels.tile import LN2, LOG2E, dot, load_rows, scores, store_rows
-from torch import Tensor
+from i2am.kernels.tile import DEAD, LN2, LOG2E, dot, load_rows, scores, store_rows
 
 HEADROOM = tl.constexpr(32.0)  # how far above the pivot a row's maximum may lie, log2; TINY in columns.py builds on it
 
@@ -38,6 +42,7 @@ def attention_kernel(
     p_row,  # [B, H, Nq] natural log-sum-exp of the rows
     p_sum,  # [B·H, splits, whole key tiles] column sums over a split's queries, in units of 2^pivot; starts at 0
     p_pivot,  # [B·H, splits]
+    p_g2r,  # [B·H, splits, BN] partial Σ_i P_ij over a split's queries where all keys fit one tile, else None
     scale,
     H,
     Nq,
@@ -74,6 +79,8 @@ def attention_kernel(
 ):
     """``O = softmax(S) V``, ``row_i = log Σ_j exp(S_ij)``, and ``sum_j = Σ_i exp2(s_ij - pivot)`` over the split's i.
 
+    With ``p_g2r`` also ``Σ_i P_ij``, as long as the keys are one tile.
+
     ``s = S · log2(e)``. The column sums reuse the exponentials of the row softmax, ``p_ij = exp2(s_ij - m_i)`` with the
     running row maximum ``m_i``: ``sum_j = Σ_i p_ij · exp2(m_i - pivot)``. A sum that lost something that way is too
     small or not a number: :mod:`i2am.kernels.columns` sees that and takes the exponentials afresh.
@@ -94,6 +101,8 @@ def attention_kernel(
     i_slot = i_bh * tl.num_programs(1) + i_split
     key_first = key_start // BN * BN  # the sums are kept in whole tiles: aligned, and without a mask
     p_sum += i_slot * tl.cdiv(key_stop - key_first, BN) * BN
+    if p_g2r is not None:
+        b_g = tl.zeros([BN], tl.float32)
 
     pivot = float("-inf")
     first = i_split * tiles_per_split
@@ -152,6 +161,9 @@ def attention_kernel(
                 b_u = tl.where(m_counts, b_u, 0.0)  # [BM]
                 p_slot = p_sum + (o_n - key_first)
                 tl.store(p_slot, tl.load(p_slot) + tl.sum(b_p * b_u[:, None], 0))
+                if p_g2r is not None:
+                    b_share = tl.where(m_generated & (b_m > DEAD), 1.0 / b_l, 0.0)  # [BM]
+                    b_g += tl.sum(b_p * b_share[:, None], 0)
 
             if p_v is not None:
                 b_v = load_rows(p_v, o_n, Nk, stride_vn, 0, D_MAIN, D)  # [BN, D_MAIN]
@@ -168,6 +180,8 @@ def attention_kernel(
                 store_rows(p_out, b_ot * b_inverse[:, None], o_m, Nq, stride_on, D_MAIN, D_TAIL, D)
 
     tl.store(p_pivot + i_slot, pivot)
+    if p_g2r is not None:
+        tl.store(p_g2r + i_slot * BN + tl.arange(0, BN), b_g)
 
 
 def forward(
@@ -179,24 +193,26 @@ def forward(
     mask: Tensor | None,
     queries: tuple[int, int],
     keys: tuple[int, int],
-) -> tuple[Tensor, Tensor, Columns]:
-    """Pass 1: ``out [B, H, Nq, D]``, natural ``row [B, H, Nq]`` and the column sums.
+) -> tuple[Tensor, Tensor, Columns, Tensor | None]:
+    """Pass 1: ``out [B, H, Nq, D]``, natural ``row [B, H, Nq]``, the column sums and partial G2R ``[B·H, splits, K]``.
 
-    ``scale`` includes log2(e), ``keys`` is the hull of the references. ``out`` lies in memory as ``[B, Nq, H, D]``, so
+    ``scale`` includes log2(e), ``keys`` is the hull of the references; there is no G2R where the keys take several
+    tiles. ``out`` lies in memory as ``[B, Nq, H, D]``, so
     that the transpose and reshape that follow in a model cost nothing; empty without ``v``.
     """
     B, H, Nq, D = q.shape
     Nk = k.shape[2]
     out = q.new_empty(0) if v is None else q.new_empty(B, Nq, H, D).transpose(1, 2)
     row = q.new_empty(B, H, Nq, dtype=torch.float32)
-    tiles = attention_tiles(D, q.element_size(), Device.of(q.device), mask_kind(mask)).fit(Nk)
+    tiles = attention_tiles(D, q.element_size(), Device.of(q.device), mask_kind(mask), Nk)
     query_tiles = triton.cdiv(Nq, tiles.m)
     key_first = keys[0] // tiles.n * tiles.n
     columns = triton.cdiv(keys[1] - key_first, tiles.n) * tiles.n
     tiles_per_split = per_program(query_tiles, B * H, programs(q.device), slot=4 * B * H * columns)
     splits = triton.cdiv(query_tiles, tiles_per_split)
     sums = torch.zeros(B * H, splits, columns, dtype=torch.float32, device=q.device)
-    pivots = torch.empty(B * H, splits, dtype=torch.float32, device=q.device)
+    pivots = sums.new_empty(B * H, splits)
+    g2r = sums.new_empty(B * H, splits, tiles.n) if Nk <= tiles.n else None
     attention_kernel[B * H, splits](
         q,
         k,
@@ -206,6 +222,7 @@ def forward(
         row,
         sums,
         pivots,
+        g2r,
         scale,
         H,
         Nq,
@@ -222,7 +239,8 @@ def forward(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    return out, row, Columns(sums[..., keys[0] - key_first :], pivots, tiles_per_split * tiles.m)
+    columns = Columns(sums[..., keys[0] - key_first :], pivots, tiles_per_split * tiles.m)
+    return out, row, columns, None if g2r is None else g2r[..., keys[0] : keys[1]]
 
 
 def attention(
@@ -252,7 +270,7 @@ def attention(
     scale = max(scale, 1e-30) * LOG2E.value  # a masked score stays -inf even when the scale is 0
     start, stop = min(a for a, _ in keys), max(b for _, b in keys)
     with torch.cuda.device_of(q):
-        out, row, columns = forward(q, k, v, scale=scale, mask=mask, queries=queries, keys=(start, stop))
+        out, row, columns, spent = forward(q, k, v, scale=scale, mask=mask, queries=queries, keys=(start, stop))
         R = 0 if regions is None else regions.shape[1]
         tiles = attribution_tiles(q.shape[-1], q.element_size(), Device.of(q.device), mask_kind(mask), R)
         col, peak = normalise(
@@ -272,6 +290,7 @@ def attention(
                 col=col[..., a - start : b - start],
                 peak=peak,
                 tiles=tiles,
+                g2r=None if spent is None else spent[..., a - start : b - start],
                 mass=bool(mass),
             )
             accumulate(r2g[i], g2r[i], mass[i] if mass else None, sram[i] if sram else None, partials)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from i2am.kernels.configuration import (
     Device,
     Tiles,
@@ -16,7 +18,6 @@ from i2am.kernels.configuration import (
     upcast,
 )
 from i2am.kernels.tile import DEAD, LOG2E, dot, load_rows, mask_scores
-from torch import Tensor
 
 REACH = tl.constexpr(64.0)  # how far above a column's log2-sum a row's may lie before their ratio needs an exponential
 
@@ -44,7 +45,7 @@ def attribution_kernel(
     p_peak,  # [B·H, query tiles] log2, largest row log-sum-exp of a query tile
     p_regions,  # [1 | B, R, Q] or None
     p_r2g,  # [B·H, key groups, Q] partial Σ_j C_ij
-    p_g2r,  # [B·H, query splits, K] partial Σ_i P_ij
+    p_g2r,  # [B·H, query splits, K] partial Σ_i P_ij, or None where pass 1 has it already
     p_mass,  # [B·H, key groups, Q] partial Σ_j P_ij, or None
     p_sram,  # [B·H, query splits, R, K] partial Σ_i w_ri P_ij, or None
     scale,
@@ -105,7 +106,8 @@ def attribution_kernel(
     o_row_slot = (i_bh * tl.num_programs(1) + i_group) * Q
     i_col_slot = i_bh * tl.num_programs(2) + i_split
     p_r2g += o_row_slot
-    p_g2r += i_col_slot * K
+    if p_g2r is not None:
+        p_g2r += i_col_slot * K
     if p_mass is not None:
         p_mass += o_row_slot
     if p_sram is not None:
@@ -125,7 +127,8 @@ def attribution_kernel(
         b_col = tl.where(b_col > DEAD, b_col, float("inf"))  # nothing is divided by the sum of a masked column
         c = tl.min(b_col, 0)
         b_cf = tl.where(b_col == float("inf"), 0.0, tl.exp2(c - b_col))  # [BN]
-        b_g = tl.zeros([BM // 16, 8, BN], tl.float32)  # partial over rows
+        if p_g2r is not None:
+            b_g = tl.zeros([BM // 16, 8, BN], tl.float32)  # partial over rows
         if p_sram is not None:
             b_z = tl.zeros([BR, BN], tl.float32)
 
@@ -160,15 +163,17 @@ def attribution_kernel(
                 b_mass = tl.sum(b_p if EVEN_N else tl.where(m_n[None, :], b_p, 0.0), 1)
                 tl.store(p_mass + o_i, b_mass + tl.load(p_mass + o_i, mask=m_later, other=0.0), mask=m_m)
 
-            # In the layout of the product a thread holds two rows of each 16, so this sum stays within the thread, and
-            # no thread waits for another before the loop is over.
-            b_g += tl.sum(tl.reshape(b_p, [BM // 16, 2, 8, BN]), 1)
+            if p_g2r is not None:
+                # In the layout of the product a thread holds two rows of each 16, so this sum stays within the thread,
+                # and no thread waits for another before the loop is over.
+                b_g += tl.sum(tl.reshape(b_p, [BM // 16, 2, 8, BN]), 1)
             if p_sram is not None:
                 p_w = p_regions + o_r[:, None] * stride_wr + o_i[None, :] * stride_wq
                 b_w = tl.load(p_w, mask=(o_r < R)[:, None] & m_m[None, :], other=0.0)  # [BR, BM]
                 b_z = tl.dot(b_w, b_p, b_z, input_precision=PRECISION)  # [BR, BM] @ [BM, BN]
 
-        tl.store(p_g2r + o_j, tl.sum(tl.reshape(b_g, [BM // 2, BN]), 0), mask=m_n)
+        if p_g2r is not None:
+            tl.store(p_g2r + o_j, tl.sum(tl.reshape(b_g, [BM // 2, BN]), 0), mask=m_n)
         if p_sram is not None:
             tl.store(p_sram + o_r[:, None] * K + o_j[None, :], b_z, mask=(o_r < R)[:, None] & m_n[None, :])
 
@@ -186,11 +191,13 @@ def attribute(
     col: Tensor,
     peak: Tensor,
     tiles: Tiles,
+    g2r: Tensor | None,
     mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Partials of one reference: R2G ``[B·H, groups, Q]``, G2R ``[B·H, splits, K]``, mass as R2G, SRAM ``[…, R, K]``.
 
-    ``scale`` includes log2(e); ``row`` and ``col`` are natural log-sum-exps, ``col`` a view into the hull's.
+    ``scale`` includes log2(e); ``row`` and ``col`` are natural log-sum-exps, ``col`` a view into the hull's. ``g2r``:
+    its partials, where pass 1 left them.
     """
     B, H, Nq, D = q.shape
     Q, K = queries[1] - queries[0], keys[1] - keys[0]
@@ -206,7 +213,8 @@ def attribute(
     def partial(*shape: int) -> Tensor:
         return torch.empty(B * H, *shape, dtype=torch.float32, device=q.device)
 
-    r2g, g2r = partial(groups, Q), partial(splits, K)
+    r2g = partial(groups, Q)
+    g2r_here = partial(splits, K) if g2r is None else None
     masses, srams = partial(groups, Q) if mass else None, partial(splits, R, K) if R else None
     attribution_kernel[B * H, groups, splits](
         q,
@@ -217,7 +225,7 @@ def attribute(
         peak,
         regions,
         r2g,
-        g2r,
+        g2r_here,
         masses,
         srams,
         scale,
@@ -238,4 +246,4 @@ def attribute(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    return r2g, g2r, masses, srams
+    return r2g, g2r if g2r_here is None else g2r_here, masses, srams

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from i2am.kernels.configuration import (
     Tiles,
     columns_tiles,
@@ -15,7 +17,6 @@ from i2am.kernels.configuration import (
     upcast,
 )
 from i2am.kernels.tile import LN2, LOG2E, load_rows, log2_add, scores
-from torch import Tensor
 
 # Pass 1 multiplies exponentials of at least 2^-126 (smaller ones are zero) by at most 2^HEADROOM = 2^32: a column lost
 # less than 2^-94 a query, which float32 would not have seen beside a sum of this size for up to 2^14 queries a split.
@@ -173,7 +174,7 @@ def normalise(
     B, H, Nq, D = q.shape
     K = keys[1] - keys[0]
     peak_tiles = triton.cdiv(queries[1] - queries[0], tiles.m)
-    tiles = columns_tiles(tiles.fit(K))
+    tiles = columns_tiles(tiles)
     col = row.new_empty(B, H, K)
     peak = row.new_empty(B * H, peak_tiles)
     columns_kernel[B * H, triton.cdiv(K, tiles.n) + peak_tiles](

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from i2am.kernels.attention import attention_kernel
 from i2am.kernels.attribution import attribution_kernel
 from i2am.kernels.columns import columns_kernel
@@ -31,8 +34,6 @@ from i2am.kernels.configuration import (
     tile_constants,
 )
 from i2am.kernels.reduce import BLOCK, accumulate_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 TARGETS = {
     "sm_75": Device(64 * KIB, "fma"),
@@ -49,7 +50,9 @@ DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 HEAD_DIMS = (40, 64, 80, 128, 160, 256)
 VARIANTS = {  # what changes the code, beside head dim and dtype: keyword → how the kernel is asked for
     "plain": {},
-    "edge": {"keys": 77},
+    "edge": {"keys": 257},
+    "one tile": {"keys": 49},
+    "few keys": {"keys": 16},
     "bool mask": {"mask": "i1", "kind": "rows"},
     "additive mask": {"mask": "fp16", "kind": "rows"},
     "padding mask": {"mask": "i1", "kind": "keys"},
@@ -121,15 +124,17 @@ def configurations(
 
 def _of_call(label, device, dtype, d, keys=4096, mask=None, kind=None, mass=False, regions=0, output=True):
     itemsize = DTYPES[dtype]
-    tiles = attention_tiles(d, itemsize, device, kind).fit(keys)
+    tiles = attention_tiles(d, itemsize, device, kind, keys)
+    one_tile = keys <= tiles.n
     pointers = {"p_q": dtype, "p_k": dtype, "p_mask": mask}
     outputs = {"p_v": dtype, "p_out": dtype} if output else {"p_v": None, "p_out": None}
     constants = attention_constants(d, keys, tiles, kind)
-    yield _configuration(f"attention {label}", attention_kernel, pointers | outputs, constants, *tiles[2:])
+    g2r = {"p_g2r": "fp32" if one_tile else None}
+    yield _configuration(f"attention {label}", attention_kernel, pointers | outputs | g2r, constants, *tiles[2:])
     if not output:
         return
     tiles = attribution_tiles(d, itemsize, device, kind, regions).fit(keys)
-    optional = {"p_mass": "fp32" if mass else None}
+    optional = {"p_mass": "fp32" if mass else None, "p_g2r": None if one_tile else "fp32"}
     optional |= dict.fromkeys(("p_regions", "p_sram"), "fp32" if regions else None)
     constants = attribution_constants(d, keys, regions, tiles, device, kind)
     yield _configuration(f"attribution {label}", attribution_kernel, pointers | optional, constants, *tiles[2:])
@@ -157,9 +162,7 @@ def inspect(compiled, target: str) -> dict:
         usage = _tool("cuobjdump", "-res-usage", cubin)
         sass = _tool("nvdisasm", "-c", cubin)
     registers, stack, local = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL"))
-    opcodes = collections.Counter(
-        re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", sass, re.M)
-    )
+    opcodes = collections.Counter(OPCODE.findall(sass))
     return {"registers": registers, "spills": stack + local, "shared": shared, "sass": dict(opcodes)}
 
 

@@ -70,11 +70,16 @@ def head_chunks(d: int) -> tuple[int, int]:
     return main, tail
 
 
-def attention_tiles(d: int, itemsize: int, device: Device, mask: MaskKind = None) -> Tiles:
+def attention_tiles(d: int, itemsize: int, device: Device, mask: MaskKind, keys: int) -> Tiles:
     """Pass 1: a query tile and its output stay, keys and values pass by.
 
-    The largest tiles that spill no register up to ``d = 128`` (16-bit, no mask); a mask costs registers.
+    The largest tiles that spill no register up to ``d = 128`` (16-bit, no mask); a mask costs registers. So does G2R, which
+    joins where the keys are one tile.
     """
+    return _attention_tiles(d, itemsize, device, mask, keys).fit(keys)
+
+
+def _attention_tiles(d: int, itemsize: int, device: Device, mask: MaskKind, keys: int) -> Tiles:
     width = sum(head_chunks(d))
     match device.units:
         case "none":
@@ -89,6 +94,8 @@ def attention_tiles(d: int, itemsize: int, device: Device, mask: MaskKind = None
         return Tiles(64, 32, 4, 2)
     if mask == "rows":
         return Tiles(128, 32, 8, 2)
+    if keys <= 64 and mask is None:
+        return Tiles(64, 64, 4, 1)
     if device.shared >= 200 * KIB and device.units == "mma" and width <= 64 and mask is None:
         return Tiles(128, 64, 4, 2) if width == 64 else Tiles(64, 128, 4, 2)
     return Tiles(128, 64, 8, 2)
@@ -117,7 +124,7 @@ def attribution_tiles(d: int, itemsize: int, device: Device, mask: MaskKind = No
 
 def columns_tiles(attribution: Tiles) -> Tiles:
     """Between the passes: pass 2's query tiles; its products are the exception, so they may be slow but not large."""
-    return attribution._replace(n=min(attribution.n, 32), num_stages=1)
+    return attribution._replace(n=32, num_stages=1)
 
 
 @functools.cache

@@ -19,14 +19,14 @@ def _add(p_sum, p_partial, partials, stride_partial, o_n, N, weight):
     tl.store(p_sum + o_n, tl.load(p_sum + o_n, mask=m_n, other=0.0) + weight * b, mask=m_n)
 
 
-@triton.jit(do_not_specialize=["H", "Q", "K", "R", "key_groups", "query_splits"])
+@triton.jit(do_not_specialize=["H", "Q", "K", "R", "key_groups", "query_splits", "g2r_splits", "stride_partial"])
 def accumulate_kernel(
     p_r2g,  # [B, H, Q] running sums
     p_g2r,  # [B, H, K]
     p_mass,  # [B, H, Q] or None
     p_sram,  # [B, H, R, K] or None
     p_r2g_partial,  # [B·H, key groups, Q]
-    p_g2r_partial,  # [B·H, query splits, K]
+    p_g2r_partial,  # [B·H, splits, K], of pass 1 or pass 2
     p_mass_partial,  # [B·H, key groups, Q] or None
     p_sram_partial,  # [B·H, query splits, R, K] or None
     H,
@@ -35,6 +35,8 @@ def accumulate_kernel(
     R,
     key_groups,
     query_splits,
+    g2r_splits,
+    stride_partial,
     stride_rb,
     stride_rh,
     stride_gb,
@@ -62,8 +64,8 @@ def accumulate_kernel(
             _add(p_mass + i_b * stride_mb + i_h * stride_mh, p_mass_partial + o_slot, key_groups, Q, o_n, Q, 1.0)
     elif i_n < query_blocks + key_blocks:
         o_n = (i_n - query_blocks) * BLOCK + o_block
-        o_slot = i_bh * query_splits * K
-        _add(p_g2r + i_b * stride_gb + i_h * stride_gh, p_g2r_partial + o_slot, query_splits, K, o_n, K, 1.0 / Q)
+        p_partial = p_g2r_partial + i_bh * g2r_splits * stride_partial
+        _add(p_g2r + i_b * stride_gb + i_h * stride_gh, p_partial, g2r_splits, stride_partial, o_n, K, 1.0 / Q)
     else:
         if p_sram is not None:
             i_r = (i_n - query_blocks - key_blocks) // key_blocks
@@ -95,7 +97,9 @@ def accumulate(
         K,
         R,
         partials[0].shape[1],
+        0 if partials[3] is None else partials[3].shape[1],
         partials[1].shape[1],
+        partials[1].stride(1),
         *r2g.stride()[:2],
         *g2r.stride()[:2],
         *((0, 0) if mass is None else mass.stride()[:2]),
