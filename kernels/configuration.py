@@ -73,8 +73,8 @@ def head_chunks(d: int) -> tuple[int, int]:
 def attention_tiles(d: int, itemsize: int, device: Device, mask: MaskKind, keys: int) -> Tiles:
     """Pass 1: a query tile and its output stay, keys and values pass by.
 
-    The largest tiles that spill no register up to ``d = 128`` (16-bit, no mask); a mask costs registers. So does G2R, which
-    joins where the keys are one tile.
+    The largest tiles that spill no register up to ``d = 128`` (16-bit, no mask); a mask costs registers. So
+    does G2R, which joins where the keys are one tile.
     """
     return _attention_tiles(d, itemsize, device, mask, keys).fit(keys)
 
