@@ -9,24 +9,27 @@
 """
 
 from i2am.detect import Box, detect_box
-from i2am.layout import Reference
+from i2am.layout import Banked, Concatenated, Reference
 from i2am.maps import AttributionMaps
 from i2am.metrics import imacs
 from i2am.ops import AttentionOutput, attention
-from i2am.patch import BlindLayerError, Tracer, patch_unet, trace
+from i2am.patch import BlindLayerError, Tracer, patch_transformer, patch_unet, trace
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionOutput",
     "AttributionMaps",
+    "Banked",
     "BlindLayerError",
     "Box",
+    "Concatenated",
     "Reference",
     "Tracer",
     "__version__",
     "attention",
     "detect_box",
     "imacs",
+    "patch_transformer",
     "patch_unet",
     "trace",
 ]

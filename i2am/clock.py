@@ -27,6 +27,8 @@ class Moment(NamedTuple):
 class Clock(Protocol):
     """Tells the time of one evaluation of the model."""
 
+    stepped: bool | None  # whether a scheduler has stepped between the last two evaluations; None: unknown
+
     def read(self, timestep: float, time_groups: int) -> Moment:
         """The moment of the model call that is about to run at ``timestep``. Raises ValueError where it can't tell."""
 
@@ -36,6 +38,8 @@ class Clock(Protocol):
 
 class TimestepClock:
     """A bare model's clock: equal ranges of the training timesteps ``[0, num_train_timesteps)``, noisiest first."""
+
+    stepped = None
 
     def __init__(self, num_train_timesteps: int = 1000):
         self.num_train_timesteps = num_train_timesteps
@@ -57,6 +61,8 @@ class CountingClock:
 
     Repeats in a row are one step (guidance in two calls, Heun, PNDM).
     """
+
+    stepped = None
 
     def __init__(self, num_steps: int):
         if num_steps < 1:
@@ -109,6 +115,8 @@ class SchedulerClock:
     def restart(self) -> None:
         self._count = 0
         self._start: int | None = None
+        self._counted: int | None = None  # at the last evaluation
+        self.stepped = True
 
     def _on_step(self) -> None:
         self._count += 1
@@ -125,6 +133,7 @@ class SchedulerClock:
             self._start = self._find_start(timestep)
         evaluations = self._evaluations() or len(timesteps) - self._start
         step, steps = self._user_step(len(timesteps), evaluations)
+        self.stepped, self._counted = self._counted != self._count, self._count
         return Moment(min(step * time_groups // steps, time_groups - 1), step, steps, evaluations, first)
 
     def _find_start(self, timestep: float) -> int:

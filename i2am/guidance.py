@@ -1,4 +1,7 @@
-"""Which part of a batch is the conditional one. Only it counts: the others look at an empty reference."""
+"""Which part of a batch, or which of two calls, is the conditional one. Only it counts.
+
+The others look at an empty reference, or follow the negative prompt.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,56 @@ class Guidance:
 
     Args:
         mode: "auto", "none" (every sample counts), or the index of the conditional part of a batch of equal parts (two,
-            or as many as the index needs, unless a pipeline says how many).
+            or as many as the index needs, unless a pipeline says how many); where guidance runs as calls of its own, of
+            the conditional call.
 
     "auto" on a bare model: guidance repeats the same latents, so a batch whose halves carry identical latents is
     [unconditional, conditional], and one whose thirds do is [conditional, image only, unconditional], InstructPix2Pix's
     order. Different images never start from identical latents unless they share a seed; then pass "none".
+
+    Models that run guidance as calls of their own are recognised by the same latents coming again at the same timestep.
     """
 
     def __init__(self, mode: str | int = "auto"):
         if mode not in ("auto", "none") and (isinstance(mode, bool) or not isinstance(mode, int) or mode < 0):
             raise ValueError(f'guidance must be "auto", "none" or the index of the conditional part, got {mode!r}')
         self.mode = mode
-        self._known: dict[int, slice] = {}
+        self.restart()
 
     def restart(self) -> None:
         """Forget what was seen of earlier runs."""
-        self._known.clear()
+        self._known: dict[int, slice] = {}
+        self._last: tuple[Tensor, float] | None = None  # latents and timestep of the last call
+        self._call = 0  # how many calls on these came before
 
-    def conditional(self, latents: Tensor, parts: int | None = None, index: int | None = None) -> slice:
+    def counts(self, latents: Tensor, timestep: float, stepped: bool | None, conditional: int | None) -> bool:
+        """Whether a call of the model is the conditional one.
+
+        Args:
+            latents: what the call denoises, the very tensor that the model is given.
+            timestep: at which.
+            stepped: whether the scheduler has stepped since the last call; None: unknown.
+            conditional: index of the conditional one among the calls of one evaluation; None: guidance does not run as
+                calls of its own.
+        """
+        if conditional is None or self.mode == "none":
+            return True
+        again = self._last is not None and self._last[1] == timestep
+        again = again and (self._last[0] is latents or stepped is False)
+        self._call = self._call + 1 if again else 0
+        self._last = latents, timestep
+        return self._call == (conditional if self.mode == "auto" else self.mode)
+
+    def conditional(
+        self, latents: Tensor, parts: int | None = None, index: int | None = None, by_calls: bool = False
+    ) -> slice:
         """The samples of ``latents [B, C, …]`` that count.
 
         Args:
             latents: what the model is about to denoise, without channels concatenated from elsewhere.
             parts: number of guidance parts of the batch where a pipeline tells; None: unknown.
             index: which of these is conditional.
+            by_calls: guidance runs as calls of its own, so that a given index speaks of these.
 
         Raises:
             ValueError: the batch does not divide into the parts asked for.
@@ -41,7 +70,7 @@ class Guidance:
         batch = latents.shape[0]
         if self.mode == "none":
             return slice(0, batch)
-        if self.mode != "auto":
+        if self.mode != "auto" and not by_calls:
             index = self.mode
             parts = parts if parts is not None and parts > index else max(2, index + 1)
         if parts is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Grid = tuple[int, int]
+SELF = "self"  # the name of maps that are spatial self-attention, and not reference attribution
 LayerFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
@@ -59,6 +60,53 @@ class Reference:
                 f"reference {self.name!r}: grid {h}×{w} after skip={self.skip} makes {self.skip + h * w} tokens, but "
                 f"{count} of the {length} keys are selected; adjust grid, skip (1 for a leading class token) or tokens"
             )
+
+
+@dataclass(frozen=True)
+class Concatenated:
+    """The latents hold several pictures beside each other, the generated one and references (CatVTON, DreamLite).
+
+    Args:
+        axis: along which they are joined, "height" or "width".
+        parts: how many equal parts there are.
+        generated: which of them is the generated one, counted from the top or left; the others are references.
+    """
+
+    axis: str = "height"
+    parts: int = 2
+    generated: int = 0
+
+    def __post_init__(self):
+        if self.axis not in ("height", "width"):
+            raise ValueError(f'Concatenated.axis must be "height" or "width", got {self.axis!r}')
+        if not isinstance(self.parts, int) or self.parts < 2:
+            raise ValueError(f"Concatenated.parts must be at least 2, got {self.parts!r}")
+        if self.generated not in range(self.parts):
+            raise ValueError(f"Concatenated.generated must be one of 0…{self.parts - 1}, got {self.generated!r}")
+
+    def part(self, grid: Grid, where: str) -> Grid:
+        """The grid of one part of ``grid``. Raises ValueError when it does not divide; ``where`` says whose it is."""
+        along = ("height", "width").index(self.axis)
+        if grid[along] % self.parts:
+            raise ValueError(
+                f"{where}: {self.axis} {grid[along]} does not divide into {self.parts} parts; choose latents that do "
+                "at every level, or leave the layer out with layers="
+            )
+        return tuple(n // self.parts if i == along else n for i, n in enumerate(grid))
+
+    def tokens(self, grid: Grid, part: int) -> Tensor:
+        """Indices of one part's tokens among the row-major tokens of ``grid``."""
+        index = torch.arange(grid[0] * grid[1]).reshape(grid)
+        return index.chunk(self.parts, dim=("height", "width").index(self.axis))[part].flatten()
+
+
+@dataclass(frozen=True)
+class Banked:
+    """Self-attention whose keys go on after the layer's own tokens with a reference network's, of the same grid.
+
+    What IDM-VTON, OOTDiffusion and reference-only do: keys ``[own ‖ bank 0 ‖ bank 1 …]``. Queries are the own tokens,
+    or all of them (then the first ones count). A call without banked keys (writing the bank) is passed by.
+    """
 
 
 class Carried(NamedTuple):

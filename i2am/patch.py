@@ -1,4 +1,4 @@
-"""``trace`` and ``patch_unet``: from a pipeline or a UNet to attribution maps.
+"""``trace``, ``patch_unet``, ``patch_transformer``: from a pipeline or a model to attribution maps.
 
 The one path the data takes: a root hook opens a scope (``seam``) with the step (``clock``) and the conditional samples
 (``guidance``); module hooks say which attention runs, the family says what it carries; the intercepted attention call
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from i2am.clock import Clock, CountingClock, SchedulerClock, TimestepClock, read_timestep
 from i2am.families import Family
 from i2am.guidance import Guidance
-from i2am.layout import Carried, Grid, LayerFilter, Reference, choose_layers
+from i2am.layout import Banked, Carried, Concatenated, Grid, LayerFilter, Reference, choose_layers
 from i2am.maps import AttributionMaps
 from i2am.ops import BACKENDS, Selection, accumulate
 from i2am.record import Record, RecordOptions, check_limit, logger, mask_between, run_on_shapes
@@ -30,6 +30,8 @@ from i2am.seam import Call, RunningLayer, Scope, close_scope, open_scope, runnin
 from i2am.sram import MAX_REGIONS, Region, Weights, region_weights, several
 
 OUTPUTS = ("i2am", "model")
+MODES = ("reference", "self")
+Described = Reference | Sequence[Reference] | Concatenated | Banked | None
 PADDING = -1e4  # an additive mask this low means "no such key"
 
 
@@ -42,7 +44,8 @@ def trace(
     time_groups: int = 5,
     layers: LayerFilter = None,
     *,
-    reference: Reference | Sequence[Reference] | None = None,
+    reference: Described = None,
+    mode: str = "reference",
     guidance: str | int = "auto",
     output: str = "i2am",
     backend: str | None = None,
@@ -64,7 +67,12 @@ def trace(
         time_groups: into how many groups the steps are summed.
         layers: which attention modules: a name, a glob pattern, several, or a predicate. None: all that carry the
             reference.
-        reference: which keys encode it, where the pipeline does not tell; one per IP-Adapter.
+        reference: which keys encode it, where the pipeline does not tell: one :class:`Reference` per IP-Adapter; among
+            a transformer's text tokens (Redux: ``Reference(grid=(27, 27), tokens=slice(-729, None))``); or
+            :class:`Concatenated` or :class:`Banked`, where self-attention carries it.
+        mode: "reference"; or "self" for a model without reference keys (channel concatenation, ControlNet): maps of the
+            generated picture's attention to itself, which say what positions exchange information, never what came
+            from the reference. They are named "self".
         guidance: "auto", "none" (every sample counts), or the index of the conditional part of the batch.
         output: "i2am": the fused op's output goes on into the model; "model": the model's own attention runs too, and
             its output goes on, so that images are bit-identical to an untraced run.
@@ -85,7 +93,7 @@ def trace(
     """
     from i2am.families.pipelines import read_pipeline
 
-    traced = read_pipeline(pipe, _references(reference))
+    traced = read_pipeline(pipe, _references(reference), itself=_itself(mode, reference))
     return Tracer(
         traced.model,
         traced.family,
@@ -106,10 +114,11 @@ def trace(
 def patch_unet(
     unet: nn.Module,
     *,
-    reference: Reference | Sequence[Reference] | None = None,
+    reference: Described = None,
     time_groups: int = 5,
     num_steps: int | None = None,
     scheduler=None,
+    mode: str = "reference",
     guidance: str | int = "auto",
     layers: LayerFilter = None,
     output: str = "i2am",
@@ -130,14 +139,14 @@ def patch_unet(
     Args:
         unet: a UNet2DConditionModel or a model built like it.
         reference: which cross-attention keys encode the reference; several for several references. Not needed with an
-            IP-Adapter.
+            IP-Adapter. :class:`Concatenated` or :class:`Banked` where self-attention carries it.
         time_groups: into how many groups the steps are summed.
         num_steps: denoising steps of a run; steps are counted by their timesteps.
         scheduler: the diffusers scheduler that drives the loop; its steps are counted. With neither, calls are grouped
             by timestep, in equal ranges of [0, 1000).
         guidance: "auto": parts of the batch with identical latents are guidance ([uncond, cond], or InstructPix2Pix's
             [cond, image, uncond]); "none"; or the index of the conditional part.
-        layers, output, backend, sram, canvas, record: as in :func:`trace`; ``record="qk"`` needs num_steps or
+        mode, layers, output, backend, sram, canvas, record: as in :func:`trace`; ``record="qk"`` needs num_steps or
             scheduler.
 
     Returns:
@@ -149,17 +158,11 @@ def patch_unet(
     """
     from i2am.families.unet import read_unet
 
-    if num_steps is not None and scheduler is not None:
-        raise ValueError("pass num_steps or scheduler, not both: the scheduler knows its steps")
-    family = read_unet(unet, _references(reference))
-    if scheduler is not None:
-        clock: Clock = SchedulerClock(scheduler)
-    else:
-        clock = TimestepClock() if num_steps is None else CountingClock(num_steps)
+    _check_steps(num_steps, scheduler)
     return Tracer(
         unet,
-        family,
-        clock=clock,
+        read_unet(unet, _references(reference), itself=_itself(mode, reference)),
+        clock=_clock(num_steps, scheduler),
         time_groups=time_groups,
         layers=layers,
         guidance=guidance,
@@ -169,6 +172,77 @@ def patch_unet(
         canvas=canvas,
         record=record,
     )
+
+
+def patch_transformer(
+    transformer: nn.Module,
+    *,
+    reference: Described = None,
+    time_groups: int = 5,
+    num_steps: int | None = None,
+    scheduler=None,
+    mode: str = "reference",
+    guidance: str | int = "auto",
+    layers: LayerFilter = None,
+    output: str = "i2am",
+    backend: str | None = None,
+    sram: Mapping[str, Region] | None = None,
+    canvas: Grid | None = None,
+    **record: Any,
+) -> Tracer:
+    """Traces a bare diffusion transformer, wherever it is called from.
+
+    ::
+
+        tracer = i2am.patch_transformer(transformer, num_steps=28)
+        ...  # denoise
+        maps = tracer.maps()
+        tracer.unpatch()
+
+    Args:
+        transformer: a FluxTransformer2DModel, Flux2Transformer2DModel, QwenImageTransformer2DModel, … whose references
+            are tokens behind (or before) the generated ones, as their pipelines lay them out.
+        reference: which *text* tokens encode a reference, where that is so (Redux).
+        guidance: "auto": a call on the very tensor of the call before, at the same timestep, is the other half of
+            guidance and does not count; "none": every call counts; or the index of the conditional call.
+        canvas: as in :func:`trace`; None: the grid of the generated tokens.
+        time_groups, num_steps, scheduler, mode, layers, output, backend, sram, record: as in :func:`patch_unet`.
+
+    Returns:
+        a :class:`Tracer`, already tracing.
+
+    Raises:
+        ValueError: the model is of no known family, is traced already or compiled; an argument does not fit. Nothing
+            changed.
+    """
+    from i2am.families.transformers import read_transformer
+
+    _check_steps(num_steps, scheduler)
+    return Tracer(
+        transformer,
+        read_transformer(transformer, _references(reference), itself=_itself(mode, reference)),
+        clock=_clock(num_steps, scheduler),
+        time_groups=time_groups,
+        layers=layers,
+        guidance=guidance,
+        output=output,
+        backend=backend,
+        sram=sram,
+        canvas=canvas,
+        record=record,
+    )
+
+
+def _check_steps(num_steps: int | None, scheduler) -> None:
+    if num_steps is not None and scheduler is not None:
+        raise ValueError("pass num_steps or scheduler, not both: the scheduler knows its steps")
+
+
+def _clock(num_steps: int | None, scheduler) -> Clock:
+    """A bare model's clock; it watches the scheduler from now on."""
+    if scheduler is not None:
+        return SchedulerClock(scheduler)
+    return TimestepClock() if num_steps is None else CountingClock(num_steps)
 
 
 _traced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -286,12 +360,17 @@ class Tracer:
             return
         self._close()
         forward = self._family.begin(args, kwargs)
-        self._sram.see(tuple(forward.latents.shape[-2:]))
-        moment = self._clock.read(read_timestep(forward.timestep), self._recorder.time_groups)
+        self._sram.see(forward.grid or tuple(forward.latents.shape[-2:]))
+        timestep = read_timestep(forward.timestep)
+        moment = self._clock.read(timestep, self._recorder.time_groups)
+        if not self._guidance.counts(forward.latents, timestep, self._clock.stepped, self._family.conditional_call):
+            return
         scope = Scope(
             attend=self._attend,
             batch=forward.latents.shape[0],
-            conditional=self._guidance.conditional(forward.latents, *self._guidance_parts()),
+            conditional=self._guidance.conditional(
+                forward.latents, *self._guidance_parts(), by_calls=self._family.conditional_call is not None
+            ),
             moment=moment,
             frame=sys._getframe(1),
         )
@@ -353,7 +432,7 @@ class Tracer:
         def enter(module, args, kwargs):
             scope = running_scope()
             if scope is not None and scope is self._scope:
-                layer = RunningLayer(name, grid=scope.grid)
+                layer = RunningLayer(name, grid=scope.grid, computed=projection is None)
                 scope.layers.append(layer)
                 self._family.enter(layer, module, args, kwargs)
 
@@ -362,9 +441,17 @@ class Tracer:
             if scope is None or not scope.layers or scope.layers[-1].name != name:
                 return
             layer = scope.layers.pop()
-            if layer.carries is not None:
+            if layer.carries is not None and layer.computed:
                 scope.blind.append(name)
 
+        def computed(*_):
+            scope = self._scope
+            if scope is not None and scope.layers and scope.layers[-1].name == name:
+                scope.layers[-1].computed = True
+
+        projection = _output_projection(module)
+        if projection is not None:
+            yield projection.register_forward_pre_hook(computed)
         yield module.register_forward_pre_hook(enter, with_kwargs=True)
         yield module.register_forward_hook(leave, always_call=True)
 
@@ -518,6 +605,14 @@ def _refuse_compiled(model: nn.Module) -> None:
             raise ValueError(f"{where} is compiled, so a tracer would see nothing: trace the uncompiled model")
 
 
+def _output_projection(attention: nn.Module) -> nn.Module | None:
+    """What every attention runs at its end, unless a cache answers in its place."""
+    projection = getattr(attention, "to_out", None)
+    if isinstance(projection, (nn.ModuleList, nn.Sequential)) and len(projection):
+        projection = projection[0]
+    return projection if isinstance(projection, nn.Module) else None
+
+
 def _blind(layers: list[str]) -> str:
     shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
     return (
@@ -528,9 +623,17 @@ def _blind(layers: list[str]) -> str:
     )
 
 
-def _references(reference: Reference | Sequence[Reference] | None) -> list[Reference] | None:
-    if reference is None:
-        return None
+def _itself(mode: str, reference: Described) -> bool:
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "self" and reference is not None:
+        raise ValueError(f'mode="self" looks at no reference, got reference={reference!r}')
+    return mode == "self"
+
+
+def _references(reference: Described) -> list[Reference] | Concatenated | Banked | None:
+    if reference is None or isinstance(reference, (Concatenated, Banked)):
+        return reference
     references = [reference] if isinstance(reference, Reference) else list(reference)
     if not references or not all(isinstance(r, Reference) for r in references):
         raise ValueError(f"reference must be an i2am.Reference or several of them, got {reference!r}")

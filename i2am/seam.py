@@ -1,15 +1,19 @@
 """The seam between a running model and the fused op: attention calls are intercepted, processors never replaced.
 
-While a traced model's forward runs, and nowhere else, ``F.scaled_dot_product_attention`` is replaced by a function that
-asks the running thread's scope whether a reference-carrying call is expected. Every other call, of any thread, goes
-through untouched. The last scope to close puts the original back.
+While a traced model's forward runs, and nowhere else, the functions that compute attention are replaced by ones that
+ask the running thread's scope whether a reference-carrying call is expected. Every other call, of any thread, goes
+through untouched. The last scope to close puts the originals back. Replaced are ``F.scaled_dot_product_attention``, the
+entries of diffusers' backend registry (``dispatch_attention_fn``) and ``xformers.ops.memory_efficient_attention``, as
+far as they have been imported.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch.nn.functional as F
@@ -21,7 +25,10 @@ from i2am.layout import Carried, Grid
 
 @dataclass(frozen=True)
 class Call:
-    """An intercepted ``scaled_dot_product_attention``: ``[B, H, N, d]`` tensors, as the model passed them."""
+    """An intercepted attention call: ``[B, H, N, d]`` tensors, and what else the model passed.
+
+    ``original`` computes a call as the model would have; None: ``scaled_dot_product_attention``.
+    """
 
     query: Tensor
     key: Tensor
@@ -31,6 +38,7 @@ class Call:
     is_causal: bool = False
     scale: float | None = None
     enable_gqa: bool = False
+    original: Callable[[Call], Tensor] | None = None
 
     def on(self, samples: slice) -> Call:
         """The same call for some samples of the batch."""
@@ -43,6 +51,8 @@ class Call:
 
     def run(self) -> Tensor:
         """The model's own attention."""
+        if self.original is not None:
+            return self.original(self)
         return _original(
             self.query,
             self.key,
@@ -62,6 +72,7 @@ class RunningLayer:
     name: str
     grid: Grid | None = None  # of the generated tokens
     carries: Carried | None = None  # what its next attention call carries; that call takes it
+    computed: bool = True  # False: its forward was skipped, a cache answered
     images: dict[int, int] = field(default_factory=dict)  # IP-Adapter index → reference images that came one by one
 
 
@@ -90,25 +101,27 @@ class Scope:
 _original = F.scaled_dot_product_attention
 _lock = threading.Lock()
 _open = 0  # scopes of all threads
+_replaced = ExitStack()
 _local = threading.local()
 
 
 def open_scope(scope: Scope) -> None:
-    """Makes ``scope`` the running thread's; the first one anywhere replaces the attention function."""
-    global _open, _original
+    """Makes ``scope`` the running thread's; the first one anywhere replaces the attention functions."""
+    global _open, _replaced
     if not hasattr(_local, "scopes"):
         _local.scopes = []
     scope.stack = _local.scopes
     with _lock:
         if _open == 0:
-            _original = F.scaled_dot_product_attention
-            F.scaled_dot_product_attention = _intercept
+            with ExitStack() as undo:
+                _replace_all(undo)
+                _replaced = undo.pop_all()
         _open += 1
         scope.stack.append(scope)
 
 
 def close_scope(scope: Scope) -> None:
-    """Ends ``scope`` and what was left open inside it; the last one anywhere puts the attention function back."""
+    """Ends ``scope`` and what was left open inside it; the last one anywhere puts the attention functions back."""
     global _open
     with _lock:
         if scope not in scope.stack:
@@ -116,8 +129,8 @@ def close_scope(scope: Scope) -> None:
         at = scope.stack.index(scope)
         _open -= len(scope.stack) - at
         del scope.stack[at:]
-        if _open == 0 and F.scaled_dot_product_attention is _intercept:
-            F.scaled_dot_product_attention = _original
+        if _open == 0:
+            _replaced.close()
 
 
 def running_scope() -> Scope | None:
@@ -130,13 +143,119 @@ def running_scope() -> Scope | None:
     return None
 
 
-def _intercept(*args, **kwargs):
+def _pending() -> tuple[Scope, RunningLayer, Carried] | None:
+    """The carried references that this thread's next attention call takes; asked for once."""
     scopes = getattr(_local, "scopes", None)
     if not scopes or not scopes[-1].layers or scopes[-1].layers[-1].carries is None:
-        return _original(*args, **kwargs)
+        return None
     scope = running_scope()
     if scope is None or not scope.layers or scope.layers[-1].carries is None:
-        return _original(*args, **kwargs)
+        return None
     layer = scope.layers[-1]
     carried, layer.carries = layer.carries, None
-    return scope.attend(scope, layer, carried, Call(*args, **kwargs))
+    return scope, layer, carried
+
+
+# ---------------------------------------------------------------------------------------- the functions of attention
+
+
+def _replace_all(undo: ExitStack) -> None:
+    """Replaces every attention function that has been imported; ``undo`` puts them back."""
+    global _original
+    _original = F.scaled_dot_product_attention
+    _replace(undo, F, "scaled_dot_product_attention", _sdpa)
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
+    for name, backend in list(getattr(registry, "_backends", {}).items()):
+        registry._backends[name] = replacement = _through_registry(name, backend)
+        undo.callback(_put_back, registry._backends, name, replacement, backend)
+    xformers = sys.modules.get("xformers.ops")
+    if xformers is not None and hasattr(xformers, "memory_efficient_attention"):
+        own = xformers.memory_efficient_attention
+        _replace(undo, xformers, "memory_efficient_attention", _through_xformers(own))
+
+
+def _replace(undo: ExitStack, module, name: str, replacement: Callable) -> None:
+    own = getattr(module, name)
+    setattr(module, name, replacement)
+    undo.callback(_put_back, vars(module), name, replacement, own)
+
+
+def _put_back(names: dict, name: object, replacement: Callable, own: Callable) -> None:
+    if names.get(name) is replacement:  # else someone replaced it after us
+        names[name] = own
+
+
+def _sdpa(*args, **kwargs):
+    pending = _pending()
+    if pending is None:
+        return _original(*args, **kwargs)
+    return pending[0].attend(*pending, Call(*args, **kwargs))
+
+
+def _through_registry(name: object, backend: Callable) -> Callable:
+    """A backend of diffusers, which takes ``[B, N, H, d]`` by keyword."""
+
+    @functools.wraps(backend)
+    def intercepted(*args, **kwargs):
+        pending = None if args else _pending()
+        if pending is None:
+            return backend(*args, **kwargs)
+        scope, layer, carried = pending
+        if kwargs.get("_parallel_config") is not None or kwargs.get("return_lse"):
+            raise ValueError(
+                f"layer {layer.name}: backend {getattr(name, 'value', name)} runs with context parallelism or "
+                "return_lse, where one call does not see all tokens; trace without it"
+            )
+        tensors = {x: kwargs.pop(x) for x in ("query", "key", "value")}
+        passed = kwargs.keys() & {"attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
+        known = {x: kwargs.pop(x) for x in passed}
+        if isinstance(known.get("attn_mask"), Tensor) and known["attn_mask"].ndim == 2:
+            known["attn_mask"] = known["attn_mask"][:, None, None]  # [B, keys], as diffusers' native backend reads it
+
+        def original(call: Call) -> Tensor:
+            own = {x: getattr(call, x).transpose(1, 2) for x in tensors} | {x: getattr(call, x) for x in passed}
+            return backend(**own, **kwargs).transpose(1, 2)
+
+        call = Call(**{x: t.transpose(1, 2) for x, t in tensors.items()}, **known, original=original)
+        return scope.attend(scope, layer, carried, call).transpose(1, 2)
+
+    return intercepted
+
+
+def _through_xformers(attention: Callable) -> Callable:
+    """``memory_efficient_attention(query, key, value, attn_bias, p, scale)``: ``[B, N, H, d]`` or ``[B·H, N, d]``."""
+
+    @functools.wraps(attention)
+    def intercepted(query, key, value, attn_bias=None, p=0.0, scale=None, **options):
+        pending = _pending()
+        if pending is None:
+            return attention(query, key, value, attn_bias=attn_bias, p=p, scale=scale, **options)
+        scope, layer, carried = pending
+        if attn_bias is not None and not isinstance(attn_bias, Tensor):
+            raise ValueError(
+                f"layer {layer.name}: xformers runs with a {type(attn_bias).__name__} as its mask, which i2am does not "
+                "read; switch xformers off for tracing (disable_xformers_memory_efficient_attention)"
+            )
+        merged = query.ndim == 3  # heads are part of the batch
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(0, (scope.batch, -1)) if merged else x.transpose(1, 2)
+
+        def join(x: Tensor) -> Tensor:
+            return x.flatten(0, 1) if merged else x.transpose(1, 2)
+
+        mask = None if attn_bias is None else split(attn_bias) if merged and attn_bias.ndim == 3 else attn_bias
+
+        def original(call: Call) -> Tensor:
+            bias = None
+            if call.attn_mask is not None:
+                bias = call.attn_mask.flatten(0, 1) if merged else call.attn_mask
+            parts = (join(x).contiguous() for x in (call.query, call.key, call.value))
+            out = attention(*parts, attn_bias=bias, p=p, scale=scale, **options)
+            return out.unflatten(0, (call.query.shape[0], -1)) if merged else out.transpose(1, 2)
+
+        call = Call(split(query), split(key), split(value), mask, dropout_p=p, scale=scale, original=original)
+        return join(scope.attend(scope, layer, carried, call))
+
+    return intercepted

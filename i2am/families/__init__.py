@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from i2am.layout import Grid
 from i2am.seam import RunningLayer
 
 
@@ -19,11 +20,14 @@ class Forward(NamedTuple):
     """What a family reads from the arguments of one forward of the traced model."""
 
     latents: Tensor  # [B, C, …] what is denoised, without channels concatenated from elsewhere
-    timestep: Tensor | float
+    timestep: Tensor | float  # in the scheduler's units
+    grid: Grid | None = None  # of the latents, where their shape does not tell (tokens)
 
 
 class Family(Protocol):
     """What a tracer asks of a model family."""
+
+    conditional_call: int | None  # where guidance runs as calls of its own: the index of the conditional one
 
     def layers(self) -> dict[str, nn.Module]:
         """The attention modules that may carry the reference, by name."""

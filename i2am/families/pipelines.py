@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import nn
 
 from i2am.families import Family
+from i2am.families.transformers import read_transformer
 from i2am.families.unet import read_unet
 from i2am.layout import Grid, Reference
+
+IN_CONTEXT = ("FluxKontext*", "Flux2*", "QwenImageEdit*")  # their reference becomes tokens of its own
+CHANNELS = "the image enters as channels beside the latents, so that every token mixes both"
+RESIDUAL = "the control image enters as residuals of a ControlNet"
+START = "the image is only what denoising starts from"
+NO_KEYS = {
+    "FluxFill*": CHANNELS,
+    "FluxControlNet*": RESIDUAL,
+    "FluxControl*": CHANNELS,
+    "Flux*Img2Img*": START,
+    "Flux*Inpaint*": START,
+    "VisualCloze*": "several pictures share rows of one grid, which i2am does not take apart",
+    "QwenImageControlNet*": RESIDUAL,
+    "QwenImageLayered*": "the generated tokens are several layers, which have no one grid",
+    "QwenImageI*": START,
+    "*": "it draws from text alone",
+}
 
 
 class Traced(NamedTuple):
@@ -18,25 +37,54 @@ class Traced(NamedTuple):
     model: nn.Module
     family: Family
     guidance_parts: Callable[[], tuple[int | None, int | None]]  # (parts, index of the conditional one); None: unknown
-    pixels: int  # of the output image per latent pixel
+    pixels: int  # of the output image per latent pixel (per token where latents are tokens)
 
 
-def read_pipeline(pipe, references: Sequence[Reference] | None) -> Traced:
+def read_pipeline(pipe, references: Sequence[Reference] | None, *, itself: bool = False) -> Traced:
     """Finds the denoising model of ``pipe`` and where the reference enters it.
+
+    Args:
+        pipe: a diffusers pipeline.
+        references: as the caller describes them, or None.
+        itself: trace the generated picture's attention to itself (``mode="self"``).
 
     Raises:
         ValueError: not a pipeline, or one whose reference never becomes attention keys.
     """
+    transformer = getattr(pipe, "transformer", None)
+    if hasattr(pipe, "scheduler") and isinstance(transformer, nn.Module):
+        return _read_transformer_pipeline(pipe, transformer, references, itself)
     unet = getattr(pipe, "unet", None) or getattr(pipe, "image_unet", None)
     if not hasattr(pipe, "scheduler") or not isinstance(unet, nn.Module):
         raise ValueError(
-            f"trace takes a diffusers pipeline with a UNet and a scheduler, got {type(pipe).__name__}; for a bare UNet "
-            "use i2am.patch_unet"
+            f"trace takes a diffusers pipeline with a UNet or transformer and a scheduler, got {type(pipe).__name__}; "
+            "for a bare model use i2am.patch_unet, i2am.patch_transformer or i2am.patch_modules"
         )
     encoder = getattr(pipe, "image_encoder", None)
     text = any(getattr(pipe, part, None) is not None for part in ("text_encoder", "text_encoder_2", "tokenizer"))
-    family = read_unet(unet, references, image_only=encoder is not None and not text, image_grid=_patch_grid(encoder))
+    family = read_unet(
+        unet, references, image_only=encoder is not None and not text, image_grid=_patch_grid(encoder), itself=itself
+    )
     return Traced(unet, family, lambda: _guidance_parts(pipe), getattr(pipe, "vae_scale_factor", 1))
+
+
+def _read_transformer_pipeline(pipe, transformer: nn.Module, references, itself: bool) -> Traced:
+    family = read_transformer(transformer, references, itself=itself)
+    name = type(pipe).__name__
+    known = any(fnmatch.fnmatchcase(name, pattern) for pattern in IN_CONTEXT)
+    if not (itself or references or known or family.has_adapters()):
+        reason = next(reason for pattern, reason in NO_KEYS.items() if fnmatch.fnmatchcase(name, pattern))
+        raise ValueError(no_reference_keys(name, reason))
+    return Traced(transformer, family, lambda: (1, 0), pipe.vae_scale_factor * family.latent_pixels)
+
+
+def no_reference_keys(name: str, reason: str) -> str:
+    """The message for a pipeline or model without reference keys."""
+    return (
+        f"{name}: no attention keys encode a reference ({reason}); attention tells which positions exchange "
+        'information, never reference from generation. mode="self" gives maps of that spatial self-attention, named '
+        '"self"'
+    )
 
 
 def _patch_grid(encoder) -> Grid | None:

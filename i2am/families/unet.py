@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from i2am.families import Forward
-from i2am.layout import Carried, Grid, Reference
+from i2am.families.arguments import argument
+from i2am.layout import Banked, Carried, Concatenated, Grid, Reference
 from i2am.seam import RunningLayer, running_scope
 
 EXAMPLE = "i2am.patch_unet(unet, reference=i2am.Reference(grid=(16, 16), skip=1))  # 16×16 tokens after a class token"
@@ -25,17 +26,19 @@ EXAMPLE = "i2am.patch_unet(unet, reference=i2am.Reference(grid=(16, 16), skip=1)
 class UNetFamily:
     """What all UNets share: cross-attention modules, and grids read from the spatial transformers around them."""
 
+    conditional_call = None
+
     def __init__(self, unet: nn.Module):
         self.unet = unet
 
     def layers(self) -> dict[str, nn.Module]:
-        return cross_attentions(self.unet)
+        return attentions(self.unet)
 
     def by_default(self, layer: str) -> bool:
         return not layer.startswith("mid_block")
 
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> Forward:
-        sample, timestep = _argument(args, kwargs, 0, "sample"), _argument(args, kwargs, 1, "timestep")
+        sample, timestep = argument(args, kwargs, 0, "sample"), argument(args, kwargs, 1, "timestep")
         channels = getattr(getattr(self.unet, "config", None), "out_channels", None) or sample.shape[1]
         return Forward(latents=sample[:, :channels], timestep=timestep)
 
@@ -60,16 +63,16 @@ class CrossAttention(UNetFamily):
         self.image_grid = image_grid
 
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> Forward:
-        context = _argument(args, kwargs, 2, "encoder_hidden_states")
+        context = argument(args, kwargs, 2, "encoder_hidden_states")
         if isinstance(context, Tensor):
             for reference in self._references(context.shape[1]):
                 reference.check(context.shape[1])
         return super().begin(args, kwargs)
 
     def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        context = _argument(args, kwargs, 1, "encoder_hidden_states", None)
+        context = argument(args, kwargs, 1, "encoder_hidden_states", None)
         if isinstance(context, Tensor):  # None: self-attention
-            layer.carries = Carried(_grid_of(layer), self._references(context.shape[1]))
+            layer.carries = Carried(grid_of(layer), self._references(context.shape[1]))
 
     def _references(self, length: int) -> tuple[Reference, ...]:
         if self.references is not None:
@@ -131,7 +134,7 @@ class IPAdapter(UNetFamily):
             reference = self._reference(adapter, image, T)
             reference.check(T)
             references.append(replace(reference, tokens=slice(start, start + T)))
-        layer.carries = Carried(_grid_of(layer), tuple(references))
+        layer.carries = Carried(grid_of(layer), tuple(references))
 
     def _reference(self, adapter: int, image: int, T: int) -> Reference:
         if self.references is not None:
@@ -147,7 +150,12 @@ class IPAdapter(UNetFamily):
 
 
 def read_unet(
-    unet: nn.Module, references: Sequence[Reference] | None, *, image_only: bool = False, image_grid: Grid | None = None
+    unet: nn.Module,
+    references: Sequence[Reference] | None,
+    *,
+    image_only: bool = False,
+    image_grid: Grid | None = None,
+    itself: bool = False,
 ) -> UNetFamily:
     """The family of a UNet.
 
@@ -156,12 +164,17 @@ def read_unet(
         references: as the caller describes them, or None.
         image_only: a pipeline says that the context is the reference image and nothing else.
         image_grid: grid of the pipeline's image encoder.
+        itself: trace self-attention as it is (``mode="self"``).
 
     Raises:
         ValueError: no attention key encodes a reference, or it can't be told which do; says what to write.
     """
+    from i2am.families.selfattention import read_self_attention
+
+    if itself or isinstance(references, (Concatenated, Banked)):
+        return read_self_attention(unet, None if itself else references)
     name = type(unet).__name__
-    layers = cross_attentions(unet)
+    layers = attentions(unet)
     if _has_ip_adapter(unet):
         return IPAdapter(unet, references, image_grid)
     if not layers:
@@ -185,13 +198,13 @@ def read_unet(
     return CrossAttention(unet, references, image_grid)
 
 
-def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
-    """Cross-attention modules by name, without those of an adapter's resampler and without added-KV attention."""
+def attentions(unet: nn.Module, cross: bool = True) -> dict[str, nn.Module]:
+    """Cross- or self-attention modules by name, without those of an adapter's resampler and added-KV attention."""
     return {
         name: m
         for name, m in unet.named_modules()
         if all(hasattr(m, part) for part in ("to_q", "to_k", "to_v", "heads"))
-        and getattr(m, "is_cross_attention", False)
+        and getattr(m, "is_cross_attention", None) is cross
         and getattr(m, "added_kv_proj_dim", None) is None
         and not name.startswith("encoder_hid_proj")
     }
@@ -219,24 +232,12 @@ def _has_ip_adapter(unet: nn.Module) -> bool:
 
 def _read_grid(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     scope = running_scope()
-    hidden_states = _argument(args, kwargs, 0, "hidden_states")
+    hidden_states = argument(args, kwargs, 0, "hidden_states")
     if scope is not None and hidden_states.ndim == 4:
         scope.grid = tuple(hidden_states.shape[-2:])
 
 
-def _grid_of(layer: RunningLayer) -> Grid:
+def grid_of(layer: RunningLayer) -> Grid:
     if layer.grid is None:
         raise ValueError(f"layer {layer.name} runs outside a spatial transformer: its grid is unknown")
     return layer.grid
-
-
-_MISSING = object()
-
-
-def _argument(args: tuple, kwargs: dict[str, Any], position: int, name: str, default: Any = _MISSING) -> Any:
-    """An argument given by position or by name."""
-    if len(args) > position:
-        return args[position]
-    if default is _MISSING:
-        return kwargs[name]
-    return kwargs.get(name, default)

@@ -1,0 +1,51 @@
+"""FLUX.2: several references in context, and Klein's cache of their keys.
+
+Tokens are ``[text ‖ generated ‖ reference 0 ‖ …]``; the position ids' first axis is 0 for the generated picture and 10,
+20, … for the references. With the KV cache the first step runs ``[text ‖ references ‖ generated]`` and the references
+attend to themselves alone, in a second call; later steps have only their keys, inserted behind the text's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from i2am.families.joint import JointTransformer, Positions, Segment
+from i2am.layout import Carried, Reference
+
+
+class Flux2(JointTransformer):
+    """``Flux2Transformer2DModel``."""
+
+    attentions = ("Flux2Attention", "Flux2ParallelSelfAttention")
+
+    def __init__(self, transformer: nn.Module, references: Sequence[Reference] | None = None, *, itself: bool = False):
+        super().__init__(transformer, references, itself=itself)
+        self._positions = Positions()
+        self._cached: list[Segment] = []  # the references whose keys the model has cached
+
+    def layout(self, given: dict[str, Any]) -> Carried:
+        text = given["encoder_hidden_states"].shape[1]
+        segments = self._positions.segments(given["img_ids"])
+        mode, cache = given.get("kv_cache_mode"), given.get("kv_cache")
+        if mode == "extract" and given.get("num_ref_tokens"):
+            *references, (_, generated) = segments
+            self._cached = [segment for _, segment in references]
+            return self._with_cache(generated, text)
+        if mode == "cached" and cache is not None:
+            ((_, generated),) = segments
+            if not self._cached or self._cached[-1].stop != cache.num_ref_tokens:
+                raise ValueError(
+                    f"the KV cache holds {cache.num_ref_tokens} reference tokens that were put there before tracing "
+                    "began, so their grids are unknown: trace from the first step"
+                )
+            return self._with_cache(generated, text)
+        (_, generated), *references = segments
+        return self.in_context(generated, [segment for _, segment in references], text, slice(0, text))
+
+    def _with_cache(self, generated: Segment, text: int) -> Carried:
+        """Keys ``[text ‖ references ‖ generated]``, queries ``[text ‖ generated]``."""
+        carried = self.in_context(generated, self._cached, text, slice(0, text))
+        return carried._replace(queries=slice(text, text + generated.stop - generated.start))

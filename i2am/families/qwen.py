@@ -1,0 +1,33 @@
+"""Qwen-Image-Edit and -Plus: ``[text ‖ generated ‖ reference 0 ‖ …]``, laid out as ``img_shapes`` says.
+
+The text tokens hold Qwen-VL's own view of the reference beside the words; they count as text here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from i2am.families.joint import JointTransformer, Segment
+from i2am.layout import Carried
+
+
+class QwenImage(JointTransformer):
+    """``QwenImageTransformer2DModel``."""
+
+    attentions = ("Attention",)
+
+    def layout(self, given: dict[str, Any]) -> Carried:
+        shapes = [tuple(shape) for shape in given["img_shapes"][0]]
+        if any(tuple(map(tuple, sample)) != tuple(shapes) for sample in given["img_shapes"]):
+            raise ValueError(f"img_shapes differ within the batch: {given['img_shapes']}; trace one size at a time")
+        segments, start = [], 0
+        for frames, height, width in shapes:
+            if frames != 1:
+                raise ValueError(f"img_shapes {shapes}: {frames} layers have no one grid of generated tokens")
+            segments.append(Segment(start, (height, width)))
+            start = segments[-1].stop
+        tokens = given["hidden_states"].shape[1]
+        if start != tokens:
+            raise ValueError(f"img_shapes {shapes} make {start} tokens, but hidden_states has {tokens}")
+        text = given["encoder_hidden_states"].shape[1]
+        return self.in_context(segments[0], segments[1:], text, slice(0, text))

@@ -1,0 +1,41 @@
+"""From a diffusion transformer to its family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from i2am.families.flux import Flux
+from i2am.families.flux2 import Flux2
+from i2am.families.joint import JointTransformer
+from i2am.families.qwen import QwenImage
+from i2am.layout import Reference
+
+FAMILIES: dict[str, type[JointTransformer]] = {
+    "FluxTransformer2DModel": Flux,
+    "Flux2Transformer2DModel": Flux2,
+    "QwenImageTransformer2DModel": QwenImage,
+}
+
+
+def read_transformer(
+    transformer: nn.Module, references: Sequence[Reference] | None, *, itself: bool = False
+) -> JointTransformer:
+    """The family of a transformer.
+
+    Args:
+        transformer: the model.
+        references: keys among the text tokens that encode a reference, or None.
+        itself: trace the generated tokens' attention to each other (``mode="self"``).
+
+    Raises:
+        ValueError: its tokens' layout is not known.
+    """
+    name = type(transformer).__name__
+    if name not in FAMILIES:
+        raise ValueError(
+            f"i2am does not know where {name} keeps its reference; it knows {', '.join(FAMILIES)}. For attention "
+            "modules with to_q, to_k and heads use i2am.patch_modules"
+        )
+    return FAMILIES[name](transformer, references, itself=itself)

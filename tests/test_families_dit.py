@@ -1,0 +1,253 @@
+"""In-context diffusion transformers: maps against a materialised recomputation from the untraced pipeline's q and k."""
+
+import pipelines
+import pipelines_dit as dit
+import pytest
+import torch
+from tokens import capture_calls, generated
+from truth import Truth, assert_peak
+
+import i2am
+
+KINDS = ("FluxAttention", "Flux2Attention", "Flux2ParallelSelfAttention", "transformer_blocks")
+ALL = ("r2g", "g2r", "mass")
+
+
+def check(maps, truth, T, reference=None, directions=ALL):
+    for direction in directions:
+        assert_peak(maps.ulam(direction, reference=reference), truth.ulam(direction))
+        assert_peak(maps.tlam(direction, reference=reference), truth.tlam(direction, T))
+        assert_peak(maps.hlam(direction, reference=reference), truth.hlam(direction))
+        assert_peak(maps.llam(direction, reference=reference), truth.llam(direction))
+
+
+def generator():
+    return torch.Generator().manual_seed(7)
+
+
+def hooks(model):
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    return {(n, h): len(getattr(m, h)) for n, m in model.named_modules() for h in names}
+
+
+def traced(pipe, go, **options):
+    """Maps of ``go()``; asserts that tracing left nothing behind."""
+    before, plain = hooks(pipe.transformer), go()
+    with i2am.trace(pipe, time_groups=2, output="model", **options) as tracer:
+        got = go()
+    assert (got == plain).all()
+    assert hooks(pipe.transformer) == before
+    assert (go() == plain).all()
+    with i2am.trace(pipe, time_groups=2, **options) as fused:
+        close = go()
+    assert abs(close - plain).max() < 1e-3
+    for direction in ("r2g", "g2r"):
+        for name in tracer.maps().references:
+            a, b = (t.maps().ulam(direction, reference=name) for t in (tracer, fused))
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
+    return tracer.maps()
+
+
+# --------------------------------------------------------------------------------------------------------- Kontext
+
+
+def kontext(pipe, size=(24, 16), reference=(32, 16), **options):
+    """``size`` and ``reference`` are (width, height)."""
+    width, height = size
+    image = pipelines.image(reference)
+    return lambda: (
+        pipe(
+            image=image,
+            width=width,
+            height=height,
+            max_area=width * height,
+            _auto_resize=False,
+            num_inference_steps=4,
+            generator=generator(),
+            output_type="np",
+            **(dit.flux_prompt() | options),
+        ).images
+    )
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_kontext(images):
+    pipe = dit.flux()
+    go = kontext(pipe, num_images_per_prompt=images)
+    calls = capture_calls(pipe.transformer, go, KINDS)
+    gen, ref = (4, 6), (4, 8)  # tokens of 4 pixels
+    truth = Truth(generated(calls, gen, slice(5, 29)), keys=slice(29, 61), groups=[0, 0, 1, 1], reference_grid=ref)
+    maps = traced(pipe, go)
+    assert maps.references == ["reference"]
+    assert maps.layers == list(truth.maps)
+    assert len(maps.layers) == 4
+    assert maps.ulam("r2g").shape == (images, 4, 6)
+    assert maps.ulam("g2r").shape == (images, 4, 8)
+    check(maps, truth, 2)
+    assert maps.canvas == (16, 24)
+
+
+def test_kontext_true_guidance_counts_the_conditional_call_alone():
+    pipe = dit.flux()
+    negative = dit.flux_prompt(seed=3, prefix="negative_")
+    go = kontext(pipe, true_cfg_scale=3.0, **negative)
+    calls = capture_calls(pipe.transformer, go, KINDS)
+    assert {c.evaluation for c in calls} == set(range(8))
+    common = dict(keys=slice(29, 61), groups=[0] * 4 + [1] * 4, reference_grid=(4, 8))
+    conditional = Truth(generated(calls, (4, 6), slice(5, 29), evaluations=range(0, 8, 2)), **common)
+    negated = Truth(generated(calls, (4, 6), slice(5, 29), evaluations=range(1, 8, 2)), **common)
+    maps = traced(pipe, go)
+    check(maps, conditional, 2)
+    assert set(map(tuple, maps.counts().values())) == {(2, 2)}
+    check(traced(pipe, go, guidance=1), negated, 2)
+    check(traced(pipe, go, guidance="none"), Truth(generated(calls, (4, 6), slice(5, 29)), **common), 2)
+
+
+def test_kontext_without_an_image_is_refused_before_the_model_runs():
+    pipe = dit.flux()
+    ran = []
+    pipe.transformer.x_embedder.register_forward_hook(lambda *_: ran.append(1))
+    with i2am.trace(pipe), pytest.raises(ValueError, match="no reference image among its tokens"):
+        pipe(width=16, height=16, max_area=256, num_inference_steps=1, **dit.flux_prompt())
+    assert not ran
+
+
+# --------------------------------------------------------------------------------------------------------- FLUX.2
+
+
+def flux2(pipe, sizes=((128, 64), (64, 96)), steps=4, **options):
+    images = [pipelines.image(size, seed=i) for i, size in enumerate(sizes)]
+    common = dict(prompt_embeds=dit.text_tokens(5)) | options
+    return lambda: (
+        pipe(
+            image=images or None,
+            width=96,
+            height=64,
+            num_inference_steps=steps,
+            generator=generator(),
+            output_type="np",
+            **common,
+        ).images
+    )
+
+
+REFERENCES = {"reference_0": (slice(29, 61), (4, 8)), "reference_1": (slice(61, 85), (6, 4))}
+
+
+@pytest.mark.parametrize("build", [dit.flux2, dit.flux2_klein], ids=["flux2", "klein"])
+def test_flux2_keeps_its_references_apart(build):
+    pipe = build()
+    guided = build is dit.flux2_klein
+    go = flux2(pipe, **({"negative_prompt_embeds": dit.text_tokens(5, seed=3)} if guided else {}))
+    calls = capture_calls(pipe.transformer, go, KINDS)
+    evaluations = range(0, 8, 2) if guided else range(4)
+    assert {c.evaluation for c in calls} == set(range(8 if guided else 4))
+    maps = traced(pipe, go)
+    assert maps.references == list(REFERENCES)
+    groups = [0] * 4 + [1] * 4 if guided else [0, 0, 1, 1]
+    for name, (keys, grid) in REFERENCES.items():
+        chosen = generated(calls, (4, 6), slice(5, 29), evaluations=evaluations)
+        truth = Truth(chosen, keys=keys, groups=groups, reference_grid=grid)
+        check(maps, truth, 2, reference=name)
+        assert maps.ulam("g2r", reference=name).shape == (1, *grid)
+    with pytest.raises(ValueError, match="several references"):
+        maps.ulam("r2g")
+
+
+def test_klein_kv_reads_references_from_the_cache():
+    pipe = dit.flux2_klein_kv()
+    go = flux2(pipe)
+    calls = capture_calls(pipe.transformer, go, KINDS)
+    lengths = {(c.evaluation, c.nth): (c.q.shape[2], c.k.shape[2]) for c in calls}
+    assert lengths[0, 0] == (29, 85)  # [text, generated] → [text, references, generated]
+    assert lengths[0, 1] == (56, 56)  # the references among themselves
+    assert lengths[1, 0] == (29, 85)  # their keys from the cache
+    maps = traced(pipe, go)
+    offsets = {"reference_0": slice(5, 37), "reference_1": slice(37, 61)}
+    for name, keys in offsets.items():
+        grid = REFERENCES[name][1]
+        truth = Truth(generated(calls, (4, 6), slice(5, 29)), keys=keys, groups=[0, 0, 1, 1], reference_grid=grid)
+        check(maps, truth, 2, reference=name)
+    assert set(map(tuple, maps.counts("reference_1").values())) == {(2, 2)}
+
+
+def test_klein_kv_cache_from_before_tracing_is_refused():
+    pipe = dit.flux2_klein_kv()
+    tracers = []
+
+    def begin(pipe, step, timestep, given):
+        if not tracers:
+            tracers.append(i2am.trace(pipe))
+        return given
+
+    with pytest.raises(ValueError, match="56 reference tokens that were put there before tracing"):
+        flux2(pipe, callback_on_step_end=begin)()
+    tracers[0].unpatch()
+
+
+def test_flux2_without_references_is_refused():
+    with i2am.trace(pipe := dit.flux2()), pytest.raises(ValueError, match="no reference image among its tokens"):
+        flux2(pipe, sizes=())()
+
+
+# ------------------------------------------------------------------------------------------------------------ Qwen
+
+
+@pytest.fixture
+def small_qwen(monkeypatch):
+    """Qwen resizes every reference to a megapixel; here to 32² pixels."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
+
+    calculate = edit.calculate_dimensions
+
+    def dimensions(area, ratio):
+        scaled = calculate(32 * 32 * 64, ratio)  # multiples of 32
+        return tuple(n if n is None else n // 8 for n in scaled)
+
+    monkeypatch.setattr(edit, "calculate_dimensions", dimensions)
+    monkeypatch.setattr(plus, "calculate_dimensions", lambda area, ratio: dimensions(area, ratio)[:2])
+
+
+def qwen(pipe, image, **options):
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])  # two tokens of padding
+    common = dict(prompt_embeds=dit.text_tokens(7), prompt_embeds_mask=mask) | options
+    return lambda: (
+        pipe(
+            image=image,
+            width=24,
+            height=16,
+            num_inference_steps=4,
+            generator=generator(),
+            output_type="np",
+            **common,
+        ).images
+    )
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("several", [False, True], ids=["edit", "plus"])
+def test_qwen_edit(small_qwen, several, guided):
+    pipe = dit.qwen(*([dit.QwenImageEditPlusPipeline] if several else []))
+    images = [pipelines.image((64, 32)), pipelines.image((32, 32), seed=1)] if several else pipelines.image((64, 32))
+    negative = dict(negative_prompt_embeds=dit.text_tokens(4, seed=3), negative_prompt_embeds_mask=None)
+    go = qwen(pipe, images, **(negative | {"true_cfg_scale": 3.0} if guided else {}))
+    calls = capture_calls(pipe.transformer, go, ("attn",))
+    if guided:  # the negative prompt is shorter
+        assert {c.k.shape[2] for c in calls if c.evaluation % 2} == {
+            c.k.shape[2] - 3 for c in calls if not c.evaluation % 2
+        }
+    maps = traced(pipe, go)
+    grids = {n: tuple(maps.ulam("g2r", reference=n).shape[1:]) for n in maps.references}
+    assert list(grids.values()) == ([(6, 11), (8, 8)] if several else [(6, 11)])
+    start = 7 + 24
+    evaluations = range(0, 8, 2) if guided else range(4)
+    groups = [0] * 4 + [1] * 4 if guided else [0, 0, 1, 1]
+    assert len(maps.references) == 1 + several
+    for name in maps.references:
+        grid = grids[name]
+        keys = slice(start, start + grid[0] * grid[1])
+        start = keys.stop
+        chosen = generated(calls, (4, 6), slice(7, 31), evaluations=evaluations)
+        check(maps, Truth(chosen, keys=keys, groups=groups, reference_grid=grid), 2, reference=name)
+    assert start == calls[0].k.shape[2]
