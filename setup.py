@@ -33,6 +33,7 @@ setup(
     python_requires=">=3.10",
     packages=["i2am", "i2am.cli", "i2am.families", "i2am.kernels"],
     package_dir={"i2am.kernels": "kernels"},
+    package_data={"i2am.zoo": ["weights/*.safetensors"]},
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",

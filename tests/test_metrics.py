@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import i2am
+from i2am import metrics
 from i2am.detect import Box
 
 
@@ -106,3 +107,181 @@ def test_iou():
     assert Box(0, 0, 2, 2).iou(Box(0, 0, 2, 2)) == 1
     assert Box(0, 0, 2, 2).iou(Box(2, 2, 4, 4)) == 0
     assert Box(0, 0, 2, 2).iou(Box(1, 1, 3, 3)) == pytest.approx(1 / 7)
+
+
+# ------------------------------------------------------------------------------------------------------ localisation
+
+
+def corner(size, h, w):
+    x = torch.zeros(size)
+    x[:h, :w] = 1
+    return x
+
+
+def test_mask_iou_by_hand():
+    mask = corner((8, 8), 4, 4)
+    assert metrics.mask_iou(corner((8, 8), 4, 8) * 7 - 3, mask) == pytest.approx(16 / 32)
+    assert metrics.mask_iou(corner((8, 8), 4, 8) * 0.3 + mask, mask) == 1  # 0.3 of 1.3 is below the threshold
+    assert metrics.mask_iou(corner((8, 8), 4, 8) * 0.3 + mask, mask, threshold=0.2) == 0.5
+    assert metrics.mask_iou(torch.full((3, 3), 0.1), mask) == 0  # resized, and still constant
+    assert metrics.mask_iou(torch.ones(8, 8), mask) == 0
+
+
+def test_mean_iou_counts_both_classes():
+    mask = corner((8, 8), 4, 4)
+    assert metrics.mean_iou(corner((8, 8), 4, 8), mask) == pytest.approx((16 / 32 + 32 / 48) / 2)
+    assert metrics.mean_iou(torch.ones(8, 8), mask) == pytest.approx((0 + 48 / 64) / 2)
+    assert metrics.mean_iou(corner((8, 8), 4, 8), torch.ones(8, 8)) == 0.5  # one class only
+
+
+def test_box_iou():
+    truth = [Box(0, 0, 2, 2), Box(0, 0, 4, 4)]
+    assert metrics.box_iou([Box(1, 1, 3, 3), None], truth).tolist() == pytest.approx([1 / 7, 0])
+    with pytest.raises(ValueError, match="1 boxes found, but 2"):
+        metrics.box_iou([None], truth)
+    with pytest.raises(ValueError, match="area"):
+        metrics.box_iou([None], [Box(3, 3, 3, 5)])
+
+
+def test_pointing_game():
+    mask = corner((8, 8), 2, 2)
+    map = torch.zeros(8, 8)
+    map[2, 2] = 1
+    assert metrics.pointing_game(map, mask) == 0
+    assert metrics.pointing_game(map, mask, tolerance=1) == 1
+    map[0, 0] = 1
+    assert metrics.pointing_game(map, mask) == 0.5
+    for constant in (torch.full((8, 8), 0.1), torch.full((3, 3), 0.1)):
+        assert metrics.pointing_game(constant, mask) == pytest.approx(4 / 64)
+    with pytest.raises(ValueError, match="tolerance"):
+        metrics.pointing_game(map, mask, tolerance=-1)
+
+
+def test_contrast():
+    mask = corner((8, 8), 4, 8)
+    assert metrics.contrast(1 + 2 * mask, mask) == pytest.approx(3)
+    assert metrics.contrast(mask, mask) == float("inf")
+    assert metrics.contrast(torch.zeros(8, 8), mask) == 1
+    assert metrics.contrast(torch.full((3, 3), 0.1), mask) == pytest.approx(1)
+    with pytest.raises(ValueError, match="negative"):
+        metrics.contrast(mask - 1, mask)
+    with pytest.raises(ValueError, match="no outside"):
+        metrics.contrast(mask, torch.ones(8, 8))
+
+
+def test_ranking_auc_is_the_share_of_ordered_pairs():
+    rng = np.random.default_rng(3)
+    map, mask = torch.from_numpy(rng.integers(0, 5, (2, 6, 7))), torch.from_numpy(rng.random((2, 6, 7)) > 0.6)
+    for a, m, score in zip(map, mask, metrics.ranking_auc(map, mask.float()), strict=True):
+        pairs = a[m][:, None] - a[~m][None]
+        assert score == pytest.approx(((pairs > 0).double() + 0.5 * (pairs == 0)).mean().item())
+    half = corner((8, 8), 4, 8)
+    assert metrics.ranking_auc(half, half) == 1
+    assert metrics.ranking_auc(-half, half) == 0
+    assert metrics.ranking_auc(torch.full((3, 3), 0.1), half) == 0.5
+    with pytest.raises(ValueError, match="both"):
+        metrics.ranking_auc(half, torch.ones(8, 8))
+
+
+@pytest.mark.parametrize("score", [metrics.mask_iou, metrics.mean_iou, metrics.pointing_game, metrics.ranking_auc])
+def test_localisation_batches_like_imacs(score):
+    maps, mask = torch.rand(3, 4, 4), corner((8, 8), 3, 5)
+    together = score(maps, mask)
+    assert together.shape == (3,)
+    assert together.tolist() == pytest.approx([score(m, mask).item() for m in maps])
+    with pytest.raises(ValueError, match="empty mask"):
+        score(maps, torch.zeros(8, 8))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_wrong_thresholds(threshold):
+    with pytest.raises(ValueError, match="threshold"):
+        metrics.mask_iou(torch.rand(4, 4), torch.ones(4, 4), threshold)
+
+
+# ---------------------------------------------------------------------------------------------------- correspondence
+
+
+def test_correspondence_error_in_pixels():
+    found = torch.tensor([[1.5, 2.0], [0.5, 0.5]])
+    truth = torch.tensor([[6.0, 11.0], [float("nan"), 3.0]])
+    error = metrics.correspondence_error(found, truth, scale=4)
+    assert error[0] == pytest.approx(3)
+    assert error[1].isnan()
+    assert metrics.correspondence_error(found, truth, scale=(4, 5.5))[0] == pytest.approx(0)
+    with pytest.raises(ValueError, match="alike"):
+        metrics.correspondence_error(found, truth[:1])
+    with pytest.raises(ValueError, match="finite"):
+        metrics.correspondence_error(truth, truth)
+
+
+def test_pck():
+    error = torch.tensor([1.0, 2.0, 3.0, float("nan")])
+    assert metrics.pck(error, 2) == pytest.approx(2 / 3)
+    assert metrics.pck(error, 0.5) == 0
+    with pytest.raises(ValueError, match="no error is known"):
+        metrics.pck(error[3:], 2)
+    with pytest.raises(ValueError, match="at least 0"):
+        metrics.pck(error, -1)
+
+
+# ------------------------------------------------------------------------------------------------------ faithfulness
+
+SHARES = (0.0, 0.25, 0.5, 1.0)
+
+
+def total_weight(weights):
+    return lambda removed: (weights * removed).flatten(1).sum(1)
+
+
+def test_deletion_and_insertion_by_hand():
+    weights = torch.tensor([[[8.0, 4.0], [2.0, 1.0]]])
+    change = total_weight(weights)
+    assert metrics.removal_curve(weights, change, shares=SHARES).tolist() == [[0, 8, 12, 15]]
+    assert metrics.removal_curve(weights, change, shares=SHARES, order="opposite").tolist() == [[0, 1, 3, 15]]
+    assert metrics.removal_curve(weights, change, shares=SHARES, insertion=True).tolist() == [[15, 7, 3, 0]]
+    curve = torch.tensor([[0.0, 8, 12, 15]])
+    assert metrics.area(curve, SHARES) == pytest.approx(0.25 * 4 + 0.25 * 10 + 0.5 * 13.5)
+    assert metrics.area(curve[:, 1:3], SHARES[1:3]) == pytest.approx(10)  # per unit of share
+
+
+def test_every_map_of_a_batch_has_its_own_order():
+    weights = torch.rand(5, 4, 4)
+    curve = metrics.removal_curve(weights, total_weight(weights), shares=SHARES)
+    top = weights.flatten(1).sort(1, descending=True).values.cumsum(1).double()
+    assert torch.allclose(curve[:, 1:], top[:, [3, 7, 15]], atol=1e-6)
+
+
+def test_random_order_and_ties():
+    weights = torch.arange(16.0).reshape(1, 4, 4).repeat(400, 1, 1)
+    draws = torch.Generator().manual_seed(0)
+    for maps, order in ((weights, "random"), (torch.ones_like(weights), "map"), (torch.ones_like(weights), "opposite")):
+        half = metrics.removal_curve(maps, total_weight(weights), shares=SHARES, order=order, generator=draws)[:, 2]
+        assert half.mean() == pytest.approx(60, abs=2)  # half of what there is, not the first half of the scan lines
+        assert half.std() > 5
+    again = torch.Generator().manual_seed(0)
+    first = metrics.removal_curve(weights, total_weight(weights), order="random", generator=again)
+    again.manual_seed(0)
+    assert torch.equal(first, metrics.removal_curve(weights, total_weight(weights), order="random", generator=again))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(map=torch.rand(4, 4)), r"\[B, h, w\]"),
+        (dict(map=torch.full((1, 4, 4), float("nan"))), "finite"),
+        (dict(order="backwards"), "order"),
+        (dict(shares=(0.5, 0.2)), "rise"),
+        (dict(shares=(0.0, 1.2)), "rise"),
+        (dict(change=lambda removed: removed.float().mean()), "one number a map"),
+    ],
+)
+def test_removal_curve_refusals(arguments, message):
+    maps = torch.rand(2, 4, 4)
+    with pytest.raises(ValueError, match=message):
+        metrics.removal_curve(**(dict(map=maps, change=total_weight(maps)) | arguments))
+
+
+def test_area_refusals():
+    with pytest.raises(ValueError, match="3 points"):
+        metrics.area(torch.zeros(2, 3), SHARES)

@@ -1,0 +1,46 @@
+"""Small image-to-image diffusion models, really trained, on tasks whose true answer is known: what claims rest on.
+
+::
+
+    pipe = i2am.zoo.load("exemplar")          # a diffusers pipeline, 64×64 px
+    task = i2am.zoo.samples("exemplar", 1)    # held-out photographs, and the truth
+    with i2am.trace(pipe) as tracer:
+        picture = pipe(task.picture, task.mask, task.reference).images[0]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from i2am.zoo.data import MissingPhotographs, Sample, samples
+from i2am.zoo.pipelines import ReferenceInpaintingPipeline, SuperResolutionPipeline, ZooPipeline
+from i2am.zoo.storage import read
+
+WEIGHTS = Path(__file__).parent / "weights"
+NAMES = ("exemplar", "tryon", "superres")
+
+__all__ = [
+    "NAMES",
+    "MissingPhotographs",
+    "ReferenceInpaintingPipeline",
+    "Sample",
+    "SuperResolutionPipeline",
+    "ZooPipeline",
+    "load",
+    "samples",
+]
+
+
+def load(name: str) -> ZooPipeline:
+    """A trained model as a diffusers pipeline, float32 on CPU, ready to run, trace, move and save.
+
+    Args:
+        name: "exemplar" (an object put into a scene), "tryon" (a garment moved, scaled, turned and bent into a scene;
+            takes a pose) or "superres" (4× each way, at any size up to 2048 px).
+
+    Raises:
+        ValueError: no such model.
+    """
+    if name not in NAMES:
+        raise ValueError(f"the zoo has {', '.join(NAMES)}, not {name!r}")
+    return read(WEIGHTS / f"{name}.safetensors")[0]
