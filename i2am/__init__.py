@@ -13,7 +13,7 @@ from i2am.layout import Banked, Concatenated, Reference
 from i2am.maps import AttributionMaps
 from i2am.metrics import imacs
 from i2am.ops import AttentionOutput, attention
-from i2am.patch import BlindLayerError, Tracer, patch_transformer, patch_unet, trace
+from i2am.patch import BlindLayerError, Tracer, patch_modules, patch_transformer, patch_unet, trace
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "attention",
     "detect_box",
     "imacs",
+    "patch_modules",
     "patch_transformer",
     "patch_unet",
     "trace",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 Grid = tuple[int, int]
 SELF = "self"  # the name of maps that are spatial self-attention, and not reference attribution
+QUERIES = "queries"
 LayerFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
@@ -20,7 +21,8 @@ class Reference:
     """The keys of a cross-attention that encode a reference image.
 
     Args:
-        grid: ``(height, width)`` of the reference tokens, or None when they have no 2-D layout (a pooled embedding, a
+        grid: ``(height, width)`` of the reference tokens; or "queries": the same as the generated tokens', at every
+            resolution (features of a second branch); or None when they have no 2-D layout (a pooled embedding, a
             resampler's tokens): then there is no map *on* the reference (G2R, SRAM), but R2G works.
         tokens: the keys that encode the reference: slice, bool mask or indices.
         skip: how many leading ones of them are not on the grid (CLIP's class token: 1). They take part in every softmax
@@ -28,19 +30,25 @@ class Reference:
         name: how the maps call it.
     """
 
-    grid: Grid | None = None
+    grid: Grid | str | None = None
     tokens: slice | Tensor | Sequence[int] = field(default_factory=lambda: slice(None))
     skip: int = 0
     name: str = "reference"
 
     def __post_init__(self):
-        if self.grid is not None:
+        if self.grid is not None and self.grid != QUERIES:
             grid = tuple(self.grid)
             if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
-                raise ValueError(f"Reference.grid must be (height, width) in tokens, both positive, got {self.grid!r}")
+                raise ValueError(
+                    f'Reference.grid must be (height, width) in tokens, both positive, or "queries", got {self.grid!r}'
+                )
             object.__setattr__(self, "grid", grid)
         if not isinstance(self.skip, int) or self.skip < 0:
             raise ValueError(f"Reference.skip must be a non-negative number of tokens, got {self.skip!r}")
+
+    def on(self, grid: Grid) -> Reference:
+        """This reference for generated tokens on ``grid``."""
+        return replace(self, grid=grid) if self.grid == QUERIES else self
 
     def count(self, length: int) -> int:
         """How many of ``length`` keys are this reference's."""

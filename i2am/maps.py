@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,6 +137,11 @@ class AttributionMaps:
         name = self._reference(reference)
         return {s.layer: s.heads for s in self._sums if s.reference == name}
 
+    @property
+    def recorded(self) -> bool:
+        """Whether any patch can be asked: queries and keys were kept."""
+        return bool(self._entries)
+
     def __repr__(self) -> str:
         references = ", ".join(repr(name) for name in self.references)
         return (
@@ -193,19 +198,28 @@ class AttributionMaps:
 
         Args:
             region: a point ``(y, x)`` or a mask of the reference.
-            canvas: ``(height, width)`` in which points are given. None: the reference grid.
+            canvas: ``(height, width)`` in which points are given. None: the (largest) reference grid.
             level, options, raises: as :meth:`sram`.
         """
-        s = self._chosen(self._reference(options.get("reference")), options.get("layers"))[0]
-        check_reference_grid(s, "map of where a place of the reference went")
-        weights = region_weights(region, canvas or s.reference_grid)
+        sums = self._chosen(self._reference(options.get("reference")), options.get("layers"))
+        check_reference_grid(sums[0], "map of where a place of the reference went")
+        weights = region_weights(region, canvas or max((s.reference_grid for s in sums), key=area))
         return self._read("r2g", level, source=self._recorded(weights, 1, reverse=True), **options)
 
-    def correspondence(self, grid: Grid = (16, 16), **options) -> Tensor:
-        """SRAM of every cell of a grid over the generated image: ``[B, rows·columns, h_ref, w_ref]``, row by row."""
+    def correspondence(
+        self, grid: Grid = (16, 16), *, level: str | None = None, reverse: bool = False, **options
+    ) -> Tensor:
+        """SRAM of every cell of a grid over the generated image: ``[B, rows·columns, h_ref, w_ref]``, row by row.
+
+        Args:
+            grid: ``(rows, columns)``.
+            level: as :meth:`sram`; its axis comes after the cells'.
+            reverse: where every cell of a grid over the *reference* went, ``[B, rows·columns, h, w]``.
+            options, raises: as :meth:`sram`.
+        """
         if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
             raise ValueError(f"grid must be (rows, columns), both positive, got {grid!r}")
-        return self._regions(cells(grid), grid[0] * grid[1], **options)
+        return self._regions(cells(grid), grid[0] * grid[1], level=level, reverse=reverse, **options)
 
     def match(self, **options) -> Match:
         """For each generated token of the finest chosen grid, where on the reference it looked, and how surely.
@@ -226,8 +240,13 @@ class AttributionMaps:
         """``(height, width)`` in which points on the generated image are given."""
         return self._canvas or max((s.grid for s in self._sums), key=area)
 
-    def _regions(self, weights: Weights, count: int, **options) -> Tensor:
-        maps = self._read("g2r", None, source=self._recorded(weights, count), **options)
+    def _regions(self, weights: Weights, count: int, *, level: str | None = None, reverse: bool = False, **options):
+        """``[B, count, (T | H | L,) h, w]``."""
+        if reverse:
+            s = self._chosen(self._reference(options.get("reference")), options.get("layers"))[0]
+            check_reference_grid(s, "map of where a place of the reference went")
+        source = self._recorded(weights, count, reverse)
+        maps = self._read("r2g" if reverse else "g2r", level, source=source, **options)
         return maps.unflatten(0, (self.batch, count))
 
     def _region(self, name: str) -> int:
@@ -306,13 +325,64 @@ class AttributionMaps:
             chosen = choose_layers(of_reference, layers)
         return [of_reference[name] for name in chosen]
 
+    # ----------------------------------------------------------------------------------------------------- looking
+
+    def report(self, path: str | os.PathLike, generated: Any = None, reference: Any = None, **options) -> Path:
+        """Writes one self-contained, interactive HTML file (no server, no network) and returns its path.
+
+        Pointing at a place of the generated image shows the reference regions behind it (SRAM), and the reverse, for
+        every time group, head and layer; without recorded queries and keys there are the maps of all levels.
+
+        Args:
+            path: of the file.
+            generated, reference: the images; forms: see :func:`i2am.plot.overlay`. None: the maps on plain grey.
+            mask, reference_mask: the inpainted region of the generated image and the object's on the reference: they
+                are outlined and scored (IMACS, box IoU).
+            reference_name: which of ``maps.references``, where there are several.
+            index: which image of a batch.
+            layers: as at every level.
+            detail: how many of time, head and layer can be picked at once, 0…3. None: as many as fit.
+            limit: of the file's size, "15MB" or bytes.
+            title, settings: written into the page; settings are names and values.
+            progress: whether to show a bar.
+
+        Raises:
+            ValueError: images and maps alone take more than the limit; arguments that no level would take.
+        """
+        from i2am.report import build_report
+
+        return build_report(self, path, generated, reference, **options)
+
+    def _repr_png_(self) -> bytes:
+        """ULAM in both directions, as notebooks show it."""
+        from i2am.plot import thumbnail
+
+        return thumbnail(self)
+
+    def _repr_html_(self) -> str:
+        """What was recorded and its ULAMs, as notebooks show it."""
+        import html
+        from base64 import b64encode
+
+        rows = {
+            "references": ", ".join(self.references),
+            "layers": f"{len(self.layers)} of {len(self.recorded_layers)} recorded",
+            "time groups": self.time_groups,
+            "images": self.batch,
+            "any patch can be asked": "yes" if self.recorded else 'no (trace with record="qk")',
+        }
+        table = "".join(f"<tr><th>{k}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
+        alt = "Unified attribution maps: R2G on the generated grid and, where there is one, G2R on the reference grid"
+        picture = f'<img alt="{alt}" src="data:image/png;base64,{b64encode(self._repr_png_()).decode()}">'
+        return f"<table><caption>AttributionMaps</caption>{table}</table>{picture}"
+
     # ------------------------------------------------------------------------------------------------------- files
 
-    def save(self, path: str | os.PathLike, *, embed: bool = False) -> Path:
+    def save(self, path: str | os.PathLike, *, embed: bool = False, record: bool = True) -> Path:
         """Writes the maps as safetensors, at once or not at all; returns the path.
 
         A record in memory goes into the file. A record on disk stays in its folder and the file refers to it, relative
-        to its own place, unless ``embed``.
+        to its own place, unless ``embed``. ``record=False`` leaves it out: the levels stay, patches can't be asked.
         """
         from safetensors.torch import save_file
 
@@ -321,9 +391,9 @@ class AttributionMaps:
         for i, s in enumerate(self._sums):
             contents |= {f"{i}.{name}": getattr(s, name) for name in STORED if getattr(s, name) is not None}
             layers.append({f.name: getattr(s, f.name) for f in fields(s) if f.name not in STORED})
-        record = _RecordFile.pack(self._entries, path, embed)
-        header = {"layers": layers, "canvas": self._canvas, "regions": self.regions, "record": record.header}
-        contents = {name: x.contiguous() for name, x in (contents | record.contents).items()}
+        kept = _RecordFile.pack(self._entries if record else [], path, embed)
+        header = {"layers": layers, "canvas": self._canvas, "regions": self.regions, "record": kept.header}
+        contents = {name: x.contiguous() for name, x in (contents | kept.contents).items()}
         write_atomically(
             path, lambda file: save_file(contents, file, metadata={"format": FORMAT, "maps": json.dumps(header)})
         )

@@ -1,4 +1,4 @@
-"""``trace``, ``patch_unet``, ``patch_transformer``: from a pipeline or a model to attribution maps.
+"""``trace``, ``patch_unet``, ``patch_transformer``, ``patch_modules``: from a pipeline or a model to attribution maps.
 
 The one path the data takes: a root hook opens a scope (``seam``) with the step (``clock``) and the conditional samples
 (``guidance``); module hooks say which attention runs, the family says what it carries; the intercepted attention call
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -233,6 +233,82 @@ def patch_transformer(
     )
 
 
+def patch_modules(
+    model: nn.Module,
+    *,
+    reference: Reference | Sequence[Reference] | Callable[[str, int, Grid], Reference | Sequence[Reference]],
+    where: LayerFilter = None,
+    grid: Callable[[str, int], Grid] | None = None,
+    mask: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None,
+    inputs: Callable[[tuple, dict[str, Any]], tuple[Tensor, Tensor | float]] | None = None,
+    projections: tuple[str, str] = ("to_q", "to_k"),
+    time_groups: int = 5,
+    num_steps: int | None = None,
+    scheduler=None,
+    guidance: str | int = "auto",
+    backend: str | None = None,
+    sram: Mapping[str, Region] | None = None,
+    canvas: Grid | None = None,
+    **record: Any,
+) -> Tracer:
+    """Traces attention modules of any code base, without importing it: those with ``to_q``, ``to_k`` and ``heads``.
+
+    ::
+
+        tracer = i2am.patch_modules(          # StableVITON: features of the garment branch at the same resolution
+            model.model.diffusion_model,
+            where="*zero_crossattn*",
+            reference=i2am.Reference(grid="queries"),
+            num_steps=50,
+        )
+
+    What Paint-by-Example's, StableVITON's, DCI-VTON's, PASD's and SeeSR's own code is made of. Hooks on the projections
+    see the very queries and keys where the attention is einsums; one that goes through
+    ``scaled_dot_product_attention`` or xformers is intercepted. The model's output stays its own, bit for bit.
+
+    Args:
+        model: the module whose forward is one evaluation of the denoiser.
+        reference: which keys encode the reference; ``Reference(grid="queries")``: on the same grid as the generated
+            tokens, at every resolution. Or a function of (layer, number of keys, grid of the generated tokens).
+        where: which attention modules: a name, a glob pattern, several, or a predicate. None: all that attend to
+            something else than their own input.
+        grid: (layer, number of tokens) → (height, width) of the generated tokens, where no module around the attention
+            is given a feature map of that size.
+        mask: (module, its arguments by name) → mask that broadcasts to ``[B, heads, queries, keys]``, for modules that
+            mask in a way of their own. None: CompVis' ``mask`` over keys is read, any other is refused.
+        inputs: (args, kwargs) of the model → (latents ``[B, …]``, timestep); None: the first 4-D tensor, and the
+            argument called like a timestep or the second one.
+        projections: names of the query and key projection.
+        time_groups, num_steps, scheduler, guidance, backend, sram, canvas, record: as in :func:`patch_unet`.
+
+    Returns:
+        a :class:`Tracer`, already tracing.
+
+    Raises:
+        ValueError: there is no such module, the model is traced already or compiled; an argument does not fit. Nothing
+            changed.
+    """
+    from i2am.families.modules import AttentionModules
+
+    _check_steps(num_steps, scheduler)
+    described = reference if callable(reference) else _references(reference)
+    if described is None or isinstance(described, (Concatenated, Banked)):
+        raise ValueError(f"patch_modules takes i2am.Reference, several, or a function, got reference={reference!r}")
+    return Tracer(
+        model,
+        AttentionModules(model, where, described, grid=grid, mask=mask, inputs=inputs, projections=tuple(projections)),
+        clock=_clock(num_steps, scheduler),
+        time_groups=time_groups,
+        layers=None,
+        guidance=guidance,
+        output="model",
+        backend=backend,
+        sram=sram,
+        canvas=canvas,
+        record=record,
+    )
+
+
 def _check_steps(num_steps: int | None, scheduler) -> None:
     if num_steps is not None and scheduler is not None:
         raise ValueError("pass num_steps or scheduler, not both: the scheduler knows its steps")
@@ -406,7 +482,7 @@ class Tracer:
         """Bytes that one forward will record, from a run on shapes alone; None where the model can't be run so."""
         sizes: dict[object, int] = {}
 
-        def attend(scope: Scope, layer: RunningLayer, carried: Carried, call: Call) -> Tensor:
+        def attend(scope: Scope, layer: RunningLayer, carried: Carried, call: Call) -> Tensor | None:
             part = call.on(scope.conditional)
             B, H, Nq, d = part.query.shape
             width = d * (self._record.options.record_dtype or _autocast(part.query).dtype).itemsize
@@ -414,7 +490,7 @@ class Tracer:
             sizes[layer.name] = B * H * Q * width
             for reference in carried.references:
                 sizes[layer.name, reference.name] = B * H * (reference.count(part.key.shape[2]) * (width + 4) + Q * 4)
-            return call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1])
+            return None if call.value is None else call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1])
 
         self._open(replace(scope, attend=attend, frame=sys._getframe()))
         self._measuring = True
@@ -441,8 +517,13 @@ class Tracer:
             if scope is None or not scope.layers or scope.layers[-1].name != name:
                 return
             layer = scope.layers.pop()
-            if layer.carries is not None and layer.computed:
+            if layer.carries is None or not layer.computed:
+                return
+            call = None if output is None else self._family.leave(layer, module)
+            if call is None:
                 scope.blind.append(name)
+            else:
+                scope.attend(scope, layer, layer.carries, call)
 
         def computed(*_):
             scope = self._scope
@@ -455,17 +536,25 @@ class Tracer:
         yield module.register_forward_pre_hook(enter, with_kwargs=True)
         yield module.register_forward_hook(leave, always_call=True)
 
-    def _attend(self, scope: Scope, layer: RunningLayer, carried: Carried, call: Call) -> Tensor:
-        """An intercepted attention call: runs the fused op for the conditional samples, and adds to the sums."""
+    def _attend(self, scope: Scope, layer: RunningLayer, carried: Carried, call: Call) -> Tensor | None:
+        """An attention call: adds it to the sums; its output, the fused op's or the model's own."""
+        if call.value is None:
+            return self._observe(scope, layer, carried, call)
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
+        if self._output == "model" or call.dropout_p != 0 or trained:
+            self._observe(scope, layer, carried, replace(call, value=None))
+            return call.run()
+        return _among_others(self._observe(scope, layer, carried, call), call, scope.conditional)
+
+    def _observe(self, scope: Scope, layer: RunningLayer, carried: Carried, call: Call) -> Tensor | None:
+        """Adds one attention call to the sums; its output for the conditional samples, where the call has values."""
         part = call.on(scope.conditional)
         mask = _padding_is_masked(part.attn_mask)
-        q, k, v = (_autocast(x) for x in (part.query, part.key, part.value))
+        q, k, v = (None if x is None else _autocast(x) for x in (part.query, part.key, part.value))
         self._check_call(layer, carried, call, scope)
         if call.enable_gqa:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            k, v = (None if x is None else x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         queries = Selection.of(carried.queries, q.shape[2], "queries").count
-        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
-        fused_output = self._output == "i2am" and call.dropout_p == 0 and not trained
         group = scope.moment.group
         regions = self._sram.weights(carried.grid)
         tracks = self._recorder.open(layer.name, carried, q, k, queries, len(self._sram.names))
@@ -473,7 +562,7 @@ class Tracer:
             out, row_lse, col_lse = accumulate(
                 q,
                 k,
-                v if fused_output else None,
+                v,
                 sums=[track.at(group) for track in tracks],
                 queries=carried.queries,
                 keys=[reference.tokens for reference in carried.references],
@@ -486,7 +575,7 @@ class Tracer:
             track.counts[group] += 1
         if self._record.options.wants(scope.moment):
             self._keep(layer, carried, q, k, mask, call.scale, row_lse, col_lse, group)
-        return _among_others(out, call, scope.conditional) if fused_output else call.run()
+        return out
 
     def _keep(self, layer, carried, q, k, mask, scale, row_lse, col_lse: list[Tensor], group: int) -> None:
         """Records one call's generated queries and reference keys."""

@@ -32,7 +32,7 @@ class Call:
 
     query: Tensor
     key: Tensor
-    value: Tensor
+    value: Tensor | None  # None: only the attribution is asked for
     attn_mask: Tensor | None = None
     dropout_p: float = 0.0
     is_causal: bool = False
@@ -45,9 +45,8 @@ class Call:
         mask = self.attn_mask
         if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
             mask = mask[samples]
-        return replace(
-            self, query=self.query[samples], key=self.key[samples], value=self.value[samples], attn_mask=mask
-        )
+        value = None if self.value is None else self.value[samples]
+        return replace(self, query=self.query[samples], key=self.key[samples], value=value, attn_mask=mask)
 
     def run(self) -> Tensor:
         """The model's own attention."""
@@ -73,6 +72,9 @@ class RunningLayer:
     grid: Grid | None = None  # of the generated tokens
     carries: Carried | None = None  # what its next attention call carries; that call takes it
     computed: bool = True  # False: its forward was skipped, a cache answered
+    arguments: tuple[tuple, dict] | None = None  # of the module, where a family needs them
+    projected: dict[str, Tensor] = field(default_factory=dict)  # what its projections gave, by their names
+    inputs: dict[str, Tensor | None] = field(default_factory=dict)  # and were given
     images: dict[int, int] = field(default_factory=dict)  # IP-Adapter index → reference images that came one by one
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from truth import Captured
+from truth import Captured, Truth
 
 
 @dataclass
@@ -75,3 +75,14 @@ def generated(calls, grid, queries=slice(None), *, nth=0, evaluations=None) -> l
             mask = mask[..., chosen, :]
         found.append(Captured(c.evaluation, c.layer, 0, on, c.q[:, :, chosen], c.k, mask))
     return found
+
+
+class PerLayerGrid(Truth):
+    """Each layer's reference lies on the grid of its own queries."""
+
+    def layer(self, direction, name, size, **options):
+        self.reference_grid = self.grids[name]
+        return super().layer(direction, name, size, **options)
+
+    def size(self, direction, names=None):
+        return super().size("r2g", names)

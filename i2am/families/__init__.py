@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from i2am.layout import Grid
-from i2am.seam import RunningLayer
+from i2am.seam import Call, RunningLayer
 
 
 class Forward(NamedTuple):
@@ -40,6 +40,11 @@ class Family(Protocol):
 
     def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """An attention module starts: sets ``layer.carries`` when its next attention call carries the reference."""
+
+    def leave(self, layer: RunningLayer, module: nn.Module) -> Call | None:
+        """A reference-carrying module ends and no call of it was intercepted: the attention that it computed by itself
+        (``value=None``), or None where nobody can tell; then the layer was blind.
+        """
 
     def watch(self) -> Iterable[RemovableHandle]:
         """Hooks of the family's own, for as long as tracing lasts."""

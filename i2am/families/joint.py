@@ -65,6 +65,9 @@ class JointTransformer:
     def by_default(self, layer: str) -> bool:
         return True
 
+    def leave(self, layer: RunningLayer, module: nn.Module) -> None:
+        return None
+
     def watch(self) -> Iterable[RemovableHandle]:
         return ()
 

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from i2am.families import Forward
 from i2am.families.arguments import argument
-from i2am.layout import Banked, Carried, Concatenated, Grid, Reference
+from i2am.layout import QUERIES, Banked, Carried, Concatenated, Grid, Reference
 from i2am.seam import RunningLayer, running_scope
 
 EXAMPLE = "i2am.patch_unet(unet, reference=i2am.Reference(grid=(16, 16), skip=1))  # 16×16 tokens after a class token"
@@ -41,6 +41,9 @@ class UNetFamily:
         sample, timestep = argument(args, kwargs, 0, "sample"), argument(args, kwargs, 1, "timestep")
         channels = getattr(getattr(self.unet, "config", None), "out_channels", None) or sample.shape[1]
         return Forward(latents=sample[:, :channels], timestep=timestep)
+
+    def leave(self, layer: RunningLayer, module: nn.Module) -> None:
+        return None
 
     def watch(self) -> Iterable[RemovableHandle]:
         for _, module in self.unet.named_modules():
@@ -66,13 +69,18 @@ class CrossAttention(UNetFamily):
         context = argument(args, kwargs, 2, "encoder_hidden_states")
         if isinstance(context, Tensor):
             for reference in self._references(context.shape[1]):
-                reference.check(context.shape[1])
+                if reference.grid != QUERIES:
+                    reference.check(context.shape[1])
         return super().begin(args, kwargs)
 
     def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = argument(args, kwargs, 1, "encoder_hidden_states", None)
         if isinstance(context, Tensor):  # None: self-attention
-            layer.carries = Carried(grid_of(layer), self._references(context.shape[1]))
+            grid = grid_of(layer)
+            references = tuple(reference.on(grid) for reference in self._references(context.shape[1]))
+            for reference in references:
+                reference.check(context.shape[1])
+            layer.carries = Carried(grid, references)
 
     def _references(self, length: int) -> tuple[Reference, ...]:
         if self.references is not None:
