@@ -26,7 +26,7 @@ from i2am.maps import AttributionMaps
 from i2am.ops import BACKENDS, Selection, accumulate
 from i2am.record import Record, RecordOptions, check_limit, logger, mask_between, run_on_shapes
 from i2am.recorder import Recorder
-from i2am.seam import Call, RunningLayer, Scope, close_scope, open_scope, running_scope
+from i2am.seam import Call, Carries, RunningLayer, Scope, close_scope, open_scope, running_scope
 from i2am.sram import MAX_REGIONS, Region, Weights, region_weights, several
 
 OUTPUTS = ("i2am", "model")
@@ -482,7 +482,10 @@ class Tracer:
         """Bytes that one forward will record, from a run on shapes alone; None where the model can't be run so."""
         sizes: dict[object, int] = {}
 
-        def attend(scope: Scope, layer: RunningLayer, carried: Carried, call: Call) -> Tensor | None:
+        def attend(scope: Scope, layer: RunningLayer, carries: Carries, call: Call) -> Tensor | None:
+            carried = carries(call) if callable(carries) else carries
+            if carried is None:
+                return call.run()
             part = call.on(scope.conditional)
             B, H, Nq, d = part.query.shape
             width = d * (self._record.options.record_dtype or _autocast(part.query).dtype).itemsize
@@ -536,8 +539,11 @@ class Tracer:
         yield module.register_forward_pre_hook(enter, with_kwargs=True)
         yield module.register_forward_hook(leave, always_call=True)
 
-    def _attend(self, scope: Scope, layer: RunningLayer, carried: Carried, call: Call) -> Tensor | None:
+    def _attend(self, scope: Scope, layer: RunningLayer, carries: Carries, call: Call) -> Tensor | None:
         """An attention call: adds it to the sums; its output, the fused op's or the model's own."""
+        carried = carries(call) if callable(carries) else carries
+        if carried is None:
+            return call.run()
         if call.value is None:
             return self._observe(scope, layer, carried, call)
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))

@@ -64,13 +64,16 @@ class Call:
         )
 
 
+Carries = Carried | Callable[[Call], Carried | None]  # a function where only the call tells
+
+
 @dataclass(eq=False)
 class RunningLayer:
     """An attention module that is executing."""
 
     name: str
     grid: Grid | None = None  # of the generated tokens
-    carries: Carried | None = None  # what its next attention call carries; that call takes it
+    carries: Carries | None = None  # what its next attention call carries; that call takes it
     computed: bool = True  # False: its forward was skipped, a cache answered
     arguments: tuple[tuple, dict] | None = None  # of the module, where a family needs them
     projected: dict[str, Tensor] = field(default_factory=dict)  # what its projections gave, by their names
@@ -82,7 +85,7 @@ class RunningLayer:
 class Scope:
     """One forward of a traced model: what is running, and whom to ask when a reference-carrying call comes."""
 
-    attend: Callable[[Scope, RunningLayer, Carried, Call], Tensor]
+    attend: Callable[[Scope, RunningLayer, Carries, Call], Tensor | None]
     batch: int
     conditional: slice  # the samples of the batch that count
     moment: Moment  # where in the run this forward stands
@@ -145,7 +148,7 @@ def running_scope() -> Scope | None:
     return None
 
 
-def _pending() -> tuple[Scope, RunningLayer, Carried] | None:
+def _pending() -> tuple[Scope, RunningLayer, Carries] | None:
     """The carried references that this thread's next attention call takes; asked for once."""
     scopes = getattr(_local, "scopes", None)
     if not scopes or not scopes[-1].layers or scopes[-1].layers[-1].carries is None:

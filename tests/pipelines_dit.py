@@ -16,6 +16,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
+    QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
 from pipelines import quiet
@@ -141,5 +142,7 @@ def qwen(pipeline=QwenImageEditPipeline):
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     ).eval()
-    parts = dict(scheduler=flow(), vae=vae, text_encoder=None, tokenizer=None, processor=None)
+    parts = dict(scheduler=flow(), vae=vae, text_encoder=None, tokenizer=None)
+    if pipeline is not QwenImagePipeline:
+        parts["processor"] = None
     return quiet(pipeline(transformer=transformer, **parts))

@@ -251,7 +251,7 @@ def test_models_without_reference_keys_are_refused():
         i2am.patch_unet(plain)
     with pytest.raises(ValueError, match="Channels beside the latents never reach the keys"):
         i2am.patch_unet(pipelines.unet(in_channels=8))
-    with pytest.raises(ValueError, match="trace the pipeline instead"):
+    with pytest.raises(ValueError, match="looks at text; load the IP-Adapter first"):
         i2am.trace(pipelines.sd())
     with pytest.raises(ValueError, match="takes a diffusers pipeline"):
         i2am.trace(pipelines.unet())

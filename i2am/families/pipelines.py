@@ -10,7 +10,7 @@ from torch import nn
 
 from i2am.families import Family
 from i2am.families.transformers import read_transformer
-from i2am.families.unet import read_unet
+from i2am.families.unet import channels_beside, has_ip_adapter, no_reference_keys, read_unet
 from i2am.layout import Grid, Reference
 
 IN_CONTEXT = ("FluxKontext*", "Flux2*", "QwenImageEdit*")  # their reference becomes tokens of its own
@@ -62,6 +62,8 @@ def read_pipeline(pipe, references: Sequence[Reference] | None, *, itself: bool 
         )
     encoder = getattr(pipe, "image_encoder", None)
     text = any(getattr(pipe, part, None) is not None for part in ("text_encoder", "text_encoder_2", "tokenizer"))
+    if not (itself or references or has_ip_adapter(unet)) and (encoder is None or text):
+        raise ValueError(no_reference_keys(type(pipe).__name__, _why_not(pipe, unet)))
     family = read_unet(
         unet, references, image_only=encoder is not None and not text, image_grid=_patch_grid(encoder), itself=itself
     )
@@ -78,13 +80,13 @@ def _read_transformer_pipeline(pipe, transformer: nn.Module, references, itself:
     return Traced(transformer, family, lambda: (1, 0), pipe.vae_scale_factor * family.latent_pixels)
 
 
-def no_reference_keys(name: str, reason: str) -> str:
-    """The message for a pipeline or model without reference keys."""
-    return (
-        f"{name}: no attention keys encode a reference ({reason}); attention tells which positions exchange "
-        'information, never reference from generation. mode="self" gives maps of that spatial self-attention, named '
-        '"self"'
-    )
+def _why_not(pipe, unet: nn.Module) -> str:
+    """Why a UNet pipeline without adapter has no reference keys."""
+    if channels_beside(unet):
+        return CHANNELS
+    if getattr(pipe, "controlnet", None) is not None or getattr(pipe, "adapter", None) is not None:
+        return RESIDUAL
+    return "its cross-attention looks at text; load the IP-Adapter first, or describe the keys with reference="
 
 
 def _patch_grid(encoder) -> Grid | None:

@@ -6,16 +6,16 @@ Concatenation and banks put reference tokens among the keys of self-attention, w
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from i2am.families import Forward
-from i2am.families.arguments import argument
 from i2am.families.joint import reference_names
 from i2am.families.unet import UNetFamily, attentions, grid_of
 from i2am.layout import SELF, Banked, Carried, Concatenated, Grid, Reference
-from i2am.seam import RunningLayer
+from i2am.seam import Call, RunningLayer
 
 
 class SelfAttention(UNetFamily):
@@ -59,22 +59,21 @@ class ConcatenatedLatents(SelfAttention):
 
 
 class BankedAttention(SelfAttention):
-    """References are keys behind the layer's own."""
+    """References are keys behind the layer's own; where they join them (block or processor) is not asked."""
 
     def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        grid = grid_of(layer)
-        own = grid[0] * grid[1]
-        context = argument(args, kwargs, 1, "encoder_hidden_states", None)
-        keys = (argument(args, kwargs, 0, "hidden_states") if context is None else context).shape[1]
-        if keys % own:
-            raise ValueError(f"layer {layer.name}: {keys} keys are not its own {own} and as many of each reference")
-        names = reference_names(keys // own - 1)
-        references = tuple(
-            Reference(grid=grid, tokens=slice(i * own, (i + 1) * own), name=name)
-            for i, name in enumerate(names, start=1)
-        )
-        if references:
-            layer.carries = Carried(grid, references, slice(0, own))
+        layer.carries = partial(_bank, layer.name, grid_of(layer))
+
+
+def _bank(layer: str, grid: Grid, call: Call) -> Carried | None:
+    own, keys = grid[0] * grid[1], call.key.shape[2]
+    if keys % own:
+        raise ValueError(f"layer {layer}: {keys} keys are not its own {own} and as many of each reference")
+    names = reference_names(keys // own - 1)
+    references = tuple(
+        Reference(grid=grid, tokens=slice(i * own, (i + 1) * own), name=name) for i, name in enumerate(names, start=1)
+    )
+    return Carried(grid, references, slice(0, own)) if references else None
 
 
 def read_self_attention(unet: nn.Module, reference: Concatenated | Banked | None) -> SelfAttention:

@@ -21,6 +21,8 @@ from i2am.layout import QUERIES, Banked, Carried, Concatenated, Grid, Reference
 from i2am.seam import RunningLayer, running_scope
 
 EXAMPLE = "i2am.patch_unet(unet, reference=i2am.Reference(grid=(16, 16), skip=1))  # 16×16 tokens after a class token"
+SELF_HINT = 'mode="self" gives maps of spatial self-attention instead, which are named "self"'
+CONCATENATED = " Channels beside the latents never reach the keys, so they are no reference either."
 
 
 class UNetFamily:
@@ -182,28 +184,31 @@ def read_unet(
     if itself or isinstance(references, (Concatenated, Banked)):
         return read_self_attention(unet, None if itself else references)
     name = type(unet).__name__
-    layers = attentions(unet)
-    if _has_ip_adapter(unet):
+    if has_ip_adapter(unet):
         return IPAdapter(unet, references, image_grid)
-    if not layers:
-        raise ValueError(
-            f"{name} has no cross-attention that i2am can trace: no attention keys encode a reference (by channel "
-            "concatenation it enters the convolutions, where attention cannot tell it from the generated image)"
-        )
+    if not attentions(unet):
+        raise ValueError(no_reference_keys(name, "it has no cross-attention that i2am can trace"))
     if references is None and not image_only:
-        config = getattr(unet, "config", None)
-        concatenated = getattr(config, "in_channels", 0) > getattr(config, "out_channels", 0)
-        hint = (
-            " Channels beside the latents never reach the keys, so they are no reference either."
-            if concatenated
-            else ""
-        )
         raise ValueError(
-            f"which cross-attention keys of this {name} encode the reference? The model alone does not tell "
-            f"text tokens from image tokens.{hint} Load the IP-Adapter first, trace the pipeline instead, or describe "
-            f"the keys:\n    {EXAMPLE}"
+            f"which cross-attention keys of this {name} encode the reference? The model alone does not tell text tokens"
+            f" from image tokens.{CONCATENATED if channels_beside(unet) else ''} Load the IP-Adapter first, trace the "
+            f"pipeline instead, or describe the keys:\n    {EXAMPLE}\n{SELF_HINT}"
         )
     return CrossAttention(unet, references, image_grid)
+
+
+def channels_beside(unet: nn.Module) -> bool:
+    """Whether an image enters as channels beside the latents."""
+    config = getattr(unet, "config", None)
+    return (getattr(config, "in_channels", None) or 0) > (getattr(config, "out_channels", None) or 0)
+
+
+def no_reference_keys(name: str, reason: str) -> str:
+    """The message for a pipeline or model without reference keys."""
+    return (
+        f"{name}: no attention keys encode a reference ({reason}). Attention then tells which positions exchange "
+        f"information, never reference from generation. {SELF_HINT}"
+    )
 
 
 def attentions(unet: nn.Module, cross: bool = True) -> dict[str, nn.Module]:
@@ -232,7 +237,7 @@ def clip_tokens(length: int, image_grid: Grid | None) -> Reference:
     return Reference()
 
 
-def _has_ip_adapter(unet: nn.Module) -> bool:
+def has_ip_adapter(unet: nn.Module) -> bool:
     return getattr(getattr(unet, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj" and hasattr(
         getattr(unet, "encoder_hid_proj", None), "image_projection_layers"
     )
