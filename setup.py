@@ -31,10 +31,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["i2am", "i2am.cli", "i2am.evaluate", "i2am.families", "i2am.kernels", "i2am.report"],
+    packages=["i2am", "i2am.cli", "i2am.evaluate", "i2am.families", "i2am.kernels", "i2am.report", "i2am.zoo"],
     package_dir={"i2am.kernels": "kernels"},
-    package_data={"i2am.report": ["page.html", "page.css", "page.js"]},
-    package_data={"i2am.zoo": ["weights/*.safetensors"]},
+    package_data={"i2am.report": ["page.html", "page.css", "page.js"], "i2am.zoo": ["weights/*.safetensors"]},
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",

@@ -74,7 +74,7 @@ def overlay(
     """
     from matplotlib.figure import Figure
 
-    picture, values = _picture(image, index), _map(map, index)
+    picture, values = as_picture(image, index), _map(map, index)
     if not np.isfinite(values).all():
         raise ValueError("the map has values that are not finite (a time group in which no step ran is NaN)")
     if ax is None:
@@ -134,7 +134,7 @@ def levels(
     name, what = LEVEL_NAMES[level]
     said = "one colour scale for all" if scale == "shared" else "each panel on its own colour scale: range below it"
     return _grid(
-        _picture(image, index),
+        as_picture(image, index),
         panels,
         labels,
         columns or _balanced(len(panels), MOST_COLUMNS[level]),
@@ -175,7 +175,7 @@ def summary(
     from matplotlib.figure import Figure
 
     options["reference"] = reference_name
-    rows = [("generated", "r2g", _picture(generated, index)), ("reference", "g2r", _picture(reference, index))]
+    rows = [("generated", "r2g", as_picture(generated, index)), ("reference", "g2r", as_picture(reference, index))]
     found = {"r2g": maps.ulam("r2g", **options), "g2r": _or_reason(maps, "g2r", options)}
     heights = [min(3.0 * picture.shape[0] / picture.shape[1], 4.0) for _, _, picture in rows]  # inches
     figure = Figure(figsize=(7.0, sum(heights) + 1.3), layout="constrained")
@@ -193,6 +193,26 @@ def summary(
         figure, "\n".join(filter(None, (_units("r2g", options) + "; each map from its minimum to its maximum", footer)))
     )
     return figure
+
+
+def thumbnail(maps: AttributionMaps, *, cmap: str = CMAP) -> bytes:
+    """PNG of the ULAMs alone, both directions, of the first image and reference: what a notebook shows of maps."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    options = {"reference": maps.references[0]}
+    found = {d: _or_reason(maps, d, options) for d in ("r2g", "g2r")}
+    panels = {d: x[0].numpy() for d, x in found.items() if not isinstance(x, str)}
+    figure = Figure(figsize=(3.2 * len(panels), 2.9), layout="constrained")
+    for ax, (direction, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        low, high = _limits([values])
+        heat = _bare(ax).imshow(values, cmap=cmap, vmin=low, vmax=high, interpolation="bicubic")
+        _colorbar(figure, heat, [ax])
+        ax.set_title(_wrap(MEANING[direction], 40), fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
 
 
 def note(figure: Figure, text: str) -> Figure:
@@ -398,7 +418,7 @@ def _map(map: Tensor | np.ndarray, index: int) -> np.ndarray:
     return values
 
 
-def _picture(image: Any, index: int) -> np.ndarray:
+def as_picture(image: Any, index: int) -> np.ndarray:
     """``[H, W, 3]`` float in 0…1 of any of the forms that :func:`overlay` takes."""
     if isinstance(image, (list, tuple)):
         image = _one(image, index, "images")

@@ -1,6 +1,7 @@
 """The ``i2am`` command: what it writes, and how it ends when the input is wrong."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -200,6 +201,35 @@ def test_ip_adapter_inpainting_has_both_directions(inpaint, images, tmp_path, ca
     assert settings["pipeline_class"] == "StableDiffusionInpaintPipeline"
     assert settings["versions"]["torch"] == torch.__version__
     assert set(settings["files"]) | {"i2am.json"} == R2G_FILES | G2R_FILES | OTHER_FILES
+
+
+def test_report(inpaint, images, tmp_path):
+    """Both masks reach it, cut to what the encoder sees; the maps beside it stay small: without queries and keys."""
+    pipeline, adapter = inpaint
+    options = ["--ip-adapter", adapter, "--ip-adapter-subfolder", "models", "--report", "--prompt", "a <cup>"]
+    left = Image.new("L", (60, 40))
+    left.paste(255, (0, 0, 30, 40))
+    left.save(tmp_path / "left.png")
+    assert trace(pipeline, images, tmp_path / "out", *options, "--reference-mask", tmp_path / "left.png") == 0
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    header = json.loads(re.search(r'id="header">(.*?)</script>', text, re.S)[1])
+    assert header["rows"]["generated"]["cells"] == [4, 4]  # of 64×72 pixels
+    assert {name for name, *_ in header["scores"]} == {"IMACS of R2G", "IMACS of G2R", "Box IoU"}
+    right_edge = max(float(x) for x in re.findall(r"([\d.]+) [\d.]+", header["outlines"]["reference"]))
+    assert right_edge == pytest.approx(0.5, abs=0.05)  # columns 10 to 30 of 10 to 50
+    assert "a &lt;cup&gt;" in text
+    assert not i2am.AttributionMaps.load(tmp_path / "out" / "maps.safetensors").recorded
+    assert trace(pipeline, images, tmp_path / "out", *options[:-3], "--prompt", "x") == 0
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_report_options_are_checked(inpaint, images, tmp_path, capsys):
+    pipeline, adapter = inpaint
+    options = ["--ip-adapter", adapter, "--ip-adapter-subfolder", "models"]
+    code = trace(pipeline, images, tmp_path, *options, "--reference-mask", images / "mask.png")
+    check_error(capsys, code, "--reference-mask", "--report")
+    code = trace(pipeline, images, tmp_path, *options, "--report", "--record-limit", "1KB")
+    check_error(capsys, code, "record_limit 1 KB", "These fit")
 
 
 def test_paint_by_example_as_published(paint_by_example, images, tmp_path):

@@ -77,3 +77,9 @@ class Job:
         with i2am.trace(self.pipe, time_groups=args.time_groups, layers=args.layers, **traced) as tracer:
             result = self.pipe(**call)
         return Outcome(tracer.maps(), result.images[0], part_seen(images["reference"], self.pipe))
+
+    def as_seen(self, mask: Image | None, reference: Image) -> Image | None:
+        """A mask of the reference, cut to the part that its encoder sees."""
+        if mask is None:
+            return None
+        return part_seen(mask.resize(reference.size), self.pipe)

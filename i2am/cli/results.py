@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import i2am
 from i2am.cli.arguments import UserError
+from i2am.versions import versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +23,7 @@ SETTINGS = "i2am.json"  # lists the files of a run, by which a later one knows i
 OWN_FILES = re.compile(
     r"(generated|reference|summary|[utlh]lam_(r2g|g2r)(_\d+_heads)?)\.png|maps\.safetensors|i2am\.json|report\.html"
 )
+REPORT = "report.html"
 DPI = 150
 
 
@@ -34,6 +34,7 @@ def write_results(
     reference: Image,
     settings: dict[str, Any],
     footer: str | None = None,
+    masks: dict[str, Image | None] | None = None,
 ) -> None:
     """Writes a run: its images, figures of every level in both directions, maps, and settings with versions.
 
@@ -46,6 +47,7 @@ def write_results(
         reference: the part of the reference that its encoder saw.
         settings: JSON values; versions are added.
         footer: a note below every figure.
+        masks: ``mask`` and ``reference_mask`` of an interactive report; None: no report is written.
     """
     for name in _written_before(out):
         (out / name).unlink(missing_ok=True)
@@ -57,14 +59,22 @@ def write_results(
         print(error)
         del directions["g2r"]
     figures = {f"{name}.png": draw for name, draw in _figures(maps, generated, reference, directions, footer)}
-    names = [*files, *figures, "maps.safetensors"]
-    document = {**settings, "layers": maps.layers, "reference_name": maps.references[0], **versions(), "files": names}
+    names = [*files, *figures, *([] if masks is None else [REPORT]), "maps.safetensors"]
+    document = {
+        **settings,
+        "layers": maps.layers,
+        "reference_name": maps.references[0],
+        "versions": versions(),
+        "files": names,
+    }
     (out / SETTINGS).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, image in files.items():
         image.save(out / name)
     for name, draw in figures.items():
         draw().savefig(out / name, dpi=DPI)
-    maps.save(out / "maps.safetensors")
+    if masks is not None:
+        maps.report(out / REPORT, generated, reference, settings=document, **masks)
+    maps.save(out / "maps.safetensors", record=False)
     print(f"wrote {', '.join(names)} and {SETTINGS} to {out}")
 
 
@@ -95,15 +105,6 @@ def _head_groups(maps: AttributionMaps) -> dict[str, list[str]]:
     for layer in maps.layers:
         groups.setdefault(heads[layer], []).append(layer)
     return {f"_{heads}_heads" if len(groups) > 1 else "": layers for heads, layers in groups.items()}
-
-
-def versions() -> dict[str, Any]:
-    from importlib.metadata import version
-
-    packages = ("torch", "diffusers", "transformers")
-    return {
-        "versions": {"i2am": i2am.__version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
-    }
 
 
 def claim(out: Path) -> None:

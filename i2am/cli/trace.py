@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import i2am
-from i2am.cli.arguments import UserError, add_adapter_options, add_map_options, add_run_options
+from i2am.cli.arguments import UserError, add_adapter_options, add_map_options, add_run_options, positive
 from i2am.cli.images import IMAGE_OPTIONS, open_image
 from i2am.cli.job import Job
 from i2am.cli.results import claim, hush, write_results
@@ -29,15 +29,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
     add_map_options(parser)
 
+    report = parser.add_argument_group("the report")
+    report.add_argument("--report", action="store_true", help="also write report.html, in which patches can be clicked")
+    report.add_argument("--reference-mask", type=Path, metavar="FILE", help="white on the reference's object")
+    report.add_argument("--record-every", type=positive, default=1, metavar="N", help="patches of every N-th step only")
+    report.add_argument("--record-limit", default="2GB", metavar="SIZE", help="memory for patches (default: 2GB)")
+
 
 def run(args: argparse.Namespace) -> None:
     images = {option: open_image(option, getattr(args, option), mode) for option, mode in IMAGE_OPTIONS.items()}
+    reference_mask = open_image("reference_mask", args.reference_mask, "L")
+    if reference_mask is not None and not args.report:
+        raise UserError("--reference-mask is of no use without --report")
     hush()
     job = Job.of(args)
     claim(args.out)
     job.load()
     try:
-        maps, generated, seen = job.run(images, args.seed)
+        recorded = {"record": "qk", "record_every": args.record_every, "record_limit": args.record_limit}
+        maps, generated, seen = job.run(images, args.seed, **(recorded if args.report else {}))
     except (ValueError, i2am.BlindLayerError) as error:
         raise UserError(f"{job.name}: {error}") from error
     except torch.OutOfMemoryError as error:
@@ -46,7 +56,10 @@ def run(args: argparse.Namespace) -> None:
         ) from error
     if seen.size != images["reference"].size:
         print(f"the image encoder sees the central {seen.width}×{seen.height} pixels of the reference: reference.png")
-    write_results(args.out, maps, generated, seen, shown_settings(args, job.name))
+    masks = None
+    if args.report:
+        masks = {"mask": images["mask"], "reference_mask": job.as_seen(reference_mask, images["reference"])}
+    write_results(args.out, maps, generated, seen, shown_settings(args, job.name), masks=masks)
 
 
 def shown_settings(args: argparse.Namespace, pipeline_class: str) -> dict[str, Any]:
