@@ -441,12 +441,13 @@ class Tracer:
         moment = self._clock.read(timestep, self._recorder.time_groups)
         if not self._guidance.counts(forward.latents, timestep, self._clock.stepped, self._family.conditional_call):
             return
+        conditional = self._guidance.conditional(
+            forward.latents, *self._guidance_parts(), by_calls=self._family.conditional_call is not None
+        )
         scope = Scope(
             attend=self._attend,
-            batch=forward.latents.shape[0],
-            conditional=self._guidance.conditional(
-                forward.latents, *self._guidance_parts(), by_calls=self._family.conditional_call is not None
-            ),
+            batch=forward.latents.shape[0] * forward.frames,
+            conditional=slice(conditional.start * forward.frames, conditional.stop * forward.frames),
             moment=moment,
             frame=sys._getframe(1),
         )
@@ -653,15 +654,18 @@ class _Registered:
 
 
 def _among_others(out: Tensor, call: Call, samples: slice) -> Tensor:
-    """``out [b, H, N, d]`` of the chosen samples, in its place among the model's own output for the others."""
+    """``out [b, H, N, d]`` of the chosen samples, in its place among the model's own output for the others.
+
+    In memory heads come after tokens, as torch's kernels leave them: processors take a view of it.
+    """
     before, after = slice(0, samples.start), slice(samples.stop, call.query.shape[0])
     parts = [
         call.on(before).run() if samples.start else None,
         out,
         call.on(after).run() if after.start < after.stop else None,
     ]
-    parts = [part for part in parts if part is not None]
-    return out if len(parts) == 1 else torch.cat(parts)
+    parts = [part.transpose(1, 2) for part in parts if part is not None]
+    return (parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)).transpose(1, 2)
 
 
 def _padding_is_masked(mask: Tensor | None) -> Tensor | None:

@@ -51,7 +51,7 @@ WITHOUT_KEYS = {
     "ControlNet": (pipelines.sd_controlnet, "residuals of a ControlNet"),
     "img2img": (channels.img2img, "looks at text"),
     "SDXL": (pipelines.sdxl, "looks at text"),
-    "Flux": (lambda: dit.flux(dit.FluxPipeline), "draws from text alone"),
+    "Flux": (lambda: dit.flux(diffusers.FluxPipeline), "draws from text alone"),
     "Flux img2img": (lambda: dit.flux(diffusers.FluxImg2ImgPipeline), "what denoising starts from"),
     "Flux Fill": (lambda: dit.flux(diffusers.FluxFillPipeline), "channels beside the latents"),
     "Flux Control": (lambda: dit.flux(diffusers.FluxControlPipeline), "channels beside the latents"),

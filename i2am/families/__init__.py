@@ -22,6 +22,7 @@ class Forward(NamedTuple):
     latents: Tensor  # [B, C, …] what is denoised, without channels concatenated from elsewhere
     timestep: Tensor | float  # in the scheduler's units
     grid: Grid | None = None  # of the latents, where their shape does not tell (tokens)
+    frames: int = 1  # of a video: attention sees each as an image of the batch
 
 
 class Family(Protocol):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from i2am.families import Family
+from i2am.families.kandinsky import added_key_attentions
 from i2am.families.transformers import read_transformer
 from i2am.families.unet import channels_beside, has_ip_adapter, no_reference_keys, read_unet
 from i2am.layout import Grid, Reference
@@ -27,6 +28,8 @@ NO_KEYS = {
     "QwenImageControlNet*": RESIDUAL,
     "QwenImageLayered*": "the generated tokens are several layers, which have no one grid",
     "QwenImageI*": START,
+    "StableDiffusion3ControlNet*": RESIDUAL,
+    "StableDiffusion3I*": START,
     "*": "it draws from text alone",
 }
 
@@ -62,12 +65,14 @@ def read_pipeline(pipe, references: Sequence[Reference] | None, *, itself: bool 
         )
     encoder = getattr(pipe, "image_encoder", None)
     text = any(getattr(pipe, part, None) is not None for part in ("text_encoder", "text_encoder_2", "tokenizer"))
-    if not (itself or references or has_ip_adapter(unet)) and (encoder is None or text):
+    told = references or has_ip_adapter(unet) or added_key_attentions(unet)
+    if not (itself or told) and (encoder is None or text):
         raise ValueError(no_reference_keys(type(pipe).__name__, _why_not(pipe, unet)))
     family = read_unet(
         unet, references, image_only=encoder is not None and not text, image_grid=_patch_grid(encoder), itself=itself
     )
-    return Traced(unet, family, lambda: _guidance_parts(pipe), getattr(pipe, "vae_scale_factor", 1))
+    pixels = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "movq_scale_factor", 1)
+    return Traced(unet, family, lambda: _guidance_parts(pipe), pixels)
 
 
 def _read_transformer_pipeline(pipe, transformer: nn.Module, references, itself: bool) -> Traced:
@@ -77,7 +82,8 @@ def _read_transformer_pipeline(pipe, transformer: nn.Module, references, itself:
     if not (itself or references or known or family.has_adapters()):
         reason = next(reason for pattern, reason in NO_KEYS.items() if fnmatch.fnmatchcase(name, pattern))
         raise ValueError(no_reference_keys(name, reason))
-    return Traced(transformer, family, lambda: (1, 0), pipe.vae_scale_factor * family.latent_pixels)
+    guidance_parts = (lambda: _guidance_parts(pipe)) if family.batched_guidance else (lambda: (1, 0))
+    return Traced(transformer, family, guidance_parts, pipe.vae_scale_factor * family.latent_pixels)
 
 
 def _why_not(pipe, unet: nn.Module) -> str:

@@ -10,18 +10,20 @@ from i2am.families.flux import Flux
 from i2am.families.flux2 import Flux2
 from i2am.families.joint import JointTransformer
 from i2am.families.qwen import QwenImage
+from i2am.families.sd3 import StableDiffusion3
 from i2am.layout import Reference
 
-FAMILIES: dict[str, type[JointTransformer]] = {
+FAMILIES: dict[str, type[JointTransformer | StableDiffusion3]] = {
     "FluxTransformer2DModel": Flux,
     "Flux2Transformer2DModel": Flux2,
     "QwenImageTransformer2DModel": QwenImage,
+    "SD3Transformer2DModel": StableDiffusion3,
 }
 
 
 def read_transformer(
     transformer: nn.Module, references: Sequence[Reference] | None, *, itself: bool = False
-) -> JointTransformer:
+) -> JointTransformer | StableDiffusion3:
     """The family of a transformer.
 
     Args:

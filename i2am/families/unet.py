@@ -50,7 +50,7 @@ class UNetFamily:
     def watch(self) -> Iterable[RemovableHandle]:
         for _, module in self.unet.named_modules():
             if type(module).__name__.endswith("Transformer2DModel"):
-                yield module.register_forward_pre_hook(_read_grid, with_kwargs=True)
+                yield module.register_forward_pre_hook(read_grid, with_kwargs=True)
 
 
 class CrossAttention(UNetFamily):
@@ -179,13 +179,21 @@ def read_unet(
     Raises:
         ValueError: no attention key encodes a reference, or it can't be told which do; says what to write.
     """
+    from i2am.families.kandinsky import AddedKeys, added_key_attentions
     from i2am.families.selfattention import read_self_attention
+    from i2am.families.video import StableVideo
 
+    if itself and type(unet).__name__ == "UNetSpatioTemporalConditionModel":
+        raise ValueError("the self-attention of a video UNet goes over frames too, where i2am has no grid to draw on")
+    if itself and added_key_attentions(unet):
+        return AddedKeys(unet, None, itself=True)
     if itself or isinstance(references, (Concatenated, Banked)):
         return read_self_attention(unet, None if itself else references)
     name = type(unet).__name__
     if has_ip_adapter(unet):
         return IPAdapter(unet, references, image_grid)
+    if added_key_attentions(unet):
+        return AddedKeys(unet, references)
     if not attentions(unet):
         raise ValueError(no_reference_keys(name, "it has no cross-attention that i2am can trace"))
     if references is None and not image_only:
@@ -194,7 +202,8 @@ def read_unet(
             f" from image tokens.{CONCATENATED if channels_beside(unet) else ''} Load the IP-Adapter first, trace the "
             f"pipeline instead, or describe the keys:\n    {EXAMPLE}\n{SELF_HINT}"
         )
-    return CrossAttention(unet, references, image_grid)
+    family = StableVideo if name == "UNetSpatioTemporalConditionModel" else CrossAttention
+    return family(unet, references, image_grid)
 
 
 def channels_beside(unet: nn.Module) -> bool:
@@ -243,7 +252,7 @@ def has_ip_adapter(unet: nn.Module) -> bool:
     )
 
 
-def _read_grid(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def read_grid(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     scope = running_scope()
     hidden_states = argument(args, kwargs, 0, "hidden_states")
     if scope is not None and hidden_states.ndim == 4:

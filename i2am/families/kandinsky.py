@@ -1,0 +1,74 @@
+"""UNets with added keys (Kandinsky 2): one softmax over ``[context ‖ the layer's own tokens]``.
+
+Kandinsky 2.2's context is an image embedding as several tokens, 2.1's has the image's tokens before the text's. They
+come from one pooled vector, so they have no grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from i2am.families.arguments import argument
+from i2am.families.unet import UNetFamily
+from i2am.layout import SELF, Carried, Reference
+from i2am.seam import RunningLayer
+
+
+class AddedKeys(UNetFamily):
+    """Attention modules with ``add_k_proj``, which are given a feature map and the context.
+
+    Args:
+        unet: the model.
+        references: tokens of the context that encode a reference; None: as the UNet's own projection lays them out.
+        itself: trace the layer's own tokens among the keys (``mode="self"``).
+    """
+
+    def __init__(self, unet: nn.Module, references: Sequence[Reference] | None, *, itself: bool = False):
+        super().__init__(unet)
+        self.itself = itself
+        self.references = tuple(references or (Reference(tokens=image_tokens(unet), name="image"),))
+
+    def layers(self) -> dict[str, nn.Module]:
+        return added_key_attentions(self.unet)
+
+    def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        grid = tuple(argument(args, kwargs, 0, "hidden_states").shape[-2:])
+        context = argument(args, kwargs, 1, "encoder_hidden_states").shape[1]
+        if self.itself:
+            layer.carries = Carried(grid, (Reference(grid, slice(context, None), name=SELF),))
+            return
+        for reference in self.references:
+            reference.check(context)
+        layer.carries = Carried(grid, tuple(on_context(r, context) for r in self.references))
+
+    def watch(self) -> Iterable[RemovableHandle]:
+        return ()
+
+
+def added_key_attentions(unet: nn.Module) -> dict[str, nn.Module]:
+    """Attention modules by name that join added keys with their own."""
+    return {n: m for n, m in unet.named_modules() if getattr(m, "added_kv_proj_dim", None) and hasattr(m, "add_k_proj")}
+
+
+def image_tokens(unet: nn.Module) -> slice:
+    """Which tokens of the context are the image's, by the UNet's projection."""
+    kind = getattr(getattr(unet, "config", None), "encoder_hid_dim_type", None)
+    if kind == "image_proj":
+        return slice(None)
+    if kind == "text_image_proj":
+        return slice(0, unet.encoder_hid_proj.num_image_text_embeds)
+    raise ValueError(
+        f"which keys of this {type(unet).__name__} encode the reference? Its context is of kind {kind!r}: describe it "
+        "with reference=i2am.Reference(tokens=...), counted from the first context token"
+    )
+
+
+def on_context(reference: Reference, context: int) -> Reference:
+    """A reference among the first ``context`` keys."""
+    from i2am.families.joint import among
+
+    return among(slice(0, context), reference)

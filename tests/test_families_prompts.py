@@ -1,0 +1,266 @@
+"""Images as prompts: Flux and SD3 IP-Adapters, Redux, Kandinsky 2.2, SVD, against a materialised recomputation."""
+
+import diffusers
+import pipelines
+import pipelines_dit as dit
+import pipelines_prompts as prompts
+import pytest
+import torch
+from tokens import capture_calls, generated
+from truth import Truth, assert_peak
+
+import i2am
+
+
+def generator():
+    return torch.Generator().manual_seed(7)
+
+
+def check(maps, truth, T, directions=("r2g",), **options):
+    for direction in directions:
+        assert_peak(maps.ulam(direction, **options), truth.ulam(direction))
+        assert_peak(maps.tlam(direction, **options), truth.tlam(direction, T))
+        assert_peak(maps.hlam(direction, **options), truth.hlam(direction))
+        assert_peak(maps.llam(direction, **options), truth.llam(direction))
+
+
+def run(pipe, **kwargs):
+    common = dict(num_inference_steps=4, output_type="np")
+    return lambda: pipe(generator=generator(), **(common | kwargs)).images
+
+
+def traced(pipe, go, **options):
+    """Maps of ``go()``, which tracing does not change."""
+    plain = go()
+    with i2am.trace(pipe, time_groups=2, output="model", **options) as tracer:
+        assert (go() == plain).all()
+    assert (go() == plain).all()
+    with i2am.trace(pipe, time_groups=2, **options):
+        assert abs(go() - plain).max() < 1e-3
+    return tracer.maps()
+
+
+FLUX = dict(width=24, height=16)
+
+
+def embeds(count=1, seed=3):
+    return torch.randn(1, count, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def test_flux_ip_adapters():
+    """Queries before RoPE, a call for each adapter, on the double blocks alone."""
+    pipe = prompts.flux_ip(4, 6)
+    go = run(
+        pipe,
+        ip_adapter_image_embeds=[embeds(), embeds(2)],
+        negative_ip_adapter_image_embeds=[embeds(seed=5), embeds(2, seed=6)],
+        true_cfg_scale=2.0,
+        **FLUX,
+        **dit.flux_prompt(),
+        **dit.flux_prompt(seed=3, prefix="negative_"),
+    )
+    calls = [c for c in capture_calls(pipe.transformer, go, ("FluxAttention",)) if "single" not in c.layer]
+    maps = traced(pipe, go)
+    assert maps.references == ["ip_adapter_0", "ip_adapter_1.image_0", "ip_adapter_1.image_1"]
+    assert maps.layers == ["transformer_blocks.0.attn", "transformer_blocks.1.attn"]
+    parts = {"ip_adapter_0": (1, slice(0, 4)), "ip_adapter_1.image_0": (2, slice(0, 6))}
+    parts["ip_adapter_1.image_1"] = (2, slice(6, 12))
+    for name, (nth, keys) in parts.items():
+        chosen = generated(calls, (4, 6), nth=nth, evaluations=range(0, 8, 2))
+        truth = Truth(chosen, keys=keys, groups=[0] * 4 + [1] * 4)
+        check(maps, truth, 2, reference=name, directions=("r2g", "mass") if nth == 2 else ("r2g",))
+        with pytest.raises(ValueError, match="no 2-D layout"):
+            maps.ulam("g2r", reference=name)
+
+
+def test_flux_ip_adapter_beside_a_kontext_reference():
+    pipe = prompts.flux_ip(4, pipeline=diffusers.FluxKontextPipeline)
+    go = run(
+        pipe,
+        image=pipelines.image((32, 16)),
+        max_area=24 * 16,
+        _auto_resize=False,
+        ip_adapter_image_embeds=[embeds()],
+        negative_ip_adapter_image_embeds=[embeds(seed=5)],
+        **FLUX,
+        **dit.flux_prompt(),
+    )
+    calls = capture_calls(pipe.transformer, go, ("FluxAttention",))
+    maps = traced(pipe, go)
+    assert maps.references == ["reference", "ip_adapter"]
+    groups = [0, 0, 1, 1]
+    context = Truth(generated(calls, (4, 6), slice(5, 29)), keys=slice(29, 61), groups=groups, reference_grid=(4, 8))
+    check(maps, context, 2, reference="reference", directions=("r2g", "g2r", "mass"))
+    adapter = Truth(generated(calls, (4, 6), slice(0, 24), nth=1), groups=groups)
+    check(maps, adapter, 2, reference="ip_adapter")
+
+
+@pytest.mark.parametrize("grid", [prompts.SIGLIP, None], ids=["grid", "no grid"])
+def test_flux_redux(grid):
+    prior, pipe = prompts.redux()
+    given = dict(prior(pipelines.image((30, 20))))
+    assert given["prompt_embeds"].shape[1] == 512 + 9
+    go = run(pipe, **given, **FLUX)
+    with pytest.raises(ValueError, match="draws from text alone"):
+        i2am.trace(pipe)
+    calls = capture_calls(pipe.transformer, go, ("FluxAttention",))
+    maps = traced(pipe, go, reference=i2am.Reference(grid=grid, tokens=slice(-9, None), name="redux"))
+    assert maps.references == ["redux"]
+    truth = Truth(
+        generated(calls, (4, 6), slice(521, 545)), keys=slice(512, 521), groups=[0, 0, 1, 1], reference_grid=grid
+    )
+    check(maps, truth, 2, directions=("r2g", "g2r", "mass") if grid else ("r2g", "mass"))
+
+
+def test_redux_tokens_as_indices_and_a_wrong_description():
+    prior, pipe = prompts.redux()
+    go = run(pipe, **dict(prior(pipelines.image((30, 20)))), **FLUX)
+    wanted = traced(pipe, go, reference=i2am.Reference(grid=(3, 3), tokens=slice(-9, None)))
+    every = torch.zeros(521, dtype=torch.bool)
+    every[512:] = True
+    for tokens in (list(range(-9, 0)), every):
+        with i2am.trace(pipe, reference=i2am.Reference(grid=(3, 3), tokens=tokens), time_groups=2) as tracer:
+            go()
+        torch.testing.assert_close(tracer.maps().ulam("g2r"), wanted.ulam("g2r"), rtol=1e-4, atol=1e-8)
+    with i2am.trace(pipe, reference=i2am.Reference(grid=(27, 27), tokens=slice(-9, None))):
+        with pytest.raises(ValueError, match="makes 729 tokens, but 9 of the 521 keys"):
+            go()
+
+
+def sd3_inputs(guided):
+    common = dict(
+        prompt_embeds=dit.text_tokens(5),
+        negative_prompt_embeds=dit.text_tokens(5, seed=1),
+        pooled_prompt_embeds=torch.ones(1, 8),
+        negative_pooled_prompt_embeds=torch.zeros(1, 8),
+        width=24,
+        height=32,
+        guidance_scale=4.0 if guided else 1.0,
+    )
+    return common | dict(ip_adapter_image=pipelines.image())
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_sd3_ip_adapter(guided):
+    pipe = prompts.sd3()
+    go = run(pipe, **sd3_inputs(guided))
+    calls = capture_calls(pipe.transformer, go, ("attn",))
+    assert calls[1].k.shape[2] == 8 * 6 + 6  # the image's own tokens, then the resampled ones
+    truth = Truth(
+        generated(calls, (8, 6), nth=1),
+        samples=slice(1, 2) if guided else slice(0, 1),
+        keys=slice(48, 54),
+        groups=[0, 0, 1, 1],
+    )
+    maps = traced(pipe, go)
+    assert maps.references == ["ip_adapter"]
+    assert maps.canvas == (32, 24)
+    check(maps, truth, 2, directions=("r2g", "mass"))
+
+
+def test_sd3_without_adapter_and_itself():
+    pipe = prompts.sd3(adapter=False)
+    with pytest.raises(ValueError, match="draws from text alone"):
+        i2am.trace(pipe)
+    with pytest.raises(ValueError, match="no IP-Adapter is loaded"):
+        i2am.patch_transformer(pipe.transformer)
+    inputs = sd3_inputs(True)
+    inputs.pop("ip_adapter_image")
+    go = run(pipe, **inputs)
+    calls = capture_calls(pipe.transformer, go, ("attn",))
+    own = slice(0, 48)
+    truth = Truth(
+        generated(calls, (8, 6), own), samples=slice(1, 2), keys=own, groups=[0, 0, 1, 1], reference_grid=(8, 6)
+    )
+    maps = traced(pipe, go, mode="self")
+    assert maps.references == ["self"]
+    check(maps, truth, 2, directions=("r2g", "g2r", "mass"))
+
+
+KANDINSKY = {
+    "text2img": (diffusers.KandinskyV22Pipeline, 4, {}),
+    "img2img": (diffusers.KandinskyV22Img2ImgPipeline, 4, {"image": pipelines.image((24, 32)), "strength": 0.5}),
+    "inpaint": (
+        diffusers.KandinskyV22InpaintPipeline,
+        9,
+        {"image": pipelines.image((24, 32)), "mask_image": pipelines.mask((24, 32))},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KANDINSKY)
+def test_kandinsky_22(kind):
+    pipeline, channels, inputs = KANDINSKY[kind]
+    pipe = prompts.kandinsky(pipeline, channels)
+    go = run(
+        pipe,
+        image_embeds=torch.ones(1, 12),
+        negative_image_embeds=torch.zeros(1, 12),
+        **({"width": 24, "height": 32} | inputs),
+    )
+    calls = capture_calls(pipe.unet, go, ("Attention",))
+    evaluations = calls[-1].evaluation + 1
+    assert evaluations == (2 if kind == "img2img" else 4)
+    n = {c.q.shape[2]: c.k.shape[2] for c in calls}
+    assert all(keys - own == 32 for own, keys in n.items())
+    grids = {48: (8, 6), 12: (4, 3)}
+    if kind == "img2img":  # diffusers 0.42 hands width and height to its preprocessor the wrong way round
+        grids = {n: grid[::-1] for n, grid in grids.items()}
+    T = 2
+    groups = [e * T // evaluations for e in range(evaluations)]
+    truth = Truth(
+        generated(calls, lambda c: grids[c.q.shape[2]]), samples=slice(1, 2), keys=slice(0, 32), groups=groups
+    )
+    maps = traced(pipe, go)
+    assert maps.references == ["image"]
+    check(maps, truth, T, directions=("r2g", "mass"))
+    with pytest.raises(ValueError, match="no 2-D layout"):
+        maps.ulam("g2r")
+
+
+def test_kandinsky_itself():
+    pipe = prompts.kandinsky()
+    go = run(pipe, image_embeds=torch.ones(1, 12), negative_image_embeds=torch.zeros(1, 12), width=24, height=32)
+    calls = capture_calls(pipe.unet, go, ("Attention",))
+    finest = [c for c in calls if c.q.shape[2] == 48]
+    truth = Truth(
+        generated(finest, (8, 6)), samples=slice(1, 2), keys=slice(32, None), groups=[0, 0, 1, 1], reference_grid=(8, 6)
+    )
+    maps = traced(pipe, go, mode="self")
+    for layer in truth.layers:
+        for direction in ("r2g", "g2r", "mass"):
+            assert_peak(maps.ulam(direction, layers=layer), truth.ulam(direction, names=[layer]))
+
+
+def test_stable_video_diffusion():
+    """Frames are images of the batch; the one CLIP token leaves R2G alone."""
+    pipe = prompts.svd()
+    frames = 3
+
+    def go():
+        return pipe(
+            pipelines.image((32, 32)),
+            width=24,
+            height=32,
+            num_frames=frames,
+            num_inference_steps=4,
+            generator=generator(),
+            output_type="np",
+        ).frames
+
+    calls = capture_calls(pipe.unet, go, ("attn2",))
+    spatial = [c for c in calls if "temporal" not in c.layer]
+    assert spatial
+    assert spatial[0].q.shape[0] == 2 * frames
+    grids = {192: (16, 12), 48: (8, 6)}
+    truth = Truth(
+        generated(spatial, lambda c: grids[c.q.shape[2]]), samples=slice(frames, 2 * frames), groups=[0, 0, 1, 1]
+    )
+    maps = traced(pipe, go)
+    assert maps.batch == frames
+    assert maps.ulam("r2g").shape == (frames, 16, 12)
+    check(maps, truth, 2)
+    with pytest.raises(ValueError, match="identically 1"):
+        maps.ulam("g2r")
+    with pytest.raises(ValueError, match="goes over frames"):
+        i2am.trace(pipe, mode="self")
