@@ -18,6 +18,7 @@ extras = {
         "pytest-timeout>=2.3",
         "setuptools>=77",
     ],
+    "bench": ["flash-colreduce==0.2.2", "psutil>=5.9"],  # a peer and the memory meter of `make bench`
     "lint": ["ruff>=0.9"],
 }
 

@@ -25,7 +25,7 @@ from i2am.kernels.configuration import (
     upcast,
 )
 from i2am.kernels.reduce import accumulate
-from i2am.kernels.tile import DEAD, LN2, LOG2E, dot, load_rows, scores, store_rows
+from i2am.kernels.tile import DEAD, LN2, LOG2E, dot, load_rows, nearest, power_of_two, scores, store_rows
 
 HEADROOM = tl.constexpr(32.0)  # how far above the pivot a row's maximum may lie, log2; TINY in columns.py builds on it
 
@@ -41,7 +41,7 @@ def attention_kernel(
     p_out,  # [B, H, Nq, D] or None
     p_row,  # [B, H, Nq] natural log-sum-exp of the rows
     p_sum,  # [B·H, splits, whole key tiles] column sums over a split's queries, in units of 2^pivot; starts at 0
-    p_pivot,  # [B·H, splits]
+    p_pivot,  # [B·H, splits]; None, as p_sum, for attention alone
     p_g2r,  # [B·H, splits, BN] partial Σ_i P_ij over a split's queries where all keys fit one tile, else None
     scale,
     H,
@@ -100,7 +100,8 @@ def attention_kernel(
     p_row += i_bh * Nq
     i_slot = i_bh * tl.num_programs(1) + i_split
     key_first = key_start // BN * BN  # the sums are kept in whole tiles: aligned, and without a mask
-    p_sum += i_slot * tl.cdiv(key_stop - key_first, BN) * BN
+    if p_sum is not None:
+        p_sum += i_slot * tl.cdiv(key_stop - key_first, BN) * BN
     if p_g2r is not None:
         b_g = tl.zeros([BN], tl.float32)
 
@@ -145,25 +146,27 @@ def attention_kernel(
                 UPCAST,
             )
 
-            b_top = tl.maximum(b_m, tl.max(b_x, 1) * factor)
+            # A rounded maximum does as well, and factors between two of them are powers of two: exact, and cheap.
+            b_top = tl.maximum(b_m, nearest(tl.max(b_x, 1) * factor))
             b_finite = tl.where(b_top == float("-inf"), 0.0, b_top)  # all masked so far: -inf - -inf is not a number
             b_p = tl.exp2(b_x * factor - b_finite[:, None])  # [BM, BN]
-            b_rescale = tl.exp2(b_m - b_finite)
+            b_rescale = power_of_two(b_m - b_finite)
             b_l = b_l * b_rescale + tl.sum(b_p, 1)
             b_m = b_top
 
-            if generated & (i_n < key_stop) & (i_n >= key_first):
-                m_counts = m_generated & (b_m > float("-inf"))
-                if pivot == float("-inf"):
-                    pivot = tl.max(tl.where(m_counts, b_m, float("-inf")), 0)
-                # One row too far up spoils every column, rather than a test of its own in every tile.
-                b_u = tl.where(b_m - pivot <= HEADROOM, tl.exp2(b_m - pivot), float("nan"))
-                b_u = tl.where(m_counts, b_u, 0.0)  # [BM]
-                p_slot = p_sum + (o_n - key_first)
-                tl.store(p_slot, tl.load(p_slot) + tl.sum(b_p * b_u[:, None], 0))
-                if p_g2r is not None:
-                    b_share = tl.where(m_generated & (b_m > DEAD), 1.0 / b_l, 0.0)  # [BM]
-                    b_g += tl.sum(b_p * b_share[:, None], 0)
+            if p_sum is not None:  # noqa: SIM102 (the compiler's question, apart from the program's)
+                if generated & (i_n < key_stop) & (i_n >= key_first):
+                    m_counts = m_generated & (b_m > float("-inf"))
+                    if pivot == float("-inf"):
+                        pivot = tl.max(tl.where(m_counts, b_m, float("-inf")), 0)
+                    # One row too far up spoils every column, rather than a test of its own in every tile.
+                    b_u = tl.where(b_m - pivot <= HEADROOM, power_of_two(b_m - pivot), float("nan"))
+                    b_u = tl.where(m_counts, b_u, 0.0)  # [BM]
+                    p_slot = p_sum + (o_n - key_first)
+                    tl.store(p_slot, tl.load(p_slot) + tl.sum(b_p * b_u[:, None], 0))
+                    if p_g2r is not None:
+                        b_share = tl.where(m_generated & (b_m > DEAD), 1.0 / b_l, 0.0)  # [BM]
+                        b_g += tl.sum(b_p * b_share[:, None], 0)
 
             if p_v is not None:
                 b_v = load_rows(p_v, o_n, Nk, stride_vn, 0, D_MAIN, D)  # [BN, D_MAIN]
@@ -179,7 +182,8 @@ def attention_kernel(
             if D_TAIL > 0:
                 store_rows(p_out, b_ot * b_inverse[:, None], o_m, Nq, stride_on, D_MAIN, D_TAIL, D)
 
-    tl.store(p_pivot + i_slot, pivot)
+    if p_sum is not None:
+        tl.store(p_pivot + i_slot, pivot)
     if p_g2r is not None:
         tl.store(p_g2r + i_slot * BN + tl.arange(0, BN), b_g)
 

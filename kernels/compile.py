@@ -78,9 +78,12 @@ class Configuration(NamedTuple):
     def compile(self, target: str):
         """Triton's compiled kernel, with ``asm`` and ``metadata``."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        aligned = ("p_", "stride_q", "stride_k", "stride_v", "stride_o")  # as the tensors of a model are
-        arguments = enumerate(self.kernel.arg_names)
-        attrs = {(i,): [["tt.divisibility", 16]] for i, name in arguments if name.startswith(aligned)}
+        aligned = ("stride_q", "stride_k", "stride_v", "stride_o")  # as the tensors of a model are
+        attrs = {
+            (i,): [["tt.divisibility", 16]]
+            for i, (name, kind) in enumerate(self.signature.items())
+            if kind.startswith("*") or name.startswith(aligned)
+        }
         source = ASTSource(self.kernel, self.signature, self.constants, attrs)
         return triton.compile(source, target=gpu_target(target), options=options)
 
@@ -91,14 +94,14 @@ def gpu_target(target: str) -> GPUTarget:
     return GPUTarget("hip", target, 32 if target.startswith("gfx1") else 64)
 
 
-def _configuration(name, kernel, pointers, constants, num_warps=4, num_stages=3) -> Configuration:
+def configuration(name, kernel, pointers, constants, num_warps=4, num_stages=3) -> Configuration:
     """``pointers`` gives the types of pointers that are not to float32; None is an argument that is not passed."""
     constants = constants | {p: None for p, kind in pointers.items() if kind is None}
     signature = {}
     for argument in kernel.arg_names:
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument.startswith("p_"):
+        elif argument in pointers or argument.startswith("p_"):
             signature[argument] = f"*{pointers.get(argument, 'fp32')}"
         else:
             signature[argument] = "fp32" if argument == "scale" else "i32"
@@ -118,8 +121,8 @@ def configurations(
                 label = f"{dtype} d={d} {variant}"
                 yield from _of_call(label, device, dtype, d, **VARIANTS[variant])
     optional = {"p_mass": None, "p_mass_partial": None, "p_sram": None, "p_sram_partial": None}
-    yield _configuration("accumulate", accumulate_kernel, optional, {"BLOCK": BLOCK})
-    yield _configuration("accumulate all", accumulate_kernel, {}, {"BLOCK": BLOCK})
+    yield configuration("accumulate", accumulate_kernel, optional, {"BLOCK": BLOCK})
+    yield configuration("accumulate all", accumulate_kernel, {}, {"BLOCK": BLOCK})
 
 
 def _of_call(label, device, dtype, d, keys=4096, mask=None, kind=None, mass=False, regions=0, output=True):
@@ -130,45 +133,46 @@ def _of_call(label, device, dtype, d, keys=4096, mask=None, kind=None, mass=Fals
     outputs = {"p_v": dtype, "p_out": dtype} if output else {"p_v": None, "p_out": None}
     constants = attention_constants(d, keys, tiles, kind)
     g2r = {"p_g2r": "fp32" if one_tile else None}
-    yield _configuration(f"attention {label}", attention_kernel, pointers | outputs | g2r, constants, *tiles[2:])
+    yield configuration(f"attention {label}", attention_kernel, pointers | outputs | g2r, constants, *tiles[2:])
     if not output:
         return
     tiles = attribution_tiles(d, itemsize, device, kind, regions).fit(keys)
     optional = {"p_mass": "fp32" if mass else None, "p_g2r": None if one_tile else "fp32"}
     optional |= dict.fromkeys(("p_regions", "p_sram"), "fp32" if regions else None)
     constants = attribution_constants(d, keys, regions, tiles, device, kind)
-    yield _configuration(f"attribution {label}", attribution_kernel, pointers | optional, constants, *tiles[2:])
+    yield configuration(f"attribution {label}", attribution_kernel, pointers | optional, constants, *tiles[2:])
     if not (mass or regions):
         tiles = columns_tiles(tiles)
         constants = tile_constants(d, tiles, kind)
-        yield _configuration(f"columns {label}", columns_kernel, pointers, constants, *tiles[2:])
+        yield configuration(f"columns {label}", columns_kernel, pointers, constants, *tiles[2:])
 
 
 # ------------------------------------------------------------------------------------------------------- inspection
 
 
 def inspect(compiled, target: str) -> dict:
-    """Registers, spilled bytes, shared memory and instruction counts of a compiled kernel."""
-    shared = compiled.metadata.shared
+    """Registers, spilled bytes, shared memory and, on NVIDIA, instruction counts of a compiled kernel."""
+    shared, code = compiled.metadata.shared, assembly(compiled, target)
     if target.startswith("gfx"):
-        assembly = compiled.asm["amdgcn"]
-        read = {
-            field: int(re.search(rf"\.{field}:\s+(\d+)", assembly)[1]) for field in ("vgpr_count", "vgpr_spill_count")
-        }
+        read = {field: int(re.search(rf"\.{field}:\s+(\d+)", code)[1]) for field in ("vgpr_count", "vgpr_spill_count")}
         return {"registers": read["vgpr_count"], "spills": read["vgpr_spill_count"], "shared": shared}
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", cubin)
-        sass = _tool("nvdisasm", "-c", cubin)
+    usage = _tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
     registers, stack, local = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL"))
-    opcodes = collections.Counter(OPCODE.findall(sass))
+    opcodes = collections.Counter(OPCODE.findall(code))
     return {"registers": registers, "spills": stack + local, "shared": shared, "sass": dict(opcodes)}
 
 
-def _tool(name: str, *arguments) -> str:
+def assembly(compiled, target: str) -> str:
+    """The machine code as text."""
+    return compiled.asm["amdgcn"] if target.startswith("gfx") else _tool("nvdisasm", "-c", compiled.asm["cubin"])
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        return subprocess.run([tool, option, file], check=True, capture_output=True, text=True).stdout
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.0e38)  # a finite bias never becomes -inf by its change of base
+ROUNDING = tl.constexpr(1.5 * 2**23)  # floats of this size are integers, which their last bits hold
 DEAD = tl.constexpr(-1.0e38)  # a log-sum-exp below: every pair was masked, by -inf or by finfo.min
 
 
@@ -94,6 +95,19 @@ def scores(
         b_kt = load_rows(p_k, o_n, Nk, stride_kn, D_MAIN, D_TAIL, D)  # [BN, D_TAIL]
         b_s = dot(b_qt, tl.trans(b_kt), b_s, UPCAST)
     return mask_scores(b_s, scale, p_mask, o_m, o_n, Nq, Nk, stride_mm, stride_mn, EVEN_N, ROW_MASK)
+
+
+@triton.jit
+def nearest(b_x):
+    """The nearest integer, without the conversion that would take the exponentials' unit."""
+    return (b_x + ROUNDING) - ROUNDING
+
+
+@triton.jit
+def power_of_two(b_x):
+    """``2^x`` of integers up to 127, from the bits of a float: no exponential. 0 from 2^-127 downwards."""
+    b_bits = (tl.maximum(b_x, -127.0) + ROUNDING).to(tl.int32, bitcast=True)
+    return ((b_bits << 23) + 0x3F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
