@@ -216,7 +216,7 @@ def show(arch: str, d: int, found: dict[str, Cost]) -> None:
     print(f"{'':28s}{'regs':>5s}{'spill':>6s}{'shared':>8s}{'warps':>6s}" + "".join(f"{p:>9s}" for p in pipes))
     for c in found.values():
         print(
-            f"{c.name:28s}{c.registers:5d}{c.spills:6d}{c.shared:8d}{c.occupancy or "–":>6}"
+            f"{c.name:28s}{c.registers:5d}{c.spills:6d}{c.shared:8d}{c.occupancy or '–':>6}"
             + "".join(f"{c.clocks[p]:9.0f}" for p in pipes)
         )
     if "flash-colreduce" not in found:
