@@ -5,6 +5,7 @@ No autoencoder: 2×2 pixels become 12 channels and back, without loss, so latent
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -47,16 +48,18 @@ class ZooPipeline(DiffusionPipeline):
         return self.unet(torch.cat([latents, prepared.channels], 1), timestep, prepared.tokens).sample
 
     @torch.no_grad()
-    def denoise(self, prepared: Prepared, steps: int, generator=None) -> Tensor:
+    def denoise(self, prepared: Prepared, steps: int, generator=None, callback_on_step_end=None) -> Tensor:
         """From noise to pictures ``[B, 3, H, W]`` in [-1, 1]."""
         channels = prepared.channels
         shape = (len(channels), COLOURS, *channels.shape[-2:])
         latents = randn_tensor(shape, generator=generator, device=channels.device, dtype=channels.dtype)
         self.scheduler.set_timesteps(steps, device=channels.device)
         self._num_timesteps = steps
-        for timestep in self.progress_bar(self.scheduler.timesteps):
+        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             velocity = self.predict(latents, timestep, prepared)
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, step, timestep, {"latents": latents}).get("latents", latents)
         return F.pixel_shuffle(latents, FOLD).clamp(-1, 1)
 
     def _output(self, pictures: Tensor, output_type: str, return_dict: bool):
@@ -100,6 +103,7 @@ class ReferenceInpaintingPipeline(ZooPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict] | None = None,
     ):
         """Paints.
 
@@ -109,7 +113,7 @@ class ReferenceInpaintingPipeline(ZooPipeline):
             reference: what to paint there, 64×64 px.
             pose: ``[B, H, W, 2]``: which place ``(y, x)`` of the reference, in pixels, belongs where; as try-on models
                 get a body's pose. None: the mask's box is the reference's frame.
-            num_inference_steps, generator, output_type, return_dict: as in any diffusers pipeline.
+            num_inference_steps, generator, output_type, return_dict, callback_on_step_end: as in diffusers' own.
 
         Raises:
             ValueError: sizes that don't fit, an empty mask, or an unknown output_type.
@@ -117,7 +121,7 @@ class ReferenceInpaintingPipeline(ZooPipeline):
         scene, reference = self._read(image, "image"), self._read(reference, "reference")
         mask = self._read_mask(mask_image, scene)
         prepared = self.prepare(scene, mask, reference, pose)
-        pictures = self.denoise(prepared, num_inference_steps, generator)
+        pictures = self.denoise(prepared, num_inference_steps, generator, callback_on_step_end)
         return self._output(torch.where(mask > 0, pictures, scene), output_type, return_dict)
 
     def prepare(self, scene: Tensor, mask: Tensor, reference: Tensor, pose: Tensor | None = None) -> Prepared:
@@ -156,16 +160,16 @@ class SuperResolutionPipeline(ZooPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict] | None = None,
     ):
         """Enlarges ``image``: PIL, or ``[B, 3, H, W]`` in [-1, 1], of even height and width.
 
         Args:
-            num_inference_steps, generator, output_type, return_dict: as in any diffusers pipeline.
+            num_inference_steps, generator, output_type, return_dict, callback_on_step_end: as in diffusers' own.
         """
         reference = self._read(image, "image")
-        return self._output(
-            self.denoise(self.prepare(reference), num_inference_steps, generator), output_type, return_dict
-        )
+        pictures = self.denoise(self.prepare(reference), num_inference_steps, generator, callback_on_step_end)
+        return self._output(pictures, output_type, return_dict)
 
     def prepare(self, reference: Tensor, origin: Tensor | None = None) -> Prepared:
         """Tokens and channels for small pictures ``[B, 3, H, W]``.

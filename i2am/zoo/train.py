@@ -27,7 +27,9 @@ WARM_UP = 60  # steps
 DECAY = 0.997  # of the averaged weights
 KNOWN = 0.1  # weight of the loss where the picture is given
 CANVAS = 2048  # pixels: places that a super-resolution must tell apart
-ELSEWHERE = 192  # tokens from other places that a super-resolution must not confuse with its own
+ELSEWHERE = 192  # tokens from other places that a super-resolution must not confuse with its own, once it knows these
+CROP = 32  # pixels a super-resolution is trained on: it sees no further than its tokens anyway
+NOISY = 2.0  # a super-resolution draws its noise levels from 1 - u², since without noise it needs no reference
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,6 +87,7 @@ class Run:
         self.noise = torch.Generator().manual_seed(seed)
         self.losses: list[float] = []
         self.elapsed = 0.0  # seconds
+        self.done = 0.0  # share of the run that is over
         if self._file.is_file():
             self._resume()
 
@@ -93,7 +96,11 @@ class Run:
         rate = LEARNING_RATE * min(1, (len(self.losses) + 1) / WARM_UP) * (0.02 + 0.98 * math.cos(done * math.pi / 2))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        sample = data.TASKS[self.name](self.cutter, batch)
+        self.done = done
+        if self.name == "superres":
+            sample = data.superres(self.cutter, batch * (data.SIZE // CROP), CROP)
+        else:
+            sample = data.TASKS[self.name](self.cutter, batch)
         with torch.autocast("cpu", torch.bfloat16):
             loss = self.loss(sample)
         self.optimiser.zero_grad()
@@ -110,7 +117,10 @@ class Run:
         """Squared error of the velocity at random noise levels, mostly of what is to be painted."""
         clean = F.pixel_unshuffle(sample.picture, FOLD)
         noise = torch.randn(clean.shape, generator=self.noise)
-        timestep = torch.randint(self.pipe.scheduler.config.num_train_timesteps, (len(clean),), generator=self.noise)
+        level = torch.rand(len(clean), generator=self.noise)
+        level = 1 - level**NOISY if self.name == "superres" else level
+        steps = self.pipe.scheduler.config.num_train_timesteps
+        timestep = (level * steps).long().clamp_max(steps - 1)
         noisy = self.pipe.scheduler.add_noise(clean, noise, timestep)
         velocity = self.pipe.scheduler.get_velocity(clean, noise, timestep)
         error = (self.pipe.predict(noisy, timestep, self.prepare(sample)).float() - velocity).square()
@@ -123,22 +133,24 @@ class Run:
         batch, size = len(sample.picture), sample.picture.shape[-1]
         origin = torch.randint(CANVAS - size, (batch, 2), generator=self.noise).float()
         prepared = self.pipe.prepare(sample.reference, origin)
-        return prepared._replace(
-            tokens=torch.cat([prepared.tokens, self._elsewhere(sample.reference, origin, size)], 1)
-        )
+        count = round(ELSEWHERE * min(max((self.done - 0.2) / 0.4, 0), 1))  # first to look, then to tell apart
+        if count == 0:
+            return prepared
+        elsewhere = self._elsewhere(sample.reference, origin, size, count)
+        return prepared._replace(tokens=torch.cat([prepared.tokens, elsewhere], 1))
 
-    def _elsewhere(self, reference: Tensor, origin: Tensor, size: int) -> Tensor:
+    def _elsewhere(self, reference: Tensor, origin: Tensor, size: int, count: int) -> Tensor:
         """Tokens of other pictures at other places of a large canvas, half of them near."""
-        shape = (len(origin), ELSEWHERE, 2)
+        shape = (len(origin), count, 2)
         near = origin[:, None] + size * (8 * torch.rand(shape, generator=self.noise) - 4)
         far = CANVAS * torch.rand(shape, generator=self.noise)
-        places = torch.where(torch.arange(ELSEWHERE)[:, None] % 2 == 0, near, far)
+        places = torch.where(torch.arange(count)[:, None] % 2 == 0, near, far)
         offset = places - origin[:, None]
         places = places + size * ((offset > -8) & (offset < size + 8)).all(-1, keepdim=True) * 2.0
         patch = self.pipe.image_encoder.config.patch_size
         patches = reference.roll(1, 0).unfold(2, patch, patch).unfold(3, patch, patch).flatten(2, 3)  # [B, 3, N, p, p]
-        chosen = patches[:, :, torch.randint(patches.shape[2], (ELSEWHERE,), generator=self.noise)]
-        row = chosen.permute(0, 1, 3, 2, 4).flatten(3)  # one row of patches: [B, 3, p, ELSEWHERE·p]
+        chosen = patches[:, :, torch.randint(patches.shape[2], (count,), generator=self.noise)]
+        row = chosen.permute(0, 1, 3, 2, 4).flatten(3)  # one row of patches: [B, 3, p, count·p]
         return self.pipe.image_encoder(row, places)[:, 1:]
 
     # -------------------------------------------------------------------------------------------------------- files

@@ -1,0 +1,1 @@
+"""What the maps are worth, measured on models whose true answer is known. ``python -m benchmarks.evidence``."""
