@@ -13,12 +13,21 @@ extras = {
     "test": [
         "accelerate>=1.0",
         "hypothesis>=6.100",
+        "playwright>=1.45",  # the report's tests, with any installed Chromium
         "pytest>=8",
         "pytest-benchmark>=5",
         "pytest-timeout>=2.3",
         "setuptools>=77",
     ],
     "bench": ["flash-colreduce==0.2.2", "psutil>=5.9"],  # a peer and the memory meter of `make bench`
+    "evaluate": ["accelerate>=1.0", "pyarrow>=15"],  # `i2am evaluate` over several devices; Parquet
+    "docs": [
+        "ipykernel>=6.29",
+        "mkdocs-material>=9.5",
+        "mkdocstrings[python]>=0.26",
+        "nbclient>=0.10",
+        "nbformat>=5.10",
+    ],
     "lint": ["ruff>=0.9"],
 }
 

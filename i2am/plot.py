@@ -195,6 +195,16 @@ def summary(
     return figure
 
 
+def blend(image: Any, map: Tensor | np.ndarray, *, cmap: str = CMAP, alpha: float = 0.65) -> np.ndarray:
+    """:func:`overlay` as pixels, without a figure: ``[H, W, 3]`` in 0…1, the map on its own scale."""
+    from matplotlib import colormaps
+
+    picture, values = as_picture(image, 0), _map(map, 0)
+    low, high = _limits([values])
+    heat = colormaps[cmap]((_resized(values, picture.shape[:2]) - low) / (high - low))[..., :3]
+    return (1 - alpha) * _grey(picture) + alpha * heat.astype(np.float32)
+
+
 def thumbnail(maps: AttributionMaps, *, cmap: str = CMAP) -> bytes:
     """PNG of the ULAMs alone, both directions, of the first image and reference: what a notebook shows of maps."""
     import io

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from i2am.cli.arguments import UserError, flag
+from i2am.cli.arguments import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -13,17 +13,18 @@ if TYPE_CHECKING:
 IMAGE_OPTIONS = {"reference": "RGB", "image": "RGB", "mask": "L", "control_image": "RGB"}
 
 
-def open_image(option: str, path: Path | None, mode: str) -> Image | None:
+def open_image(what: str, path: Path | None, mode: str) -> Image | None:
+    """The image of a file, upright; ``what`` names it in errors. None stays None."""
     from PIL import Image, ImageOps
 
     if path is None:
         return None
     if not path.is_file():
-        raise UserError(f"{flag(option)}: there is no file {path}")
+        raise UserError(f"{what}: there is no file {path}")
     try:
         return ImageOps.exif_transpose(Image.open(path)).convert(mode)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{flag(option)}: {path} cannot be read as an image: {error}") from error
+        raise UserError(f"{what}: {path} cannot be read as an image: {error}") from error
 
 
 def fit_images(images: dict[str, Image | None], size: tuple[int, int] | None) -> dict[str, Image | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,8 +39,11 @@ class Job:
     pipe: Any = None
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> Job:
+    def of(cls, args: argparse.Namespace, unneeded: Sequence[str] = ()) -> Job:
         """Checks the options of a command against what its pipeline takes.
+
+        Args:
+            unneeded: images that serve another purpose where the pipeline takes none such (a mask scores maps).
 
         Raises:
             UserError: there is no such pipeline or adapter; an input is missing, or is of no use.
@@ -47,6 +51,8 @@ class Job:
         check_adapter(args)
         pipeline_class = find_class(args.pipeline)
         parameters = set(inspect.signature(pipeline_class.__call__).parameters)
+        dropped = {o: None for o in unneeded if not {o, f"{o}_image"} & parameters}
+        args = argparse.Namespace(**{**vars(args), **dropped})
         return cls(args, pipeline_class, parameters, route(pipeline_class.__name__, parameters, args))
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import i2am
-from i2am.cli.arguments import UserError, add_adapter_options, add_map_options, add_run_options, positive
+from i2am.cli.arguments import UserError, add_adapter_options, add_map_options, add_run_options, flag, positive
 from i2am.cli.images import IMAGE_OPTIONS, open_image
 from i2am.cli.job import Job
 from i2am.cli.results import claim, hush, write_results
@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    images = {option: open_image(option, getattr(args, option), mode) for option, mode in IMAGE_OPTIONS.items()}
-    reference_mask = open_image("reference_mask", args.reference_mask, "L")
+    images = {option: open_image(flag(option), getattr(args, option), mode) for option, mode in IMAGE_OPTIONS.items()}
+    reference_mask = open_image("--reference-mask", args.reference_mask, "L")
     if reference_mask is not None and not args.report:
         raise UserError("--reference-mask is of no use without --report")
     hush()

@@ -1,0 +1,59 @@
+"""A sample's maps at every level, small enough to keep for each of thousands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from i2am.maps import AttributionMaps
+
+SIDE = 32  # tokens on the longer side, at most
+LEVELS = ("ulam", "tlam", "hlam", "llam")
+
+
+def keep_levels(maps: AttributionMaps, path: Path) -> None:
+    """Writes the first image's maps as float16 safetensors: ``"r2g.tlam" [T, h, w]``, each scaled to a mean of 1."""
+    from safetensors.torch import save_file
+
+    layers = maps.layers
+    save_file(dict(_small(maps)), path, metadata={"layers": json.dumps(layers)})
+
+
+def read_levels(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """``({"r2g.tlam": [T, h, w], …} float32, names of the layers)``."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        found = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return found, json.loads(file.metadata()["layers"])
+
+
+def _small(maps: AttributionMaps) -> Iterator[tuple[str, Tensor]]:
+    for direction in ("r2g", "g2r"):
+        for level in LEVELS:
+            try:
+                found = getattr(maps, level)(direction)[0]
+            except ValueError:  # no G2R, or head counts that differ
+                continue
+            small = shrunk(found.unsqueeze(0) if level == "ulam" else found)
+            yield f"{direction}.{level}", (small / small.mean((-2, -1), keepdim=True)).half()
+
+
+def shrunk(x: Tensor, side: int = SIDE) -> Tensor:
+    """``[G, h, w]`` averaged to at most ``side`` on the longer side."""
+    longer = max(x.shape[-2:])
+    if longer <= side:
+        return x
+    size = [max(round(n * side / longer), 1) for n in x.shape[-2:]]
+    return F.interpolate(x[None], size, mode="area")[0]
+
+
+def as_distribution(x: Tensor) -> Tensor:
+    """``[..., h, w]`` scaled to sum 1 over the map; NaN where it is not finite (a time group without a step)."""
+    x = torch.where(x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), x, torch.nan)
+    return x / x.sum((-2, -1), keepdim=True)

@@ -1,0 +1,72 @@
+"""Pictures of an evaluation: one strip a sample, and a sheet of the best and the worst."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from i2am import plot
+from i2am.evaluate.scores import MEANING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+    from i2am.evaluate.store import Store
+
+HEIGHT = 192  # pixels of a strip
+SHOWN = 5  # best, and worst
+
+
+def preview(generated: Image, r2g: Tensor, reference: Image, g2r: Tensor | None, mask: np.ndarray | None) -> Image:
+    """A strip: generated image, the same under R2G, reference, the same under G2R (plain where there is none).
+
+    The mask is drawn as a white line on the first.
+    """
+    from PIL import Image
+
+    panels = [_outlined(generated, mask), plot.blend(generated, r2g), plot.as_picture(reference, 0)]
+    if g2r is not None:
+        panels.append(plot.blend(reference, g2r))
+    pictures = [Image.fromarray((p * 255).round().astype(np.uint8)) for p in panels]
+    pictures = [p.resize((max(round(p.width * HEIGHT / p.height), 1), HEIGHT), Image.LANCZOS) for p in pictures]
+    strip = Image.new("RGB", (sum(p.width for p in pictures) + 4 * (len(pictures) - 1), HEIGHT), "white")
+    left = 0
+    for picture in pictures:
+        strip.paste(picture, (left, 0))
+        left += picture.width + 4
+    return strip
+
+
+def _outlined(image: Image, mask: np.ndarray | None) -> np.ndarray:
+    from PIL import Image
+    from scipy import ndimage
+
+    picture = plot.as_picture(image, 0).copy()
+    if mask is None:
+        return picture
+    inside = np.asarray(Image.fromarray((mask * 255).astype(np.uint8)).resize(picture.shape[1::-1])) > 127
+    width = max(round(picture.shape[0] / HEIGHT), 1)
+    picture[ndimage.binary_dilation(inside, iterations=width) & ~inside] = 1.0
+    return picture
+
+
+def contact_sheet(ranked: Sequence[dict[str, Any]], by: str, store: Store) -> Figure:
+    """Best and worst samples by one score, each with its strip and all its scores."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    best, worst = list(ranked[:SHOWN]), list(ranked[SHOWN:])[-SHOWN:]
+    titles = ["best"] * len(best) + ["worst"] * len(worst)
+    figure = Figure(figsize=(8.5, 1.55 * len(titles) + 0.9), layout="constrained")
+    axes = figure.subplots(len(titles), 1, squeeze=False)[:, 0]
+    for ax, title, record in zip(axes, titles, best + worst, strict=True):
+        ax.imshow(Image.open(store.path("previews", record["id"], ".jpg")))
+        ax.set_axis_off()
+        scores = "   ".join(f"{MEANING[name][0]} {record[name]:.3f}" for name in MEANING if name in record)
+        ax.set_title(f"{title} · {record['id']} · {scores}", fontsize=7, loc="left")
+    figure.suptitle(f"Best and worst of {len(ranked)} samples by {MEANING[by][0]}", fontsize=10)
+    return plot.note(figure, "generated (mask outlined), R2G on it, reference, G2R on it; each map on its own scale")
