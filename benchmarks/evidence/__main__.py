@@ -63,15 +63,18 @@ def measure(setting: Setting, parts: list[str], state: Path, docs: Path, fresh: 
                 start = time.perf_counter()
                 found = PARTS[part](setting)
                 seconds = time.perf_counter() - start
-                file.write_text(json.dumps({"found": found, "seconds": seconds}, indent=1), encoding="utf-8")
+                part_of = {"found": found, "seconds": seconds, "samples": setting.batches * setting.batch}
+                file.write_text(json.dumps(part_of, indent=1), encoding="utf-8")
     stored = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in state.glob("*.json")}
+    if "localisation" in stored:
+        stored["detection"] = stored["localisation"] | {"seconds": 0}
     results = {part: x["found"] for part, x in stored.items()}
-    results["detection"] = results.get("localisation")
     draw(setting, results, images)
     facts = asdict(setting) | {
         "minutes": sum(x["seconds"] for x in stored.values()) / 60,
         "torch": torch.__version__.split("+")[0],
         "diffusers": diffusers.__version__,
+        "measured": {part: x["samples"] for part, x in stored.items()},
     }
     return report.write(results, facts, docs)
 

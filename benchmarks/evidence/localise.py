@@ -131,8 +131,7 @@ def correspondence(setting: Setting) -> dict:
             _, maps = traced(pipe, sample, setting.steps, record="qk")
             choices = {"default layers": {}, "finest decoder layers": dict(layers=FINE)}
             choices |= {layer: dict(layers=layer) for layer in maps.recorded_layers}
-            ran = [t for t, calls in enumerate(next(iter(maps.counts().values()))) if calls]
-            choices |= {f"finest decoder layers, time {t}": dict(layers=FINE, times=t) for t in ran}
+            choices |= {f"finest decoder layers, time {t}": dict(layers=FINE, times=t) for t in range(maps.time_groups)}
             for row, options in choices.items():
                 add_errors(table, row, maps.match(**options), sample, scale)
             add_chance(table, sample)

@@ -13,9 +13,9 @@ HEADER = """
 What are the maps worth? Random weights can't tell, and of a large model nobody knows the true answer. So i2am ships
 small image-to-image diffusion models (`i2am.zoo`), really trained, on tasks whose answer is known: which pixel of the
 reference every pixel of the picture came from. `python -m benchmarks.evidence` writes this page. Numbers are means over
-{samples} tasks on photographs that no model was trained on, with 95 % bootstrap intervals over tasks in brackets.
-Errors are mean squared differences of colours in [-1, 1] on the inserted object. Results that speak against the paper
-or against us stand as they are.
+tasks on photographs that no model was trained on, with 95 % bootstrap intervals over tasks in brackets. Errors are mean
+squared differences of colours in [-1, 1] on the inserted object. Results that speak against the paper or against us
+stand as they are.
 """
 
 FOOTER = """
@@ -30,7 +30,10 @@ def write(results: dict[str, dict], facts: dict, docs: Path) -> Path:
     """Writes evidence.md from the parts that were measured; names those that were not."""
     sections = [HEADER.format(**facts)]
     for number, (key, section) in enumerate(SECTIONS.items()):
-        text = section(results[key]) if results.get(key) else f"## {key}\n\nNot measured in this run."
+        if results.get(key):
+            text = section(results[key]).strip() + f"\n\n*n = {facts['measured'][key]} tasks.*"
+        else:
+            text = f"## {key}\n\nNot measured in this run."
         sections.append(text.strip().replace("## ", f"## {number}. ", 1))
     sections.append(FOOTER.format(**facts))
     path = docs / "evidence.md"

@@ -26,10 +26,10 @@ class Setting:
     """How much is measured."""
 
     samples: int = 208
-    steps: int = 8  # of a traced picture
-    short: int = 3  # steps where hundreds of pictures are drawn again
+    steps: int = 4  # of a traced picture; each is a time group
+    short: int = 2  # steps where hundreds of pictures are drawn again
     batch: int = 16
-    draws: int = 3  # random choices to average
+    draws: int = 2  # random choices to average
     checkpoints: Path | None = None
     weights: Path | None = None  # folder of NAME.safetensors; None: the shipped ones
 
@@ -61,7 +61,7 @@ def traced(pipe, sample: zoo.Sample, steps: int, **options) -> tuple[Tensor, i2a
     """Pictures and their maps."""
     if not isinstance(pipe, zoo.SuperResolutionPipeline):
         options.setdefault("reference", PATCHES)
-    with i2am.trace(pipe, **options) as tracer:
+    with i2am.trace(pipe, time_groups=steps, **options) as tracer:
         pictures = paint(pipe, sample, steps)
     return pictures, tracer.maps()
 

@@ -26,7 +26,7 @@ from benchmarks.evidence.subject import (
 from i2am import metrics
 from i2am.zoo.storage import read
 
-SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
 GRID = 16  # cells a side, of the picture and of the reference
 
 
@@ -46,7 +46,7 @@ def imacs_and_quality(setting: Setting) -> dict:
         points = []
         for file in files:
             pipe, facts = read(file)
-            scores = _scores(pipe, name, setting, share=0.5)
+            scores = _scores(pipe, name, setting, share=0.25)
             points.append(facts | {key: sum(x) / len(x) for key, x in scores.items()})
         scores = {key: [p[key] for p in points] for key in ("r2g", "g2r", "error", "ssim")}
         found["runs"][folder.name] = {"points": points, "rho": _correlations(scores)}
@@ -89,8 +89,6 @@ def levels(setting: Setting) -> dict:
                 options = every if level == "llam" else {}
                 r2g, g2r = getattr(maps, level)("r2g", **options), getattr(maps, level)("g2r", **options)
                 for i, row in enumerate(rows):
-                    if r2g[:, i].isnan().any():
-                        continue
                     table.add(
                         f"time {row}" if level == "tlam" else row,
                         contrast=metrics.contrast(r2g[:, i], truth),
@@ -114,16 +112,14 @@ def _muting(pipe, name: str, setting: Setting) -> dict:
     heads = sorted(scores)
     draws = torch.Generator().manual_seed(SEED)
     choices: dict[str, list[tuple[str, int]]] = {"nothing": []}
-    counts = (len(heads) // 6, len(heads) // 3)
+    count = len(heads) // 6
     for which in RANKINGS:
         ranked = sorted(heads, key=lambda head, which=which: scores[head][which], reverse=True)
-        for count in counts:
-            choices[f"top {count} heads by {which}"] = ranked[:count]
-            choices[f"bottom {count} heads by {which}"] = ranked[-count:]
-    for count in counts:
-        for draw in range(setting.draws):
-            picked = torch.randperm(len(heads), generator=draws)[:count]
-            choices[f"random {count} heads, draw {draw + 1}"] = [heads[i] for i in picked]
+        choices[f"top {count} heads by {which}"] = ranked[:count]
+        choices[f"bottom {count} heads by {which}"] = ranked[-count:]
+    for draw in range(setting.draws):
+        picked = torch.randperm(len(heads), generator=draws)[:count]
+        choices[f"random {count} heads, draw {draw + 1}"] = [heads[i] for i in picked]
     layers = list(dict.fromkeys(layer for layer, _ in heads))
     choices |= {f"layer {layer}": [(x, h) for x, h in heads if x == layer] for layer in layers}
     table = Columns()
@@ -191,18 +187,20 @@ def faithfulness(setting: Setting, name: str = "exemplar") -> dict:
 
 
 def _orders(maps, direction: str) -> dict[str, tuple[Tensor, str]]:
-    size = (GRID, GRID)
-    ulam = maps.ulam(direction, size=size)
-    single = {layer.split(".transformer")[0]: maps.ulam(direction, layers=layer, size=size) for layer in maps.layers}
-    return {
-        "ULAM": (ulam, "map"),
-        "ULAM, lift": (maps.ulam(direction, size=size, normalize="lift"), "map"),
-        "finest decoder layers": (maps.ulam(direction, layers=FINE, size=size), "map"),
-        "first encoder layer": (next(iter(single.values())), "map"),
-        "first decoder layer": (single[next(x for x in single if x.startswith("up_blocks"))], "map"),
-        "opposite of ULAM": (ulam, "opposite"),
-        "random": (ulam, "random"),
+    def ulam(**options) -> Tensor:
+        return maps.ulam(direction, size=(GRID, GRID), **options)
+
+    orders = {
+        "ULAM": (ulam(), "map"),
+        "ULAM, lift": (ulam(normalize="lift"), "map"),
+        "finest decoder layers": (ulam(layers=FINE), "map"),
+        "first encoder layer": (ulam(layers=maps.layers[0]), "map"),
+        "opposite of ULAM": (ulam(), "opposite"),
+        "random": (ulam(), "random"),
     }
+    if direction == "g2r":  # every layer has the same keys, so this would be the same order
+        del orders["ULAM, lift"]
+    return orders
 
 
 def _remembered(change):
