@@ -26,7 +26,17 @@ from i2am.maps import AttributionMaps
 from i2am.ops import BACKENDS, Selection, accumulate
 from i2am.record import Record, RecordOptions, check_limit, logger, mask_between, run_on_shapes
 from i2am.recorder import Recorder
-from i2am.seam import Call, Carries, RunningLayer, Scope, close_scope, open_scope, running_scope
+from i2am.seam import (
+    Call,
+    Carries,
+    RunningLayer,
+    Scope,
+    close_scope,
+    eager,
+    frame_of_forward,
+    open_scope,
+    running_scope,
+)
 from i2am.sram import MAX_REGIONS, Region, Weights, region_weights, several
 
 OUTPUTS = ("i2am", "model")
@@ -346,6 +356,7 @@ class Tracer:
         record: Mapping[str, Any] | None = None,
     ):
         self._undo = ExitStack()
+        self._done = False
         with ExitStack() as undo:  # a failure on the way in leaves nothing behind
             if isinstance(clock, SchedulerClock):
                 undo.callback(clock.close)
@@ -380,8 +391,8 @@ class Tracer:
             for handle in family.watch():
                 undo.callback(handle.remove)
             for handle in (
-                model.register_forward_pre_hook(self._begin, with_kwargs=True),
-                model.register_forward_hook(self._end, always_call=True),
+                model.register_forward_pre_hook(eager(self._begin), with_kwargs=True),
+                model.register_forward_hook(eager(self._end), always_call=True),
             ):
                 undo.callback(handle.remove)
             self._undo = undo.pop_all()
@@ -394,6 +405,7 @@ class Tracer:
 
     def unpatch(self) -> None:
         """Stops tracing: no hook, no replaced function stays; what was recorded remains readable. Idempotent."""
+        self._done = True
         self._undo.close()
 
     def reset(self) -> None:
@@ -432,7 +444,7 @@ class Tracer:
     # ------------------------------------------------------------------------------------------------------- hooks
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._measuring:  # a shape-only forward of _measured
+        if self._measuring or self._done:  # a shape-only forward of _measured; compiled code keeps removed hooks
             return
         self._close()
         forward = self._family.begin(args, kwargs)
@@ -449,7 +461,7 @@ class Tracer:
             batch=forward.latents.shape[0] * forward.frames,
             conditional=slice(conditional.start * forward.frames, conditional.stop * forward.frames),
             moment=moment,
-            frame=sys._getframe(1),
+            frame=frame_of_forward(),
         )
         if self._record.options.record and moment.first:
             nbytes = self._measured(model, args, kwargs, scope)
@@ -536,9 +548,9 @@ class Tracer:
 
         projection = _output_projection(module)
         if projection is not None:
-            yield projection.register_forward_pre_hook(computed)
-        yield module.register_forward_pre_hook(enter, with_kwargs=True)
-        yield module.register_forward_hook(leave, always_call=True)
+            yield projection.register_forward_pre_hook(eager(computed))
+        yield module.register_forward_pre_hook(eager(enter), with_kwargs=True)
+        yield module.register_forward_hook(eager(leave), always_call=True)
 
     def _attend(self, scope: Scope, layer: RunningLayer, carries: Carries, call: Call) -> Tensor | None:
         """An attention call: adds it to the sums; its output, the fused op's or the model's own."""

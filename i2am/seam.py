@@ -10,12 +10,14 @@ far as they have been imported.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -89,7 +91,7 @@ class Scope:
     batch: int
     conditional: slice  # the samples of the batch that count
     moment: Moment  # where in the run this forward stands
-    frame: object  # the forward's caller: the scope is alive while this is on the stack
+    frame: object  # of the forward: the scope is alive while this is on the stack
     grid: Grid | None = None  # of the spatial transformer that is executing
     layers: list[RunningLayer] = field(default_factory=list)
     blind: list[str] = field(default_factory=list)  # layers whose reference-carrying call never came
@@ -103,6 +105,7 @@ class Scope:
         return frame is not None
 
 
+COMPILED = "i2am traces this model, and its hooks run uncompiled: compile without fullgraph, or unpatch() first"
 _original = F.scaled_dot_product_attention
 _lock = threading.Lock()
 _open = 0  # scopes of all threads
@@ -161,6 +164,26 @@ def _pending() -> tuple[Scope, RunningLayer, Carries] | None:
     return scope, layer, carried
 
 
+@functools.cache
+def _disabled(function: Callable) -> Callable:
+    return eager(function)
+
+
+def eager(function: Callable) -> Callable:
+    """``function``, kept out of the graphs of torch.compile: there they break, and it runs as it is."""
+    known = inspect.signature(torch.compiler.disable).parameters
+    reason = {"reason": COMPILED} if "reason" in known else {}
+    return torch.compiler.disable(function, **reason)
+
+
+def frame_of_forward() -> object:
+    """The frame of the innermost module that is being called, seen from one of its hooks."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_name != "_wrapped_call_impl":
+        frame = frame.f_back
+    return frame
+
+
 # ---------------------------------------------------------------------------------------- the functions of attention
 
 
@@ -168,16 +191,16 @@ def _replace_all(undo: ExitStack) -> None:
     """Replaces every attention function that has been imported; ``undo`` puts them back."""
     global _original
     _original = F.scaled_dot_product_attention
-    _replace(undo, F, "scaled_dot_product_attention", _sdpa)
+    _replace(undo, F, "scaled_dot_product_attention", _disabled(_sdpa))
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
     registry = getattr(dispatch, "_AttentionBackendRegistry", None)
     for name, backend in list(getattr(registry, "_backends", {}).items()):
-        registry._backends[name] = replacement = _through_registry(name, backend)
+        registry._backends[name] = replacement = _disabled(_through_registry(name, backend))
         undo.callback(_put_back, registry._backends, name, replacement, backend)
     xformers = sys.modules.get("xformers.ops")
     if xformers is not None and hasattr(xformers, "memory_efficient_attention"):
         own = xformers.memory_efficient_attention
-        _replace(undo, xformers, "memory_efficient_attention", _through_xformers(own))
+        _replace(undo, xformers, "memory_efficient_attention", _disabled(_through_xformers(own)))
 
 
 def _replace(undo: ExitStack, module, name: str, replacement: Callable) -> None:
@@ -198,6 +221,7 @@ def _sdpa(*args, **kwargs):
     return pending[0].attend(*pending, Call(*args, **kwargs))
 
 
+@functools.cache  # the same replacement in every forward, or compiled code would see a new one each time
 def _through_registry(name: object, backend: Callable) -> Callable:
     """A backend of diffusers, which takes ``[B, N, H, d]`` by keyword."""
 
@@ -228,6 +252,7 @@ def _through_registry(name: object, backend: Callable) -> Callable:
     return intercepted
 
 
+@functools.cache
 def _through_xformers(attention: Callable) -> Callable:
     """``memory_efficient_attention(query, key, value, attn_bias, p, scale)``: ``[B, N, H, d]`` or ``[B·H, N, d]``."""
 

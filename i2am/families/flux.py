@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from i2am.families.joint import JointTransformer, Positions, Segment
 from i2am.layout import Carried, Reference
-from i2am.seam import running_scope
+from i2am.seam import eager, running_scope
 
 
 class Flux(JointTransformer):
@@ -45,7 +45,8 @@ class Flux(JointTransformer):
     def watch(self) -> Iterable[RemovableHandle]:
         for module in () if self.itself else self.layers().values():
             for adapter, to_k in enumerate(getattr(module.processor, "to_k_ip", ())):
-                yield to_k.register_forward_pre_hook(lambda _, args, adapter=adapter: self._announce(adapter, args[0]))
+                announce = eager(lambda _, args, adapter=adapter: self._announce(adapter, args[0]))
+                yield to_k.register_forward_pre_hook(announce)
 
     def _announce(self, adapter: int, embeds: Tensor) -> None:
         """The next call is an adapter's, its keys ``embeds [B, images, T, C]`` in one softmax."""

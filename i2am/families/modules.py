@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from i2am.families import Forward
 from i2am.families.arguments import named_arguments
 from i2am.layout import Carried, Grid, LayerFilter, Reference, choose_layers
-from i2am.seam import Call, RunningLayer, running_scope
+from i2am.seam import Call, RunningLayer, eager, running_scope
 
 TIMESTEPS = ("timesteps", "timestep", "t", "time", "sigma", "sigmas", "noise_level")
 HEADS = ("heads", "num_heads", "n_heads")
@@ -103,12 +103,11 @@ class AttentionModules:
         around = {""} | {name.rpartition(".")[0] for name in self._modules}
         around |= {".".join(name.split(".")[:i]) for name in around for i in range(name.count(".") + 1)}
         for name in sorted(around):
-            yield self.model.get_submodule(name).register_forward_pre_hook(
-                self._see_feature_map(name), with_kwargs=True
-            )
+            see = eager(self._see_feature_map(name))
+            yield self.model.get_submodule(name).register_forward_pre_hook(see, with_kwargs=True)
         for module in self._modules.values():
             for projection in self._projections:
-                yield getattr(module, projection).register_forward_hook(self._see_projection(projection))
+                yield getattr(module, projection).register_forward_hook(eager(self._see_projection(projection)))
 
     def _see_feature_map(self, name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from i2am.families import Forward
 from i2am.families.arguments import named_arguments
 from i2am.families.unet import no_reference_keys
 from i2am.layout import SELF, Carried, Grid, Reference
-from i2am.seam import RunningLayer, running_scope
+from i2am.seam import RunningLayer, eager, running_scope
 
 
 class StableDiffusion3:
@@ -62,7 +62,7 @@ class StableDiffusion3:
 
     def watch(self) -> Iterable[RemovableHandle]:
         for module in () if self.itself else self._adapters().values():
-            yield module.processor.to_k_ip.register_forward_pre_hook(lambda _, args: self._announce(args[0]))
+            yield module.processor.to_k_ip.register_forward_pre_hook(eager(lambda _, args: self._announce(args[0])))
 
     def _attentions(self) -> dict[str, nn.Module]:
         return {n: m for n, m in self.transformer.named_modules() if type(m).__name__ == "Attention"}

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from i2am.families import Forward
 from i2am.families.arguments import argument
 from i2am.layout import QUERIES, Banked, Carried, Concatenated, Grid, Reference
-from i2am.seam import RunningLayer, running_scope
+from i2am.seam import RunningLayer, eager, running_scope
 
 EXAMPLE = "i2am.patch_unet(unet, reference=i2am.Reference(grid=(16, 16), skip=1))  # 16×16 tokens after a class token"
 SELF_HINT = 'mode="self" gives maps of spatial self-attention instead, which are named "self"'
@@ -50,7 +50,7 @@ class UNetFamily:
     def watch(self) -> Iterable[RemovableHandle]:
         for _, module in self.unet.named_modules():
             if type(module).__name__.endswith("Transformer2DModel"):
-                yield module.register_forward_pre_hook(read_grid, with_kwargs=True)
+                yield module.register_forward_pre_hook(eager(read_grid), with_kwargs=True)
 
 
 class CrossAttention(UNetFamily):
@@ -124,7 +124,8 @@ class IPAdapter(UNetFamily):
         yield from super().watch()
         for module in self.layers().values():
             for adapter, to_k in enumerate(module.processor.to_k_ip):
-                yield to_k.register_forward_pre_hook(lambda _, args, adapter=adapter: self._announce(adapter, args[0]))
+                announce = eager(lambda _, args, adapter=adapter: self._announce(adapter, args[0]))
+                yield to_k.register_forward_pre_hook(announce)
 
     def _announce(self, adapter: int, embeds: Tensor) -> None:
         """``embeds`` are ``[B, images, T, C]``, all in one softmax, or ``[B, T, C]``: one of them, with a mask."""

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from i2am.families import Forward
 from i2am.families.arguments import argument
 from i2am.families.unet import CrossAttention, read_grid
+from i2am.seam import eager
 
 
 class StableVideo(CrossAttention):
@@ -30,4 +31,4 @@ class StableVideo(CrossAttention):
     def watch(self) -> Iterable[RemovableHandle]:
         for _, module in self.unet.named_modules():
             if type(module).__name__ == "TransformerSpatioTemporalModel":
-                yield module.register_forward_pre_hook(read_grid, with_kwargs=True)
+                yield module.register_forward_pre_hook(eager(read_grid), with_kwargs=True)
