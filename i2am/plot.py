@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CMAP = "inferno"  # perceptually even, told apart by colour-blind readers and in grey print; "jet" is the paper's look
+DIFFERENCE_CMAP = "RdBu_r"  # diverging, told apart by colour-blind readers; white is no change
 LEVELS = ("time", "head", "layer")
 SCALES = ("shared", "each")
 MEANING = {
@@ -223,6 +224,162 @@ def thumbnail(maps: AttributionMaps, *, cmap: str = CMAP) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
+
+
+def sram(
+    maps: AttributionMaps,
+    region: Any,
+    generated: Any,
+    reference: Any,
+    *,
+    index: int = 0,
+    canvas: tuple[int, int] | None = None,
+    cmap: str = CMAP,
+    alpha: float = 0.65,
+    share: float = 0.5,
+    footer: str | None = None,
+    **options,
+) -> Figure:
+    """Three panels: the patch marked on the generated image, its SRAM on the reference, and where most of it lies.
+
+    The last one outlines the smallest part of the reference that holds ``share`` of the patch's attention to it.
+
+    Args:
+        maps: the attribution maps.
+        region: a point ``(y, x)``, a mask, or the name of a registered region, as for :meth:`AttributionMaps.sram`.
+        generated, reference: the images; forms: see :func:`overlay`.
+        index, cmap, alpha, footer: as in :func:`levels`.
+        canvas: in which a point is given, as for :meth:`AttributionMaps.sram`.
+        share: in (0, 1).
+        **options: of :class:`AttributionMaps`' levels.
+
+    Raises:
+        ValueError, IndexError: as :meth:`AttributionMaps.sram`; ``share`` is not in (0, 1).
+    """
+    from matplotlib.figure import Figure
+
+    if not 0 < share < 1:
+        raise ValueError(f"share must lie in (0, 1), got {share}")
+    values = _map(maps.sram(region, canvas=canvas, **options), index)
+    left, right = as_picture(generated, index), as_picture(reference, index)
+    widths = [p.shape[1] / p.shape[0] for p in (left, right, right)]
+    figure = Figure(figsize=(7.5, 7.0 / sum(widths) + 0.75), layout="constrained")
+    marked, heated, outlined = figure.subplots(1, 3, width_ratios=widths)
+    _bare(marked).imshow(left)
+    _mark(marked, region, canvas or maps.canvas, left.shape[:2])
+    marked.set_title("patch of the generated image", fontsize=8)
+    heat = _draw(heated, right, values, cmap, alpha, *_limits([values]))
+    _colorbar(figure, heat, [heated], shrink=0.75)
+    heated.set_title("SRAM: the reference behind it", fontsize=8)
+    _bare(outlined).imshow(right)
+    smooth = _resized(values, right.shape[:2])
+    for colour, width in (("black", 2.6), ("white", 1.2)):
+        outlined.contour(smooth, levels=[holding(smooth, share)], colors=colour, linewidths=width)
+    outlined.set_title(f"holds {round(100 * share)} % of it", fontsize=8)
+    said = "the reference's share of the patch's attention; its own colour scale"
+    return note(figure, "\n".join(filter(None, (said, footer))))
+
+
+def holding(values: np.ndarray, share: float) -> float:
+    """The highest level above which a map still holds ``share`` of its sum."""
+    ranked = np.sort(values, axis=None)[::-1]
+    total = ranked.cumsum()
+    return float(ranked[min(int(np.searchsorted(total, share * total[-1])), len(ranked) - 1)])
+
+
+def _mark(ax: Axes, region: Any, canvas: tuple[int, int], size: tuple[int, int]) -> None:
+    """A ring around a point, an outline around a mask, a caption for a name."""
+    if isinstance(region, str):
+        ax.set_xlabel(f"registered: {region}", fontsize=7)
+        return
+    if isinstance(region, tuple) and len(region) == 2:
+        y, x = (c * n / m - 0.5 for c, n, m in zip(region, size, canvas, strict=True))
+        for colour, width in (("black", 3.2), ("white", 1.4)):
+            ax.plot(x, y, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=width)
+        return
+    mask = _map(torch.as_tensor(region).float(), 0)
+    for colour, width in (("black", 2.6), ("white", 1.2)):
+        ax.contour(_resized(mask, size), levels=[mask.max() / 2], colors=colour, linewidths=width)
+
+
+def side_by_side(
+    first: AttributionMaps,
+    second: AttributionMaps,
+    direction: str,
+    images: Sequence[Any],
+    *,
+    names: Sequence[str] = ("A", "B"),
+    index: int = 0,
+    scale: str = "shared",
+    cmap: str = CMAP,
+    alpha: float = 0.65,
+    footer: str | None = None,
+    **options,
+) -> Figure:
+    """Two runs' unified maps beside each other, and their difference.
+
+    Args:
+        first, second: the runs' maps.
+        direction: "r2g", "g2r" or "mass".
+        images: what the two maps lie on: two images.
+        names: what to call the runs.
+        index, cmap, alpha, footer: as in :func:`levels`.
+        scale: "shared": one colour scale for both; "each": each from its own minimum to its own maximum.
+        **options: of :class:`AttributionMaps`' levels, for both.
+
+    Raises:
+        ValueError: a run has no such map; not two images and names; their grids differ (give both one ``size=``).
+    """
+    from matplotlib.figure import Figure
+
+    if len(images) != 2 or len(names) != 2:
+        raise ValueError(f"two images and two names are compared, got {len(images)} and {len(names)}")
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    values = [_map(maps.ulam(direction, **options), index) for maps in (first, second)]
+    pictures = [as_picture(image, index) for image in images]
+    widths = [p.shape[1] / p.shape[0] for p in (*pictures, pictures[0])]
+    figure = Figure(figsize=(8.2, 7.2 / sum(widths) + 0.9), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=widths)
+    for ax, picture, x, name in zip(axes, pictures, values, names, strict=False):
+        heat = _draw(ax, picture, x, cmap, alpha, *_limits(values if scale == "shared" else [x]))
+        ax.set_title(name, fontsize=9)
+        if scale == "each" or name is names[1]:
+            _colorbar(figure, heat, [ax] if scale == "each" else list(axes[:2]), shrink=0.75)
+    difference(*values, axes[2], title=f"{names[1]} − {names[0]}")
+    figure.suptitle(f"ULAM · {MEANING[direction]}", fontsize=9)
+    said = "one colour scale for both" if scale == "shared" else "each on its own colour scale"
+    return note(figure, "\n".join(filter(None, (_units(direction, options) + "; " + said, footer))))
+
+
+def difference(
+    before: Tensor | np.ndarray, after: Tensor | np.ndarray, ax: Axes | None = None, *, title: str | None = None
+) -> Axes:
+    """What changed between two maps, ``after − before``: red gained, blue lost, white did not change.
+
+    Args:
+        before, after: ``[h, w]`` of one grid and one unit.
+        ax: where to draw; None makes a figure of its own.
+        title: above it.
+
+    Raises:
+        ValueError: they are not finite, or not on one grid.
+    """
+    from matplotlib.figure import Figure
+
+    a, b = _map(before, 0), _map(after, 0)
+    if a.shape != b.shape:
+        raise ValueError(f"maps on one grid can be subtracted, these are {a.shape} and {b.shape}: give both one size=")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("the maps have values that are not finite (a time group in which no step ran is NaN)")
+    if ax is None:
+        ax = Figure(figsize=(4.0, 3.4), layout="constrained").add_subplot()
+    most = float(np.abs(b - a).max()) or 1.0
+    heat = _bare(ax).imshow(b - a, cmap=DIFFERENCE_CMAP, vmin=-most, vmax=most, interpolation="bicubic")
+    _colorbar(ax.figure, heat, [ax])
+    if title:
+        ax.set_title(_wrap(title, 42), fontsize=9)
+    return ax
 
 
 def note(figure: Figure, text: str) -> Figure:

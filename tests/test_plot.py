@@ -1,5 +1,6 @@
 """Figures: what is drawn where, for every form of image and map."""
 
+import io
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 
 from i2am import plot
@@ -68,7 +70,7 @@ def brightest(pixels):
 
 def texts(figure):
     """All that is written in a figure, unwrapped."""
-    found = figure.findobj(match=lambda artist: hasattr(artist, "get_text"))
+    found = figure.findobj(match=Text)
     return " | ".join(" ".join(text.get_text().split()) for text in found)
 
 
@@ -330,3 +332,88 @@ def test_pyplot_is_left_alone():
         assert "matplotlib.pyplot" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---------------------------------------------------------------------------------------------- patches, two runs
+
+
+class Recorded(AttributionMaps):
+    """Maps whose SRAM is one cell of the reference."""
+
+    def sram(self, region, *, canvas=None, **options):
+        values = torch.full((2, *REFERENCE_GRID), 0.001)
+        values[1, 1, 3] = 0.9
+        return values
+
+
+def test_sram_marks_the_patch_and_outlines_its_source():
+    maps = Recorded([layer_sums("up_blocks.0.attn2")], canvas=(300, 500))
+    figure = plot.sram(maps, (210, 400), [photograph()] * 2, [photograph(80, 160)] * 2, index=1)
+    marked, heated, outlined = figure.axes[:3]
+    ring = marked.lines[-1]
+    assert (ring.get_ydata()[0] + 0.5, ring.get_xdata()[0] + 0.5) == pytest.approx((42, 80))  # of 60×100 pixels
+    y, x = np.unravel_index(heated.images[-1].get_array().argmax(), (80, 160))
+    assert (y // 40, x // 40) == (1, 3)
+    points = np.concatenate([path.vertices for c in outlined.collections for path in c.get_paths()])
+    assert points[:, 0].min() > 100  # around the last column
+    assert points[:, 1].min() > 30
+    assert "50 % of it" in texts(figure)
+    with pytest.raises(ValueError, match="share"):
+        plot.sram(maps, (0, 0), photograph(), photograph(), share=1)
+
+
+def test_holding_is_the_smallest_part_with_that_share():
+    values = np.array([[4.0, 1.0], [3.0, 2.0]])
+    assert plot.holding(values, 0.39) == 4
+    assert plot.holding(values, 0.41) == 3
+    assert plot.holding(values, 0.99) == 1
+
+
+def test_mask_and_name_are_marked():
+    maps = Recorded([layer_sums("up_blocks.0.attn2")], canvas=(300, 500))
+    mask = torch.zeros(60, 100)
+    mask[10:30, 50:90] = 1
+    figure = plot.sram(maps, mask, photograph(), photograph())
+    points = np.concatenate([path.vertices for c in figure.axes[0].collections for path in c.get_paths()])
+    assert 48 <= points[:, 0].min() <= 51
+    assert 88 <= points[:, 0].max() <= 91
+    assert "registered: logo" in texts(plot.sram(maps, "logo", photograph(), photograph()))
+
+
+@pytest.mark.parametrize("scale", plot.SCALES)
+def test_side_by_side(scale):
+    torch.manual_seed(3)
+    a, b = some_maps(), some_maps()
+    figure = plot.side_by_side(a, b, "r2g", [photograph(), photograph()], names=("before", "after"), scale=scale)
+    first, second, third = figure.axes[:3]
+    values = [m.ulam("r2g")[0].numpy() for m in (a, b)]
+    np.testing.assert_allclose(third.images[0].get_array(), values[1] - values[0], atol=1e-7)
+    assert third.get_title() == "after − before"
+    limits = [ax.images[-1].get_clim() for ax in (first, second)]
+    assert (limits[0] == limits[1]) == (scale == "shared")
+    assert ("one colour scale" in texts(figure)) == (scale == "shared")
+    with pytest.raises(ValueError, match="one grid"):
+        plot.side_by_side(a, some_maps(grid=(6, 10)), "r2g", [photograph()] * 2)
+
+
+def test_blend_is_overlay_without_a_figure():
+    values = np.random.default_rng(0).random(GRID)
+    image = photograph()
+    pixels = plot.blend(image, values)
+    assert pixels.shape == (60, 100, 3)
+    ax = plot.overlay(image, values, colorbar=False)
+    box = inside(ax.figure, ax) / 255
+    rows, columns = (np.linspace(0, n - 1, 40).astype(int) for n in box.shape[:2])
+    ours = pixels[(rows * 60 // box.shape[0])][:, columns * 100 // box.shape[1]]
+    assert np.abs(box[rows][:, columns] - ours).mean() < 0.05  # other pixels of one picture
+
+
+def test_maps_show_themselves_in_notebooks():
+    maps = some_maps()
+    png = Image.open(io.BytesIO(maps._repr_png_()))
+    assert np.asarray(png.convert("RGB")).std() > 10
+    text = maps._repr_html_()
+    assert "data:image/png;base64," in text
+    assert "alt=" in text
+    one = some_maps(reference_grid=None)
+    assert Image.open(io.BytesIO(one._repr_png_())).width < png.width  # R2G alone

@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 
 import i2am
-from i2am.cli import demo, evaluate, trace
+from i2am.cli import compare, demo, evaluate, trace
 from i2am.cli.arguments import Parser, UserError
 
 COMMANDS = {
     "demo": (demo, "trace a small pipeline on photographs, offline, in under a minute"),
     "trace": (trace, "run a diffusers pipeline and map what it took from a reference"),
     "evaluate": (evaluate, "trace and score a whole dataset, on one device or several"),
+    "compare": (compare, "what moved between two runs, or two checkpoints, and where"),
 }
 
 

@@ -11,7 +11,7 @@ from i2am.cli.results import claim, hush, write_results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Traces a small, randomly initialised inpainting pipeline with an image prompt."
+    parser.description = "Traces a small trained try-on model on photographs that it never saw."
     parser.add_argument("--out", type=Path, default=Path("i2am-demo"), metavar="DIR", help="default: ./i2am-demo")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="denoising steps (default: 20)")
     parser.add_argument("--seed", type=seed, default=0, metavar="S", help="of the initial noise (default: 0)")
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from i2am import demo
 
     print(demo.NOTE)
-    settings = {"command": "demo", "weights": "random", "steps": args.steps, "seed": args.seed}
+    settings = {"command": "demo", "model": demo.MODEL, "steps": args.steps, "seed": args.seed}
     with demo.one_thread():
         try:
             maps, generated, reference = demo.run(args.steps, args.seed)

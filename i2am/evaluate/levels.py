@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,8 +18,7 @@ def keep_levels(maps: AttributionMaps, path: Path) -> None:
     """Writes the first image's maps as float16 safetensors: ``"r2g.tlam" [T, h, w]``, each scaled to a mean of 1."""
     from safetensors.torch import save_file
 
-    layers = maps.layers
-    save_file(dict(_small(maps)), path, metadata={"layers": json.dumps(layers)})
+    save_file(small_levels(maps), path, metadata={"layers": json.dumps(maps.layers)})
 
 
 def read_levels(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -33,15 +30,18 @@ def read_levels(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         return found, json.loads(file.metadata()["layers"])
 
 
-def _small(maps: AttributionMaps) -> Iterator[tuple[str, Tensor]]:
+def small_levels(maps: AttributionMaps) -> dict[str, Tensor]:
+    """The first image's maps, as :func:`keep_levels` keeps them."""
+    small = {}
     for direction in ("r2g", "g2r"):
         for level in LEVELS:
             try:
                 found = getattr(maps, level)(direction)[0]
             except ValueError:  # no G2R, or head counts that differ
                 continue
-            small = shrunk(found.unsqueeze(0) if level == "ulam" else found)
-            yield f"{direction}.{level}", (small / small.mean((-2, -1), keepdim=True)).half()
+            x = shrunk(found[None] if level == "ulam" else found)
+            small[f"{direction}.{level}"] = (x / x.mean((-2, -1), keepdim=True)).half()
+    return small
 
 
 def shrunk(x: Tensor, side: int = SIDE) -> Tensor:
@@ -55,5 +55,5 @@ def shrunk(x: Tensor, side: int = SIDE) -> Tensor:
 
 def as_distribution(x: Tensor) -> Tensor:
     """``[..., h, w]`` scaled to sum 1 over the map; NaN where it is not finite (a time group without a step)."""
-    x = torch.where(x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), x, torch.nan)
+    x = x.float()
     return x / x.sum((-2, -1), keepdim=True)

@@ -59,7 +59,8 @@ def contact_sheet(ranked: Sequence[dict[str, Any]], by: str, store: Store) -> Fi
     from matplotlib.figure import Figure
     from PIL import Image
 
-    best, worst = list(ranked[:SHOWN]), list(ranked[SHOWN:])[-SHOWN:]
+    half = min(SHOWN, (len(ranked) + 1) // 2)
+    best, worst = list(ranked[:half]), list(ranked[half:])[-SHOWN:]
     titles = ["best"] * len(best) + ["worst"] * len(worst)
     figure = Figure(figsize=(8.5, 1.55 * len(titles) + 0.9), layout="constrained")
     axes = figure.subplots(len(titles), 1, squeeze=False)[:, 0]

@@ -1,0 +1,358 @@
+"""Two runs over the same samples: what moved, where, and by how much.
+
+A run is a folder of ``i2am evaluate`` (many samples) or of ``i2am trace`` (one). Maps are compared as distributions:
+the total variation distance ``½ Σ |a − b|`` of two maps that each sum to 1 lies in [0, 1]: the share of attention that
+moved.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from i2am import plot
+from i2am.evaluate.levels import as_distribution, read_levels, small_levels
+from i2am.evaluate.scores import MEANING
+from i2am.evaluate.sheet import preview
+from i2am.evaluate.store import SETTINGS, Store
+from i2am.evaluate.summary import METHOD, interval
+from i2am.maps import AttributionMaps
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+DIRECTIONS = ("r2g", "g2r")
+LEVELS = {"tlam": "time group", "hlam": "head", "llam": "layer"}
+MOVERS = 6
+
+
+@dataclass
+class Run:
+    """One folder: its settings, and what it knows of each sample."""
+
+    path: Path
+    settings: dict[str, Any]
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # id → name → value
+    seeds: dict[str, int] = field(default_factory=dict)
+
+    def levels(self, sample: str) -> tuple[dict[str, Tensor], list[str]]:
+        """Maps at every level, and the layers' names; see :func:`i2am.evaluate.levels.read_levels`."""
+        if self.settings["command"] == "evaluate":
+            return read_levels(Store(self.path).path("levels", sample, ".safetensors"))
+        maps = AttributionMaps.load(self.path / "maps.safetensors")
+        return small_levels(maps), maps.layers
+
+    def preview(self, sample: str) -> Image:
+        """The sample's strip of images."""
+        from PIL import Image
+
+        if self.settings["command"] == "evaluate":
+            return Image.open(Store(self.path).path("previews", sample, ".jpg"))
+        maps = AttributionMaps.load(self.path / "maps.safetensors")
+        images = [Image.open(self.path / f"{name}.png") for name in ("generated", "reference")]
+        has_g2r = "g2r.ulam" in small_levels(maps)
+        return preview(images[0], maps.ulam("r2g")[0], images[1], maps.ulam("g2r")[0] if has_g2r else None, None)
+
+
+@dataclass
+class Comparison:
+    """What :func:`compare` found."""
+
+    a: Run
+    b: Run
+    samples: list[str]
+    scores: dict[str, dict[str, Any]]  # name → both means, their difference B − A with its interval, a p-value
+    moved: dict[str, dict[str, float]]  # id → direction → share of attention that moved
+    where: dict[str, dict[str, list[float]]]  # "r2g.tlam" → label → mean share that moved
+    settings: dict[str, tuple[Any, Any]]  # those that differ
+    notes: list[str]
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "a": str(self.a.path),
+            "b": str(self.b.path),
+            "samples": len(self.samples),
+            "method": METHOD.replace("mean over", "mean of B − A over") + "; p: Wilcoxon signed-rank, two-sided",
+            "settings": self.settings,
+            "scores": self.scores,
+            "moved": {d: interval([m[d] for m in self.moved.values() if d in m]) for d in self.directions},
+            "where": self.where,
+            "notes": self.notes,
+        }
+
+    @property
+    def directions(self) -> list[str]:
+        return [d for d in DIRECTIONS if any(d in moved for moved in self.moved.values())]
+
+    @property
+    def movers(self) -> list[str]:
+        """Samples, those that moved most first."""
+        return sorted(self.moved, key=lambda i: -max(self.moved[i].values()))
+
+
+def compare(a: Path, b: Path) -> Comparison:
+    """Compares two runs, sample by sample.
+
+    Args:
+        a, b: folders of ``i2am evaluate``, or both of ``i2am trace``.
+
+    Raises:
+        ValueError: a folder is neither; they have no finished sample in common.
+    """
+    runs = read_run(a), read_run(b)
+    samples = [i for i in runs[0].scores if i in runs[1].scores]
+    if not samples:
+        raise ValueError(f"{a} and {b} have no finished sample in common")
+    notes = _notes(runs, samples)
+    moved, where = {}, {}
+    for sample in samples:
+        (x, layers), (y, other) = (run.levels(sample) for run in runs)
+        shares, labels = moved_shares(x, y, layers, other), _labels(x, layers, other)
+        moved[sample] = {d: shares[f"{d}.ulam"][0] for d in DIRECTIONS if f"{d}.ulam" in shares}
+        for name in shares.keys() & labels.keys():
+            table = where.setdefault(name, {})
+            for label, share in zip(labels[name], shares[name], strict=True):
+                if math.isfinite(share):
+                    table.setdefault(label, []).append(share)
+    means = {name: {label: float(np.mean(s)) for label, s in table.items()} for name, table in sorted(where.items())}
+    keys = sorted({*runs[0].settings, *runs[1].settings} - {"versions", "files"})
+    differing = {k: (runs[0].settings.get(k), runs[1].settings.get(k)) for k in keys}
+    differing = {k: pair for k, pair in differing.items() if pair[0] != pair[1]}
+    return Comparison(*runs, samples, _scores(runs, samples), moved, means, differing, notes)
+
+
+def read_run(path: Path) -> Run:
+    """A folder's settings and scores.
+
+    Raises:
+        ValueError: i2am wrote no run there.
+    """
+    path = Path(path)
+    try:
+        settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+        command = settings["command"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no folder of `i2am evaluate` or `i2am trace`: {error}") from error
+    run = Run(path, settings)
+    if command == "evaluate":
+        for file in sorted((path / "samples").glob("*.json")):
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if record["status"] == "ok":
+                run.scores[record["id"]] = {name: record[name] for name in MEANING if name in record}
+                run.seeds[record["id"]] = record["seed"]
+    elif (path / "maps.safetensors").exists():
+        run.settings["command"] = "trace"
+        run.scores["run"], run.seeds["run"] = {}, settings.get("seed", 0)
+    return run
+
+
+def moved_shares(
+    x: dict[str, Tensor], y: dict[str, Tensor], layers: Sequence[str], others: Sequence[str]
+) -> dict[str, list[float]]:
+    """Shares of attention that moved, one a map: ``{"r2g.llam": [...]}``.
+
+    Layers are matched by name; other levels by number, and left out where the numbers differ. Maps on other grids are
+    resized to the first one's.
+    """
+    found = {}
+    for name in x.keys() & y.keys():
+        p, q = x[name], y[name]
+        if name.endswith("llam"):
+            common = [n for n in layers if n in others]
+            p, q = p[[layers.index(n) for n in common]], q[[others.index(n) for n in common]]
+        if len(p) == len(q) and len(p):
+            found[name] = total_variation(p, q).tolist()
+    return found
+
+
+def total_variation(p: Tensor, q: Tensor) -> Tensor:
+    """``½ Σ |p − q|`` of maps ``[..., h, w]``, each scaled to sum 1: in [0, 1]; NaN where a map is not finite."""
+    if p.shape[-2:] != q.shape[-2:]:
+        grids = q.nan_to_num(0.0).reshape(1, -1, *q.shape[-2:])
+        grids = F.interpolate(grids, p.shape[-2:], mode="bilinear", align_corners=False)
+        q = grids.reshape(*q.shape[:-2], *p.shape[-2:])
+    return (as_distribution(p) - as_distribution(q)).abs().sum((-2, -1)) / 2
+
+
+def _labels(x: dict[str, Tensor], layers: Sequence[str], others: Sequence[str]) -> dict[str, list[str]]:
+    """What each map of a level is called."""
+    named = {"llam": [n for n in layers if n in others]}
+    return {
+        f"{d}.{level}": named.get(level) or [f"{what} {i}" for i in range(len(x[f"{d}.{level}"]))]
+        for d in DIRECTIONS
+        for level, what in LEVELS.items()
+        if f"{d}.{level}" in x
+    }
+
+
+def _scores(runs: tuple[Run, Run], samples: list[str]) -> dict[str, dict[str, Any]]:
+    from scipy.stats import wilcoxon
+
+    found = {}
+    for name in MEANING:
+        pairs = [
+            (runs[0].scores[i][name], runs[1].scores[i][name])
+            for i in samples
+            if name in runs[0].scores[i] and name in runs[1].scores[i]
+        ]
+        if not pairs:
+            continue
+        a, b = np.array(pairs).T
+        p = None if len(pairs) < 2 or not (b != a).any() else float(wilcoxon(b, a).pvalue)
+        found[name] = {
+            "a": float(a.mean()),
+            "b": float(b.mean()),
+            "difference": interval(b - a),
+            "better": int((b > a).sum()),
+            "worse": int((b < a).sum()),
+            "p": p,
+        }
+    return found
+
+
+def _notes(runs: tuple[Run, Run], samples: list[str]) -> list[str]:
+    notes = []
+    for run, other in (runs, runs[::-1]):
+        if missing := [i for i in other.scores if i not in run.scores]:
+            notes.append(f"{len(missing)} samples are not finished in {run.path}, and left out")
+    if any(runs[0].seeds[i] != runs[1].seeds[i] for i in samples):
+        notes.append("some samples have other seeds: part of what moved is the noise's doing")
+    return notes
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+
+
+def write(comparison: Comparison, out: Path) -> None:
+    """Writes ``compare.json``, ``compare.csv`` (a row a sample), ``compare.png`` and ``movers.png``."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(comparison.summary(), indent=2, ensure_ascii=False)
+    (out / "compare.json").write_text(text + "\n", encoding="utf-8")
+    with open(out / "compare.csv", "w", newline="", encoding="utf-8") as file:
+        names = [f"{name}_{run}" for name in MEANING for run in "ab"]
+        writer = csv.DictWriter(file, ["id", *(f"moved_{d}" for d in DIRECTIONS), *names])
+        writer.writeheader()
+        for i in comparison.samples:
+            row = {"id": i} | {f"moved_{d}": share for d, share in comparison.moved[i].items()}
+            for which, run in zip("ab", (comparison.a, comparison.b), strict=True):
+                row |= {f"{name}_{which}": value for name, value in run.scores[i].items()}
+            writer.writerow(row)
+    overview(comparison).savefig(out / "compare.png", dpi=150)
+    movers(comparison).savefig(out / "movers.png", dpi=150)
+
+
+def said(comparison: Comparison) -> str:
+    """The comparison as a table for people."""
+    lines = [f"{len(comparison.samples)} samples, A = {comparison.a.path}, B = {comparison.b.path}"]
+    lines += [f"{k}: {pair[0]!r} → {pair[1]!r}" for k, pair in comparison.settings.items()]
+    for name, s in comparison.scores.items():
+        d = s["difference"]
+        spread = "" if d["low"] is None else f" [{d['low']:+.3f}, {d['high']:+.3f}]"
+        p = "" if s["p"] is None else f"  p = {s['p']:.2g}"
+        title = MEANING[name][0]
+        lines.append(f"{title:<14}{s['a']:8.3f} →{s['b']:8.3f}   {d['mean']:+.3f}{spread}{p}")
+    for d, s in comparison.summary()["moved"].items():
+        lines.append(f"{d.upper()}: {100 * s['mean']:.1f} % of the attention moved")
+        for level in LEVELS:
+            table = comparison.where.get(f"{d}.{level}")
+            if table and len(table) > 1:
+                most = max(table, key=table.get)
+                lines.append(f"    most in {most if level != 'llam' else f'layer {most}'}: {100 * table[most]:.1f} %")
+    return "\n".join([*lines, *(f"note: {n}" for n in comparison.notes)])
+
+
+def overview(comparison: Comparison) -> Figure:
+    """Scores before and after, and where attention moved: by time group, head and layer."""
+    from matplotlib.figure import Figure
+
+    tables = {name: t for name, t in comparison.where.items() if len(t) > 1}
+    levels = [level for level in LEVELS if any(name.endswith(level) for name in tables)]
+    rows = (1 if comparison.scores else 0) + len(levels)
+    longest = {level: max((len(t) for n, t in tables.items() if n.endswith(level)), default=1) for level in levels}
+    heights = ([2.2] if comparison.scores else []) + [0.7 + 0.19 * longest[level] for level in levels]
+    figure = Figure(figsize=(7.5, sum(heights) + 0.9), layout="constrained")
+    grid = figure.add_gridspec(max(rows, 1), 2, height_ratios=heights or [1])
+    if comparison.scores:
+        _draw_scores(figure, grid[0, :], comparison)
+    for row, level in enumerate(levels, rows - len(levels)):
+        for column, direction in enumerate(comparison.directions):
+            table = tables.get(f"{direction}.{level}")
+            if table:
+                _draw_where(figure.add_subplot(grid[row, column]), table, direction, level)
+    figure.suptitle(f"B − A over {len(comparison.samples)} samples", fontsize=10)
+    return plot.note(
+        figure, f"A = {comparison.a.path}, B = {comparison.b.path}. Bars: mean share of a map's attention that moved"
+    )
+
+
+def _draw_scores(figure: Figure, place, comparison: Comparison) -> None:
+    """Every sample's change as a line from A to B, the means in front."""
+    axes = figure.add_subfigure(place).subplots(1, len(comparison.scores), squeeze=False)[0]
+    for ax, (name, s) in zip(axes, comparison.scores.items(), strict=True):
+        for i in comparison.samples:
+            pair = [run.scores[i].get(name) for run in (comparison.a, comparison.b)]
+            if None not in pair:
+                ax.plot([0, 1], pair, color="0.75", linewidth=0.8)
+        ax.plot([0, 1], [s["a"], s["b"]], color="#9a3412", linewidth=2.2, marker="o", markersize=4)
+        ax.set_xticks([0, 1], ["A", "B"])
+        ax.set_xlim(-0.25, 1.25)
+        ax.set_title(f"{MEANING[name][0]}: {s['difference']['mean']:+.3f}", fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_where(ax, table: dict[str, float], direction: str, level: str) -> None:
+    names = plot.short_layer_names(list(table)) if level == "llam" else list(table)
+    names = [n.replace("\n", "") for n in names]
+    ax.barh(range(len(table)), [100 * v for v in table.values()], color="#31688e", height=0.7)
+    ax.set_yticks(range(len(table)), names, fontsize=6.5)
+    ax.invert_yaxis()
+    ax.set_title(f"{direction.upper()} moved, by {LEVELS[level]} (%)", fontsize=8)
+    ax.tick_params(axis="x", labelsize=6.5)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def movers(comparison: Comparison) -> Figure:
+    """The samples that moved most: A, B, and the difference of their maps."""
+    from matplotlib.figure import Figure
+
+    chosen = comparison.movers[:MOVERS]
+    directions = comparison.directions
+    figure = Figure(figsize=(8.5, 2.6 * len(chosen) + 0.8), layout="constrained")
+    grid = figure.add_gridspec(2 * len(chosen), 1 + len(directions), width_ratios=[3.2, *[1.0] * len(directions)])
+    for row, i in enumerate(chosen):
+        for half, (which, run) in enumerate((("A", comparison.a), ("B", comparison.b))):
+            ax = figure.add_subplot(grid[2 * row + half, 0])
+            ax.imshow(run.preview(i))
+            ax.set_axis_off()
+            shares = [f"{d.upper()} {100 * share:.0f} %" for d, share in comparison.moved[i].items()]
+            ax.set_title(f"{which} · {i}" + ("" if half else "   moved: " + ", ".join(shares)), fontsize=7, loc="left")
+        (x, _), (y, _) = (run.levels(i) for run in (comparison.a, comparison.b))
+        for column, d in enumerate(directions):
+            if f"{d}.ulam" in x and f"{d}.ulam" in y:
+                ax = figure.add_subplot(grid[2 * row : 2 * row + 2, 1 + column])
+                _draw_difference(figure, ax, x[f"{d}.ulam"], y[f"{d}.ulam"], d)
+    figure.suptitle("Samples that moved most", fontsize=10)
+    return plot.note(
+        figure,
+        "strips: generated, R2G on it, reference, G2R on it. Differences B − A of maps scaled to a mean of 1: red "
+        "gained, blue lost; each on its own symmetric scale. Percentages: share of the attention that moved",
+    )
+
+
+def _draw_difference(figure: Figure, ax, a: Tensor, b: Tensor, direction: str) -> None:
+    if a.shape != b.shape:
+        b = F.interpolate(b[None], a.shape[-2:], mode="bilinear", align_corners=False)[0]
+    plot.difference(a[0], b[0], ax)
+    ax.set_title(f"{direction.upper()} difference", fontsize=7)

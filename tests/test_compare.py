@@ -1,0 +1,168 @@
+"""Two runs compared: what moved, where, and what is written."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_evaluate import arguments, one_thread  # noqa: F401 (a fixture)
+
+from i2am import cli, plot
+from i2am.compare import compare, moved_shares, total_variation
+from i2am.evaluate import Store
+from i2am.evaluate.levels import as_distribution, read_levels
+
+pytest_plugins = ("saved",)  # the fixtures inpaint and images
+
+LAYERS = ["down.0", "up.0", "up.1"]
+
+
+def spot(y, x, shape=(4, 6)):
+    """A map with all its attention on one token."""
+    values = torch.zeros(shape)
+    values[y, x] = 1.0
+    return values
+
+
+# ------------------------------------------------------------------------------------------------- single decisions
+
+
+def test_total_variation_is_the_share_that_moved():
+    whole, half = spot(0, 0), (spot(0, 0) + spot(3, 5)) / 2
+    assert total_variation(whole, whole) == 0
+    assert total_variation(whole, spot(1, 1)) == 1
+    assert total_variation(whole, 7 * half) == pytest.approx(0.5)
+    flat = torch.ones(8, 12)
+    assert total_variation(torch.ones(4, 6), flat) == pytest.approx(0, abs=1e-6)  # another grid
+    assert total_variation(whole, whole * torch.nan).isnan()
+
+
+def test_layers_are_matched_by_name_and_other_levels_by_number():
+    x = {"r2g.llam": torch.stack([spot(0, 0), spot(1, 1), spot(2, 2)]), "r2g.tlam": torch.rand(5, 4, 6)}
+    y = {"r2g.llam": torch.stack([spot(2, 2), spot(0, 1), spot(3, 3)]), "r2g.tlam": torch.rand(4, 4, 6)}
+    shares = moved_shares(x, y, LAYERS, ["up.1", "down.0", "other"])
+    assert shares == {"r2g.llam": [1.0, 0.0]}  # down.0 moved, up.1 did not; up.0 is in one run only
+
+
+def test_a_time_group_without_a_step_is_left_out():
+    x = {"r2g.tlam": torch.stack([spot(0, 0), torch.full((4, 6), torch.nan)])}
+    shares = moved_shares(x, x, [], [])["r2g.tlam"]
+    assert shares[0] == 0
+    assert np.isnan(shares[1])
+
+
+# --------------------------------------------------------------------------------------------------------- end to end
+
+
+@pytest.fixture(scope="module")
+def manifest(inpaint, images):
+    path = images / "compare.csv"
+    rows = ["id,reference,image,mask,reference_mask"]
+    Image.new("L", (60, 40), 255).save(images / "all.png")
+    rows += [f"{i},reference.png,image.png,mask.png,all.png" for i in "abc"]
+    path.write_text("\n".join([*rows, "d,reference.png,broken.png,mask.png,all.png"]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(inpaint, manifest, tmp_path_factory):
+    """Two runs of other guidance, and one of three samples."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, options in {"a": [], "b": ["--guidance-scale", 3], "again": []}.items():
+        assert cli.main(arguments(inpaint, manifest, folder / name, *options)) == 1
+    return folder
+
+
+def test_runs_of_the_same_settings_do_not_differ(runs):
+    found = compare(runs / "a", runs / "again")
+    assert found.samples == ["a", "b", "c"]
+    assert found.settings == {}
+    assert all(share == 0 for moved in found.moved.values() for share in moved.values())
+    assert found.scores["imacs_r2g"]["difference"]["mean"] == 0
+    assert found.scores["imacs_r2g"]["p"] is None
+
+
+def test_what_moved_and_where(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["compare", str(runs / "a"), str(runs / "b"), "--out", str(out)]) == 0
+    summary = json.loads((out / "compare.json").read_text())
+    assert summary["settings"] == {"guidance_scale": [None, 3.0]}
+    assert summary["samples"] == 3
+
+    stores = [Store(runs / name) for name in "ab"]
+    records = [{i: json.loads(s.path("samples", i, ".json").read_text()) for i in "abc"} for s in stores]
+    levels = [{i: read_levels(s.path("levels", i, ".safetensors"))[0] for i in "abc"} for s in stores]
+    for name in ("imacs_r2g", "imacs_g2r", "box_iou"):
+        difference = [records[1][i][name] - records[0][i][name] for i in "abc"]
+        assert summary["scores"][name]["difference"]["mean"] == pytest.approx(np.mean(difference))
+        assert summary["scores"][name]["better"] == sum(d > 0 for d in difference)
+    layers = read_levels(stores[0].path("levels", "a", ".safetensors"))[1]
+    for direction in ("r2g", "g2r"):
+        pairs = [[as_distribution(level[i][f"{direction}.llam"]) for level in levels] for i in "abc"]
+        want = np.mean([(x - y).abs().sum((1, 2)).numpy() / 2 for x, y in pairs], axis=0)
+        assert list(summary["where"][f"{direction}.llam"]) == layers
+        np.testing.assert_allclose(list(summary["where"][f"{direction}.llam"].values()), want, rtol=1e-4)
+        assert want.max() > 0
+    with open(out / "compare.csv", newline="") as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    assert float(rows["b"]["imacs_r2g_b"]) == records[1]["b"]["imacs_r2g"]
+    for name in ("compare.png", "movers.png"):
+        assert np.asarray(Image.open(out / name).convert("RGB")).std() > 10
+    printed = capsys.readouterr().out
+    assert "guidance_scale: None → 3.0" in printed
+    assert "% of the attention moved" in printed
+
+
+def test_missing_samples_are_noted(runs, tmp_path):
+    import shutil
+
+    shutil.copytree(runs / "b", tmp_path / "b")
+    (tmp_path / "b" / "samples" / "b.json").unlink()
+    found = compare(runs / "a", tmp_path / "b")
+    assert found.samples == ["a", "c"]
+    assert any("1 samples are not finished" in note for note in found.notes)
+    for name in "ac":
+        (tmp_path / "b" / "samples" / f"{name}.json").unlink()
+    with pytest.raises(ValueError, match="no finished sample in common"):
+        compare(runs / "a", tmp_path / "b")
+
+
+def test_two_traced_runs(inpaint, images, tmp_path, capsys):
+    pipeline, adapter = inpaint
+    for name, steps in (("a", 2), ("b", 3)):
+        argv = ["trace", pipeline, "--reference", images / "reference.png", "--image", images / "image.png", "--mask"]
+        argv += [images / "mask.png", "--ip-adapter", adapter, "--ip-adapter-subfolder", "models", "--steps", steps]
+        assert cli.main([str(w) for w in [*argv, "--device", "cpu", "--out", tmp_path / name]]) == 0
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]) == 0
+    summary = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert summary["settings"] == {"steps": [2, 3]}
+    assert 0 < summary["moved"]["r2g"]["mean"] < 1
+    assert (tmp_path / "out" / "movers.png").exists()
+
+
+def test_two_pipelines_on_one_manifest(inpaint, manifest, tmp_path, capsys):
+    pipeline, adapter = inpaint
+    argv = ["compare", pipeline, pipeline, "--manifest", manifest, "--out", tmp_path / "out", "--steps", 2]
+    argv += ["--ip-adapter", adapter, "--ip-adapter-subfolder", "models", "--device", "cpu"]
+    assert cli.main([str(w) for w in argv]) == 1  # one sample is broken
+    summary = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert summary["samples"] == 3
+    assert summary["moved"]["g2r"]["mean"] == 0
+
+
+def test_folders_that_are_no_runs(runs, tmp_path, capsys):
+    assert cli.main(["compare", str(tmp_path), str(runs / "a"), "--out", str(tmp_path / "out")]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_difference_map():
+    ax = plot.difference(spot(0, 0), spot(3, 5))
+    heat = ax.images[0]
+    np.testing.assert_allclose(heat.get_array(), spot(3, 5) - spot(0, 0))
+    assert heat.get_clim() == (-1, 1)
+    assert plot.difference(spot(0, 0), spot(0, 0)).images[0].get_clim() == (-1, 1)
+    with pytest.raises(ValueError, match="one grid"):
+        plot.difference(spot(0, 0), torch.ones(3, 3))
