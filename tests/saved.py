@@ -1,12 +1,11 @@
 """Small pipelines saved in folders, and images to run them on: what the commands are tested with."""
 
 import numpy as np
+import offline
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-
-from i2am import demo
 
 
 def tiny_unet(**changes):
@@ -88,7 +87,7 @@ def inpaint(tmp_path_factory):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
-    tokenizer = demo.build_tokenizer()
+    tokenizer = offline.build_tokenizer()
     text = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     )
@@ -106,7 +105,7 @@ def inpaint(tmp_path_factory):
     folder, adapter = tmp_path_factory.mktemp("inpaint"), tmp_path_factory.mktemp("adapter")
     pipe.save_pretrained(folder)
     CLIPVisionModelWithProjection(tiny_vision()).save_pretrained(adapter / "models" / "image_encoder")
-    weights = demo.ip_adapter_weights(unet, image_dim=8)
+    weights = offline.ip_adapter_weights(unet, image_dim=8)
     flat = {f"{part}.{name}": x.contiguous() for part, tensors in weights.items() for name, x in tensors.items()}
     save_file(flat, adapter / "models" / "ip.safetensors")
     return folder, adapter
