@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 BORDER = 2
+FLOOR = 1e-4  # of a map's maximum: smaller values are taken for it before their logarithm
 
 
 class Box(NamedTuple):
@@ -29,37 +30,47 @@ class Box(NamedTuple):
 
 
 def detect_box(
-    map: Tensor, *, size: tuple[int, int] | None = None, threshold: float = 0.4, smallest: float = 0.01
+    map: Tensor, *, size: tuple[int, int] | None = None, threshold: float | str = "otsu", smallest: float = 0.01
 ) -> Box | None:
     """The box of the region that the reference influenced most.
 
-    The map (an R2G map as a rule) is min-max normalised and thresholded; a border of 2 pixels and components smaller
-    than ``smallest`` go, an opening smooths what is left, and the largest component's box is the answer.
+    The map (an R2G map as a rule) is thresholded; a border of 2 pixels and components smaller than ``smallest`` go, an
+    opening smooths what is left, and the largest component's box is the answer.
+
+    A column softmax gives keys that nobody needs as much weight as others, and these gather in few cells: R2G has
+    peaks several times as high as the object, which a share of the maximum cannot see past. Logarithms can, and Otsu's
+    threshold finds the valley between outside and inside (docs/evidence.md compares both).
 
     Args:
-        map: ``[h, w]``.
+        map: ``[h, w]``; not negative for "otsu".
         size: ``(height, width)`` to resize to first (bicubic), so that the box is in image pixels. None: as it is.
-        threshold: of the normalised map, in (0, 1).
+        threshold: "otsu": of the map's logarithms, where the variance between both sides is largest (Otsu, IEEE Trans.
+            SMC 1979); or a share of the min-max normalised map, in (0, 1), as the authors' script has it.
         smallest: area of the smallest component that counts, as a share of the map.
 
     Returns:
         a :class:`Box` in pixels of ``size``, or None where nothing stands out (a constant map, or nothing survives).
 
     Raises:
-        ValueError: not one finite map, or a threshold outside (0, 1).
+        ValueError: not one finite map, a negative one under "otsu", or a threshold that is neither this nor in (0, 1).
     """
     from scipy import ndimage
 
     x = torch.as_tensor(map).detach().cpu().double()
     if x.ndim != 2 or not x.isfinite().all():
         raise ValueError(f"detect_box takes one finite map [h, w], got shape {tuple(x.shape)}")
-    if not 0 < threshold < 1:
-        raise ValueError(f"threshold must lie in (0, 1), got {threshold}")
-    if size is not None:
-        x = torch.nn.functional.interpolate(x[None, None], size, mode="bicubic", align_corners=False)[0, 0]
+    if threshold == "otsu":
+        if x.min() < 0:
+            raise ValueError(f'threshold="otsu" takes logarithms, but the map has {x.min():g}: pass a share in (0, 1)')
+        x = x.clamp_min(max(FLOOR * x.max().item(), 1e-300)).log()
+    elif isinstance(threshold, str) or not 0 < threshold < 1:
+        raise ValueError(f'threshold must be "otsu" or lie in (0, 1), got {threshold!r}')
     if x.max() == x.min():
         return None
-    hot = ((x - x.min()) / (x.max() - x.min()) > threshold).numpy()
+    if size is not None:
+        x = torch.nn.functional.interpolate(x[None, None], size, mode="bicubic", align_corners=False)[0, 0]
+    level = otsu(x.numpy()) if threshold == "otsu" else float(x.min() + threshold * (x.max() - x.min()))
+    hot = (x > level).numpy()
     inner = np.zeros_like(hot)
     inner[BORDER:-BORDER, BORDER:-BORDER] = hot[BORDER:-BORDER, BORDER:-BORDER]
     hot = _large_components(inner, smallest * hot.size)
@@ -70,6 +81,16 @@ def detect_box(
     largest = 1 + int(np.argmax(np.bincount(labels.flat)[1:]))
     rows, columns = ndimage.find_objects(labels)[largest - 1]
     return Box(rows.start, columns.start, rows.stop, columns.stop)
+
+
+def otsu(values: np.ndarray) -> float:
+    """The threshold between the two groups of values whose means differ most, weighted by their sizes (exact)."""
+    x = np.sort(values, axis=None)
+    below = np.arange(1, x.size)
+    sums = np.cumsum(x)
+    apart = sums[:-1] / below - (sums[-1] - sums[:-1]) / (x.size - below)
+    i = int(np.argmax(below * (x.size - below) * apart**2))
+    return float((x[i] + x[i + 1]) / 2)
 
 
 def _large_components(hot: np.ndarray, area: float) -> np.ndarray:

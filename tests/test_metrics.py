@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import i2am
 from i2am import metrics
-from i2am.detect import Box
+from i2am.detect import Box, otsu
 
 
 def halves(left, right, size=(8, 8)):
@@ -97,10 +97,35 @@ def test_detect_box_takes_the_largest():
     x = torch.zeros(30, 30)
     x[4:8, 4:8], x[12:20, 12:20] = 1, 0.8
     assert i2am.detect_box(x) == Box(12, 12, 20, 20)
-    with pytest.raises(ValueError, match="threshold"):
-        i2am.detect_box(x, threshold=1.0)
+    for wrong in (1.0, 0, "mean"):
+        with pytest.raises(ValueError, match="threshold"):
+            i2am.detect_box(x, threshold=wrong)
+    with pytest.raises(ValueError, match="logarithms"):
+        i2am.detect_box(x - 0.1)
     with pytest.raises(ValueError, match="one finite map"):
         i2am.detect_box(x[None])
+
+
+def test_detect_box_sees_past_peaks():
+    """What R2G looks like: an object at twice the surroundings, and a few cells at ten times."""
+    noise = torch.rand(40, 60, generator=torch.Generator().manual_seed(0))
+    x = 1 + 0.2 * noise
+    x[10:30, 15:45] *= 2.5
+    x[10:12, 15:17], x[28:30, 43:45] = 10, 10
+    truth = Box(10, 15, 30, 45)
+    assert i2am.detect_box(x) == truth
+    blinded = i2am.detect_box(x, threshold=0.4)
+    assert blinded is None or blinded.iou(truth) < 0.1
+
+
+def test_otsu_separates_two_groups():
+    rng = np.random.default_rng(0)
+    low, high = rng.normal(0, 1, 300), rng.normal(8, 1, 100)
+    assert low.max() < otsu(np.concatenate([high, low])) < high.min()
+    candidates = np.sort(rng.random(50))
+    between = [(candidates[:i].mean() - candidates[i:].mean()) ** 2 * i * (50 - i) for i in range(1, 50)]
+    best = 1 + int(np.argmax(between))
+    assert candidates[best - 1] < otsu(candidates) < candidates[best]
 
 
 def test_iou():

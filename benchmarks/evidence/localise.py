@@ -96,12 +96,15 @@ def localisation(setting: Setting) -> dict:
                     mask_iou=metrics.mask_iou(map, truth),
                     imacs=metrics.imacs(map, truth),
                 )
-                detected = [detect_box(x, size=size) for x in map]
-                boxes.add(row, box_iou=metrics.box_iou(detected, true_boxes), found=[b is not None for b in detected])
+                for column, threshold in (("otsu", "otsu"), ("share", 0.4)):
+                    detected = [detect_box(x, size=size, threshold=threshold) for x in map]
+                    boxes.add(row, **{column: metrics.box_iou(detected, true_boxes)})
             others = [true_boxes[i] for i in rng.permutation(len(true_boxes))]
-            boxes.add("another picture's box", box_iou=metrics.box_iou([moved(b, rng) for b in others], true_boxes))
+            boxes.add(
+                "another object's box, elsewhere", otsu=metrics.box_iou([moved(b, rng) for b in others], true_boxes)
+            )
             told = [box_of(mask) for mask in sample.mask[:, 0]]
-            boxes.add("the mask's own box (the model is told)", box_iou=metrics.box_iou(told, true_boxes))
+            boxes.add("the mask's own box (the model is told)", otsu=metrics.box_iou(told, true_boxes))
         found[name] = {"localisation": where.intervals(), "detection": boxes.intervals()}
     return found
 
