@@ -35,6 +35,7 @@ from i2am.seam import (
     eager,
     frame_of_forward,
     open_scope,
+    refuse_compiled,
     running_scope,
 )
 from i2am.sram import MAX_REGIONS, Region, Weights, region_weights, several
@@ -382,7 +383,7 @@ class Tracer:
             modules = family.layers()
             chosen = choose_layers(modules, layers)
             self._defaults = set(chosen) if layers is not None else {n for n in chosen if family.by_default(n)}
-            _refuse_compiled(model)
+            refuse_compiled(model)
             _claim(model, undo)
             undo.callback(self._close)
             for name in chosen:
@@ -447,6 +448,7 @@ class Tracer:
         if self._measuring or self._done:  # a shape-only forward of _measured; compiled code keeps removed hooks
             return
         self._close()
+        _refuse_faster_cache(model)
         forward = self._family.begin(args, kwargs)
         self._sram.see(forward.grid or tuple(forward.latents.shape[-2:]))
         timestep = read_timestep(forward.timestep)
@@ -524,7 +526,7 @@ class Tracer:
         def enter(module, args, kwargs):
             scope = running_scope()
             if scope is not None and scope is self._scope:
-                layer = RunningLayer(name, grid=scope.grid, computed=projection is None)
+                layer = RunningLayer(name, grid=scope.grid, computed=not parts)
                 scope.layers.append(layer)
                 self._family.enter(layer, module, args, kwargs)
 
@@ -546,9 +548,9 @@ class Tracer:
             if scope is not None and scope.layers and scope.layers[-1].name == name:
                 scope.layers[-1].computed = True
 
-        projection = _output_projection(module)
-        if projection is not None:
-            yield projection.register_forward_pre_hook(eager(computed))
+        parts = _parts(module)
+        for part in parts:
+            yield part.register_forward_pre_hook(eager(computed))
         yield module.register_forward_pre_hook(eager(enter), with_kwargs=True)
         yield module.register_forward_hook(eager(leave), always_call=True)
 
@@ -708,20 +710,20 @@ def _claim(model: nn.Module, undo: ExitStack) -> None:
     undo.callback(_traced.discard, model)
 
 
-def _refuse_compiled(model: nn.Module) -> None:
-    """Hooks added to a compiled module never fire, without an error."""
-    for name, module in model.named_modules():
-        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
-            where = f"its part {name}" if name else f"this {type(model).__name__}"
-            raise ValueError(f"{where} is compiled, so a tracer would see nothing: trace the uncompiled model")
+def _refuse_faster_cache(model: nn.Module) -> None:
+    """It leaves the unconditional half of the batch out of some calls and extrapolates."""
+    hooks = getattr(getattr(model, "_diffusers_hook", None), "hooks", {})
+    if "faster_cache_denoiser" in hooks:
+        raise ValueError(
+            "FasterCache changes the batch from call to call, so that the conditional samples are not known: "
+            "disable_cache() before tracing (PyramidAttentionBroadcast and FirstBlockCache can be traced)"
+        )
 
 
-def _output_projection(attention: nn.Module) -> nn.Module | None:
-    """What every attention runs at its end, unless a cache answers in its place."""
-    projection = getattr(attention, "to_out", None)
-    if isinstance(projection, (nn.ModuleList, nn.Sequential)) and len(projection):
-        projection = projection[0]
-    return projection if isinstance(projection, nn.Module) else None
+def _parts(attention: nn.Module) -> list[nn.Module]:
+    """What an attention module calls on its way, unless a cache answers in its place."""
+    children = [m[0] if isinstance(m, nn.ModuleList) and len(m) else m for m in attention.children()]
+    return [m for m in children if not isinstance(m, nn.ModuleList)]
 
 
 def _blind(layers: list[str]) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from i2am.clock import Moment
 from i2am.layout import Carried, Grid
@@ -174,6 +174,14 @@ def eager(function: Callable) -> Callable:
     known = inspect.signature(torch.compiler.disable).parameters
     reason = {"reason": COMPILED} if "reason" in known else {}
     return torch.compiler.disable(function, **reason)
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Hooks added to a compiled module never fire, without an error."""
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+            where = f"its part {name}" if name else f"this {type(model).__name__}"
+            raise ValueError(f"{where} is compiled, so a tracer would see nothing: trace the uncompiled model")
 
 
 def frame_of_forward() -> object:

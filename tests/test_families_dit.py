@@ -1,24 +1,24 @@
 """In-context diffusion transformers: maps against a materialised recomputation from the untraced pipeline's q and k."""
 
+import functools
+
+import diffusers
 import pipelines
 import pipelines_dit as dit
 import pytest
+import support
 import torch
 from tokens import capture_calls, generated
-from truth import Truth, assert_peak
+from truth import Truth
 
 import i2am
 
+KONTEXT = "FLUX.1 Kontext", "FluxKontextPipeline, FluxKontextInpaintPipeline", "tokens in context"
 KINDS = ("FluxAttention", "Flux2Attention", "Flux2ParallelSelfAttention", "transformer_blocks")
 ALL = ("r2g", "g2r", "mass")
 
 
-def check(maps, truth, T, reference=None, directions=ALL):
-    for direction in directions:
-        assert_peak(maps.ulam(direction, reference=reference), truth.ulam(direction))
-        assert_peak(maps.tlam(direction, reference=reference), truth.tlam(direction, T))
-        assert_peak(maps.hlam(direction, reference=reference), truth.hlam(direction))
-        assert_peak(maps.llam(direction, reference=reference), truth.llam(direction))
+check = functools.partial(support.check, directions=("r2g", "g2r", "mass"))
 
 
 def generator():
@@ -71,6 +71,7 @@ def kontext(pipe, size=(24, 16), reference=(32, 16), **options):
 
 
 @pytest.mark.parametrize("images", [1, 2])
+@support.family(*KONTEXT)
 def test_kontext(images):
     pipe = dit.flux()
     go = kontext(pipe, num_images_per_prompt=images)
@@ -87,6 +88,7 @@ def test_kontext(images):
     assert maps.canvas == (16, 24)
 
 
+@support.family(*KONTEXT)
 def test_kontext_true_guidance_counts_the_conditional_call_alone():
     pipe = dit.flux()
     negative = dit.flux_prompt(seed=3, prefix="negative_")
@@ -101,6 +103,40 @@ def test_kontext_true_guidance_counts_the_conditional_call_alone():
     assert set(map(tuple, maps.counts().values())) == {(2, 2)}
     check(traced(pipe, go, guidance=1), negated, 2)
     check(traced(pipe, go, guidance="none"), Truth(generated(calls, (4, 6), slice(5, 29)), **common), 2)
+
+
+@support.family(*KONTEXT)
+def test_kontext_inpainting():
+    """Reference and mask: the picture's own latents come back in after each step, which attention does not see."""
+    pipe = dit.flux(diffusers.FluxKontextInpaintPipeline)
+    size = (24, 16)
+
+    def go():
+        return pipe(
+            image=pipelines.image(size),
+            mask_image=pipelines.mask(size),
+            image_reference=pipelines.image((32, 16), seed=2),
+            width=24,
+            height=16,
+            max_area=24 * 16,
+            _auto_resize=False,
+            strength=0.5,
+            num_inference_steps=8,
+            generator=generator(),
+            output_type="np",
+            **dit.flux_prompt(),
+        ).images
+
+    calls = capture_calls(pipe.transformer, go, KINDS)
+    assert calls[-1].evaluation + 1 == 4
+    keys = calls[0].k.shape[2] - 29
+    maps = traced(pipe, go)
+    grid = tuple(maps.ulam("g2r").shape[1:])
+    truth = Truth(
+        generated(calls, (4, 6), slice(5, 29)), keys=slice(29, 29 + keys), groups=[0, 0, 1, 1], reference_grid=(4, 8)
+    )
+    assert grid == (4, 8)
+    check(maps, truth, 2)
 
 
 def test_kontext_without_an_image_is_refused_before_the_model_runs():
@@ -135,6 +171,7 @@ REFERENCES = {"reference_0": (slice(29, 61), (4, 8)), "reference_1": (slice(61, 
 
 
 @pytest.mark.parametrize("build", [dit.flux2, dit.flux2_klein], ids=["flux2", "klein"])
+@support.family("FLUX.2, Klein", "Flux2Pipeline, Flux2KleinPipeline", "tokens in context, several references")
 def test_flux2_keeps_its_references_apart(build):
     pipe = build()
     guided = build is dit.flux2_klein
@@ -154,6 +191,7 @@ def test_flux2_keeps_its_references_apart(build):
         maps.ulam("r2g")
 
 
+@support.family("FLUX.2 Klein with KV cache", "Flux2KleinKVPipeline", "in context, then in the KV cache")
 def test_klein_kv_reads_references_from_the_cache():
     pipe = dit.flux2_klein_kv()
     go = flux2(pipe)
@@ -227,6 +265,11 @@ def qwen(pipe, image, **options):
 
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("several", [False, True], ids=["edit", "plus"])
+@support.family(
+    "Qwen-Image-Edit, -Plus",
+    "QwenImageEditPipeline, QwenImageEditPlusPipeline",
+    "tokens in context, several references",
+)
 def test_qwen_edit(small_qwen, several, guided):
     pipe = dit.qwen(*([dit.QwenImageEditPlusPipeline] if several else []))
     images = [pipelines.image((64, 32)), pipelines.image((32, 32), seed=1)] if several else pipelines.image((64, 32))

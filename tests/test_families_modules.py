@@ -1,10 +1,12 @@
 """Attention modules of the paper's own code bases: projections, two branches, pixel attention, xformers."""
 
+import functools
 from dataclasses import replace
 
 import networks
 import pipelines
 import pytest
+import support
 import torch
 from tokens import PerLayerGrid, capture_calls, generated
 from truth import Captured, Truth, assert_peak
@@ -46,12 +48,7 @@ def seen(model, run, pattern="warp_zero", batch=4, attention="attn2"):
     return sorted(calls, key=lambda c: (c.evaluation, -int(c.layer.split(".")[1])))
 
 
-def check(maps, truth, T, directions=("r2g", "g2r"), **options):
-    for direction in directions:
-        assert_peak(maps.ulam(direction, **options), truth.ulam(direction))
-        assert_peak(maps.tlam(direction, **options), truth.tlam(direction, T))
-        assert_peak(maps.hlam(direction, **options), truth.hlam(direction))
-        assert_peak(maps.llam(direction, **options), truth.llam(direction))
+check = functools.partial(support.check, directions=("r2g", "g2r"))
 
 
 def hooks(model):
@@ -60,6 +57,11 @@ def hooks(model):
 
 
 @pytest.mark.parametrize("clock", ["num_steps", "scheduler"])
+@support.family(
+    "CompVis-style attention, two branches (StableVITON's shape)",
+    "`i2am.patch_modules`",
+    "a second branch's features at every resolution",
+)
 def test_try_on_with_einsum_attention(clock):
     model, given = networks.TryOnModel(), inputs()
     want, before = model.sample(**given), hooks(model)
@@ -146,6 +148,11 @@ def test_masks_of_their_own_are_asked_for():
     check(tracer.maps(), Truth([call], groups=[0], reference_grid=(12, 9)), 1)
 
 
+@support.family(
+    "CompVis-style attention, two branches (StableVITON's shape)",
+    "`i2am.patch_modules`",
+    "a second branch's features at every resolution",
+)
 def test_a_scale_of_the_modules_own():
     model, given = networks.TryOnModel(), inputs(batch=1)
     for block in model.model.warp_zero_crossattn_blks:
@@ -236,6 +243,7 @@ def test_references_that_do_not_fit_and_unknown_grids():
     assert tracer.maps().ulam("r2g").shape == (1, 5, 2)
 
 
+@support.family("the same through xformers", "`i2am.patch_modules`", "a second branch's features at every resolution")
 def test_try_on_through_xformers(monkeypatch):
     networks.install(networks.stand_in_for_xformers(), monkeypatch)
     import xformers.ops
@@ -264,6 +272,9 @@ def upscale(model, scheduler, batch=1, size=(10, 6)):
     return latents
 
 
+@support.family(
+    "pixel-aware cross-attention (PASD's shape)", "`i2am.patch_modules`", "features of the low-resolution image"
+)
 def test_pixel_aware_super_resolution():
     model, scheduler = networks.PixelAwareUpscaler().eval(), pipelines.ddim()
     want = upscale(model, scheduler)

@@ -1,10 +1,13 @@
 """Images as prompts: Flux and SD3 IP-Adapters, Redux, Kandinsky 2.2, SVD, against a materialised recomputation."""
 
+import functools
+
 import diffusers
 import pipelines
 import pipelines_dit as dit
 import pipelines_prompts as prompts
 import pytest
+import support
 import torch
 from tokens import capture_calls, generated
 from truth import Truth, assert_peak
@@ -16,12 +19,7 @@ def generator():
     return torch.Generator().manual_seed(7)
 
 
-def check(maps, truth, T, directions=("r2g",), **options):
-    for direction in directions:
-        assert_peak(maps.ulam(direction, **options), truth.ulam(direction))
-        assert_peak(maps.tlam(direction, **options), truth.tlam(direction, T))
-        assert_peak(maps.hlam(direction, **options), truth.hlam(direction))
-        assert_peak(maps.llam(direction, **options), truth.llam(direction))
+check = functools.partial(support.check, directions=("r2g",))
 
 
 def run(pipe, **kwargs):
@@ -47,6 +45,7 @@ def embeds(count=1, seed=3):
     return torch.randn(1, count, 12, generator=torch.Generator().manual_seed(seed))
 
 
+@support.family("FLUX.1 IP-Adapter", "FluxPipeline, FluxKontextPipeline", "a call of each adapter's own")
 def test_flux_ip_adapters():
     """Queries before RoPE, a call for each adapter, on the double blocks alone."""
     pipe = prompts.flux_ip(4, 6)
@@ -96,6 +95,7 @@ def test_flux_ip_adapter_beside_a_kontext_reference():
 
 
 @pytest.mark.parametrize("grid", [prompts.SIGLIP, None], ids=["grid", "no grid"])
+@support.family("FLUX.1 Redux", "FluxPriorReduxPipeline → FluxPipeline", "behind the text tokens")
 def test_flux_redux(grid):
     prior, pipe = prompts.redux()
     given = dict(prior(pipelines.image((30, 20))))
@@ -141,6 +141,7 @@ def sd3_inputs(guided):
 
 
 @pytest.mark.parametrize("guided", [True, False])
+@support.family("SD3 IP-Adapter", "StableDiffusion3Pipeline", "behind the image's own keys (resampled)")
 def test_sd3_ip_adapter(guided):
     pipe = prompts.sd3()
     go = run(pipe, **sd3_inputs(guided))
@@ -189,6 +190,7 @@ KANDINSKY = {
 
 
 @pytest.mark.parametrize("kind", KANDINSKY)
+@support.family("Kandinsky 2.2", "KandinskyV22Pipeline, -Img2Img, -Inpaint", "before the layer's own keys (pooled)")
 def test_kandinsky_22(kind):
     pipeline, channels, inputs = KANDINSKY[kind]
     pipe = prompts.kandinsky(pipeline, channels)
@@ -232,6 +234,7 @@ def test_kandinsky_itself():
             assert_peak(maps.ulam(direction, layers=layer), truth.ulam(direction, names=[layer]))
 
 
+@support.family("Stable Video Diffusion", "StableVideoDiffusionPipeline", "one CLIP token; frames are the batch")
 def test_stable_video_diffusion():
     """Frames are images of the batch; the one CLIP token leaves R2G alone."""
     pipe = prompts.svd()

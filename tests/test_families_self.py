@@ -1,10 +1,14 @@
 """Models without reference keys, references concatenated to the latents, banked references."""
 
+import functools
+import re
+
 import diffusers
 import pipelines
 import pipelines_channels as channels
 import pipelines_dit as dit
 import pytest
+import support
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from tokens import PerLayerGrid, capture_calls, generated
@@ -24,12 +28,7 @@ def run(pipe, **kwargs):
     return lambda: pipe(**(common | kwargs | {"generator": generator()})).images
 
 
-def check(maps, truth, T, directions=("r2g", "g2r"), **options):
-    for direction in directions:
-        assert_peak(maps.ulam(direction, **options), truth.ulam(direction))
-        assert_peak(maps.tlam(direction, **options), truth.tlam(direction, T))
-        assert_peak(maps.hlam(direction, **options), truth.hlam(direction))
-        assert_peak(maps.llam(direction, **options), truth.llam(direction))
+check = functools.partial(support.check, directions=("r2g", "g2r"))
 
 
 def unet_grid(finest):
@@ -63,8 +62,11 @@ WITHOUT_KEYS = {
 def test_a_pipeline_without_reference_keys_is_refused_with_the_reason(name):
     build, reason = WITHOUT_KEYS[name]
     pipe = build()
-    with pytest.raises(ValueError, match=rf"no attention keys encode a reference \(.*({reason}).*mode=\"self\""):
+    with pytest.raises(
+        ValueError, match=rf"no attention keys encode a reference \(.*({reason}).*mode=\"self\""
+    ) as error:
         i2am.trace(pipe)
+    support.refused(name, re.search(r"encode a reference \((.*?)\)", str(error.value))[1])
     i2am.trace(pipe, mode="self").unpatch()
 
 
@@ -82,6 +84,9 @@ def test_a_pipeline_without_reference_keys_is_refused_with_the_reason(name):
         (pipelines.sd_controlnet, {"image": pipelines.image()}, slice(1, 2), (16, 16)),
     ],
     ids=["InstructPix2Pix", "x4 upscaler", "inpainting", "ControlNet"],
+)
+@support.family(
+    '`mode="self"` on UNets', "InstructPix2Pix, x4 upscaler, inpainting, ControlNet", "none: spatial self-attention"
 )
 def test_self_attention_maps_are_named_so(build, inputs, samples, grid):
     pipe = build()
@@ -101,6 +106,7 @@ def test_self_attention_maps_are_named_so(build, inputs, samples, grid):
     assert (go() == plain).all()
 
 
+@support.family('`mode="self"` on transformers', "FluxFillPipeline", "none: spatial self-attention")
 def test_self_attention_of_a_transformer():
     """Flux Fill: the generated tokens' attention to each other, among text."""
     pipe = dit.flux(diffusers.FluxFillPipeline, in_channels=16 + 16 + 16)
@@ -154,6 +160,11 @@ def try_on(unet, latents, garment, scheduler, axis, steps=4):
 
 
 @pytest.mark.parametrize("axis", ["height", "width"])
+@support.family(
+    "concatenated latents (CatVTON's shape)",
+    "`reference=i2am.Concatenated(axis)`",
+    "a part of the latents, in self-attention",
+)
 def test_concatenated_latents(axis):
     unet, scheduler = pipelines.unet(9), pipelines.ddim()
     for name in dict(unet.attn_processors):
@@ -289,6 +300,11 @@ class Bank:
 
 @pytest.mark.parametrize("keys_only", [True, False], ids=["reference-only", "IDM-VTON"])
 @pytest.mark.parametrize("count", [1, 2])
+@support.family(
+    "banked self-attention (IDM-VTON's, reference-only's shape)",
+    "`reference=i2am.Banked()`",
+    "behind the layer's own keys, several references",
+)
 def test_banked_references(keys_only, count):
     writer, reader = pipelines.unet(seed=1), pipelines.unet()
     scheduler = pipelines.ddim()
@@ -330,8 +346,7 @@ def test_banked_references(keys_only, count):
                 groups=[0, 0, 1, 1],
                 reference_grid=(h, w),
             )
-            for direction in ("r2g", "g2r", "mass"):
-                assert_peak(maps.tlam(direction, layers=layer, reference=name), truth.tlam(direction, 2, names=[layer]))
+            support.check(maps, truth, 2, layers=layer, reference=name)
 
 
 def test_a_pass_without_banked_keys_does_not_count():

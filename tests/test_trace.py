@@ -2,6 +2,7 @@
 
 import pipelines
 import pytest
+import support
 import torch
 from truth import Truth, assert_peak, capture
 
@@ -29,8 +30,10 @@ def check_levels(maps, truth, T, reference=None, directions=("r2g", "g2r")):
         assert_peak(maps.tlam(direction, reference=reference), truth.tlam(direction, T))
         assert_peak(maps.llam(direction, reference=reference), truth.llam(direction))
         heads = {name: m[0][1]["r2g"].shape[1] for name, m in truth.maps.items()}
+        support.note(direction, "ulam", "tlam", "llam")
         if len(set(heads.values())) == 1:
             assert_peak(maps.hlam(direction, reference=reference), truth.hlam(direction))
+            support.note(direction, "hlam")
 
 
 # ------------------------------------------------------------------------------------------------------- bare UNet
@@ -64,6 +67,7 @@ def narrow():
     ],
     ids=["1", "48", "cls+48", "tail 12 of 20", "6 scattered of 12"],
 )
+@support.family("any UNet with described keys", "`i2am.patch_unet(reference=…)`", "any of the cross-attention's")
 def test_unet_levels(narrow, tokens, reference, output):
     latents = torch.randn(2, 4, 13, 9)  # two images, odd grid: 13×9, 7×5 (and 4×3 in the mid block)
     context = torch.randn(4, tokens, pipelines.CONTEXT)
@@ -131,6 +135,7 @@ def test_options(narrow):
 # ------------------------------------------------------------------------------------------------------- pipelines
 
 
+@support.family("Paint-by-Example", "PaintByExamplePipeline", "one CLIP token")
 def test_paint_by_example():
     pipe = pipelines.paint_by_example()
     size = (40, 32)
@@ -149,6 +154,7 @@ def test_paint_by_example():
     check_levels(maps, truth, 2, directions=("r2g",))
 
 
+@support.family("SD Image Variation", "StableDiffusionImageVariationPipeline", "one CLIP token")
 def test_image_variation():
     pipe = pipelines.image_variation()
     go = run(pipe, image=pipelines.image())
@@ -158,6 +164,7 @@ def test_image_variation():
     check_levels(tracer.maps(), truth, 2, directions=("r2g",))
 
 
+@support.family("Versatile Diffusion", "VersatileDiffusionImageVariationPipeline", "CLIP's class token and patches")
 def test_versatile_image_variation():
     pipe = pipelines.versatile()
     go = run(pipe, size=(48, 32), image=pipelines.image())
@@ -180,6 +187,11 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("kind", ["base", "plus", "full"])
 @pytest.mark.parametrize("name", ADAPTERS)
+@support.family(
+    "IP-Adapter: base, plus, full",
+    "SD 1.5, SDXL, inpainting, ControlNet",
+    "a call of the adapter's own (grid: full alone)",
+)
 def test_ip_adapter(name, kind):
     build, inputs = ADAPTERS[name]
     pipe = build(kind)

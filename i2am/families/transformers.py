@@ -12,6 +12,7 @@ from i2am.families.joint import JointTransformer
 from i2am.families.qwen import QwenImage
 from i2am.families.sd3 import StableDiffusion3
 from i2am.layout import Reference
+from i2am.seam import refuse_compiled
 
 FAMILIES: dict[str, type[JointTransformer | StableDiffusion3]] = {
     "FluxTransformer2DModel": Flux,
@@ -34,6 +35,7 @@ def read_transformer(
     Raises:
         ValueError: its tokens' layout is not known.
     """
+    refuse_compiled(transformer)
     name = type(transformer).__name__
     if name not in FAMILIES:
         raise ValueError(

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from i2am.families import Forward
 from i2am.families.arguments import argument
 from i2am.layout import QUERIES, Banked, Carried, Concatenated, Grid, Reference
-from i2am.seam import RunningLayer, eager, running_scope
+from i2am.seam import RunningLayer, eager, refuse_compiled, running_scope
 
 EXAMPLE = "i2am.patch_unet(unet, reference=i2am.Reference(grid=(16, 16), skip=1))  # 16×16 tokens after a class token"
 SELF_HINT = 'mode="self" gives maps of spatial self-attention instead, which are named "self"'
@@ -184,6 +184,7 @@ def read_unet(
     from i2am.families.selfattention import read_self_attention
     from i2am.families.video import StableVideo
 
+    refuse_compiled(unet)
     if itself and type(unet).__name__ == "UNetSpatioTemporalConditionModel":
         raise ValueError("the self-attention of a video UNet goes over frames too, where i2am has no grid to draw on")
     if itself and added_key_attentions(unet):
