@@ -107,11 +107,11 @@ def test_detect_box_takes_the_largest():
 
 
 def test_detect_box_sees_past_peaks():
-    """What R2G looks like: an object at twice the surroundings, and a few cells at ten times."""
+    """What R2G looks like: an object at twice the surroundings, and a few cells at forty times."""
     noise = torch.rand(40, 60, generator=torch.Generator().manual_seed(0))
     x = 1 + 0.2 * noise
     x[10:30, 15:45] *= 2.5
-    x[10:12, 15:17], x[28:30, 43:45] = 10, 10
+    x[10:12, 15:17], x[28:30, 43:45] = 40, 40
     truth = Box(10, 15, 30, 45)
     assert i2am.detect_box(x) == truth
     blinded = i2am.detect_box(x, threshold=0.4)
