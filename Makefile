@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench docs clean
 
 demo: $(READY)
 	$(BIN)/i2am demo --out i2am-demo
@@ -21,7 +21,12 @@ lint: $(READY)
 
 bench: $(READY)
 	mkdir -p results
-	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-json=results/bench.json
+	$(BIN)/python -m pytest benchmarks -m 'not slow' -o python_files='bench_*.py' --benchmark-json=results/bench.json
+	$(BIN)/python -m benchmarks.report results/bench.json
+
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(READY): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,4 +36,4 @@ $(READY): setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks results i2am-demo i2am-trace
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks results i2am-demo i2am-trace

@@ -23,6 +23,7 @@ extras = {
     "evaluate": ["accelerate>=1.0", "pyarrow>=15"],  # `i2am evaluate` over several devices; Parquet
     "docs": [
         "ipykernel>=6.29",
+        "latex2mathml>=3.77",
         "mkdocs-material>=9.5",
         "mkdocstrings[python]>=0.26",
         "nbclient>=0.10",

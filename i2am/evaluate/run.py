@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +16,9 @@ from torch import Tensor
 from i2am.evaluate.levels import keep_levels
 from i2am.evaluate.manifest import Sample
 from i2am.evaluate.scores import score
-from i2am.evaluate.sheet import preview
+from i2am.evaluate.sheet import as_image, preview
 from i2am.evaluate.store import Store
 from i2am.maps import AttributionMaps
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 class DiskFull(OSError):
@@ -30,13 +27,16 @@ class DiskFull(OSError):
 
 @dataclass
 class Traced:
-    """What running one sample gave. Masks are ``[H, W]`` in 0…1, on the generated image and on the reference."""
+    """What running one sample gave: maps of one image, and what they lie on (forms of :func:`i2am.plot.overlay`).
+
+    Masks are ``[H, W]`` in 0…1, on the generated image and on the reference.
+    """
 
     maps: AttributionMaps
-    generated: Image
-    reference: Image
-    mask: np.ndarray | None = None
-    reference_mask: np.ndarray | None = None
+    generated: Any
+    reference: Any
+    mask: np.ndarray | Tensor | None = None
+    reference_mask: np.ndarray | Tensor | None = None
 
 
 def evaluate(
@@ -91,7 +91,8 @@ def _record(sample: Sample, traced: Traced, store: Store, save: Sequence[str]) -
     picture = preview(traced.generated, r2g, traced.reference, g2r, traced.mask)
     store.write(store.path("previews", sample.id, ".jpg"), lambda path: picture.save(path, "jpeg", quality=90))
     if "images" in save:
-        store.write(store.path("images", sample.id, ".png"), lambda path: traced.generated.save(path, "png"))
+        image = as_image(traced.generated)
+        store.write(store.path("images", sample.id, ".png"), lambda path: image.save(path, "png"))
     if "maps" in save:
         store.path("maps", sample.id, "").parent.mkdir(exist_ok=True)
         maps.save(store.path("maps", sample.id, ".safetensors"), record=False)

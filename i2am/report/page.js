@@ -304,7 +304,7 @@ function buildControls() {
   }
   picks.insertAdjacentHTML("beforeend", '<p id="dropped" class="what" role="status"></p>');
   const direction = $("#direction");
-  for (const name of ["r2g", "mass"]) if (data.maps[name]) direction.add(new Option(MAP_NAMES[name], name));
+  for (const name of ["r2g", "mass"]) if (data.maps[name]) direction.add(new Option({ r2g: "R2G: influence", mass: "mass: attention" }[name], name));
   direction.onchange = () => { state.direction = direction.value; state.strip = null; syncTabs(); draw(); };
   const colours = $("#colours");
   for (const name of Object.keys(data.colours)) colours.add(new Option(name, name));

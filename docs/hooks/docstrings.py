@@ -1,0 +1,12 @@
+"""Docstrings are written for `help()`, with roles and literal blocks of reStructuredText: as Markdown, their marks go."""
+
+import re
+
+ROLE = re.compile(r":(?:class|func|meth|mod|attr):(?=<code>)")
+LITERAL = re.compile(r"<p>::</p>\s*")
+
+
+def on_page_content(html: str, page, **_) -> str:
+    if page.file.src_uri != "api.md":
+        return html
+    return LITERAL.sub("", ROLE.sub("", html))

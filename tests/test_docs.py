@@ -1,0 +1,109 @@
+"""The documentation: its code runs, its commands parse, its pages build, its notebook executes."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from i2am import zoo
+from i2am.cli import _parser
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+NOT_RUN = "<!-- not run:"
+BLOCK = re.compile(rf"({NOT_RUN}[^\n]*\n)?```(\w+)\n(.*?)```", re.S)
+
+
+def blocks(page, language):
+    """(text, whether to run it) of the code blocks of a page."""
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [(text, not mark) for mark, name, text in found if name == language]
+
+
+def named(path):
+    return str(path.relative_to(ROOT / "docs"))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=named)
+def test_code_runs(page, tmp_path, monkeypatch):
+    """Block after block in one namespace, as a reader would type them."""
+    code = [text for text, run in blocks(page, "python") if run]
+    for name in re.findall(r'zoo\.load\("(\w+)"\)', "".join(code)):
+        if not (zoo.WEIGHTS / f"{name}.safetensors").exists():
+            pytest.skip(f"the zoo has no weights of {name} yet")
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    namespace = {"__name__": "__main__"}
+    try:
+        for number, text in enumerate(code, 1):
+            exec(compile(text, f"{page.name}, block {number}", "exec"), namespace)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_code_that_is_not_run_compiles(page):
+    for text, _ in blocks(page, "python"):
+        compile(text, page.name, "exec")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda p: p.name)
+def test_commands_parse(page):
+    """Every `i2am …` line has options that exist, and values that they take."""
+    for text, _ in blocks(page, "bash"):
+        for line in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if "i2am" not in words or words[0] not in ("i2am", "accelerate", "python"):
+                continue
+            _parser().parse_args(words[words.index("i2am") + 1 :])
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    missing = [named(p) for p in PAGES if f": {named(p)}\n" not in navigation]
+    assert missing == []
+
+
+def test_notebooks_hold_no_outputs():
+    import json
+
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)
+def test_notebooks_execute(path, tmp_path):
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install i2am[docs]")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install i2am[docs]")
+    notebook = nbformat.read(path, as_version=4)
+    for name in re.findall(r'zoo\.load\("(\w+)"\)', path.read_text(encoding="utf-8")):
+        if not (zoo.WEIGHTS / f"{name}.safetensors").exists():
+            pytest.skip(f"the zoo has no weights of {name} yet")
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert any("image/png" in output.get("data", {}) for output in shown)
+    assert any("<table>" in output.get("data", {}).get("text/html", "") for output in shown)
+
+
+@pytest.mark.slow
+def test_site_builds(tmp_path):
+    """Strictly: a broken link, an unknown page or a name that the API does not have fails."""
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("mkdocs is not installed: pip install i2am[docs]")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    concepts = (tmp_path / "concepts" / "index.html").read_text(encoding="utf-8")
+    assert "<math" in concepts
+    assert "$" not in re.sub(r"<(script|style|code|pre).*?</\1>", "", concepts, flags=re.S)
+    api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    assert "i2am.AttributionMaps.sram" in api
+    assert not re.search(r'(src|href)="https?://[^"]*\.(js|css|woff2?)"', concepts)  # nothing is loaded from elsewhere
