@@ -1,10 +1,8 @@
 """SRAM: what registered regions add to a call, what an answer from recorded queries costs, and what a record takes."""
 
-import time
-from statistics import median
-
 import pytest
 import torch
+from compare import compare, show
 from memory import Memory
 
 import i2am
@@ -12,12 +10,10 @@ from i2am import sram
 from i2am.ops import Sums, accumulate
 from i2am.record import Entry, show_size
 
-ROUNDS = 9
-
 
 @pytest.mark.parametrize(("Nk", "d"), [(257, 40), (4096, 40)])
 def test_registered_regions(benchmark, Nk, d, capsys):
-    """8 heads, 4,096 queries: a call with 1, 8, 64 regions over one with none, timed in turn."""
+    """8 heads, 4,096 queries: a call with 1, 8, 64 regions over one with none."""
     H, Nq = 8, 4096
     q, k, v = torch.randn(1, H, Nq, d), torch.randn(1, H, Nk, d), torch.randn(1, H, Nk, d)
 
@@ -26,18 +22,9 @@ def test_registered_regions(benchmark, Nk, d, capsys):
         sums = Sums(torch.zeros(1, H, Nq), torch.zeros(1, H, Nk), None, torch.zeros(1, H, R, Nk) if R else None)
         return lambda: accumulate(q, k, v, sums=[sums], regions=regions)
 
-    calls = {R: call(R) for R in (0, 1, 8, 64)}
-    times = {R: [] for R in calls}
-    for _ in range(ROUNDS):
-        for R, run in calls.items():
-            start = time.perf_counter()
-            run()
-            times[R].append(time.perf_counter() - start)
-    ratios = {R: median(t / u for t, u in zip(times[R], times[0], strict=True)) for R in calls}
-    benchmark.extra_info["ratio_to_no_regions"] = ratios
-    with capsys.disabled():
-        print(f"\n{Nq}×{Nk}, d={d}: " + ", ".join(f"{R} regions {r:.2f} ×" for R, r in ratios.items() if R))
-    benchmark.pedantic(calls[8], rounds=3)
+    calls = {f"{R} regions" if R else "no region": call(R) for R in (0, 1, 8, 64)}
+    case = f"8 heads, {Nq} × {Nk}, d {d}"
+    show(capsys, case, compare(benchmark, "regions", case, calls))
 
 
 def recorded(N, H=1, d=64):
@@ -69,8 +56,9 @@ def test_answers_at_16384(benchmark, what, capsys):
     answer()
     with Memory() as memory:
         answer()
-    benchmark.extra_info["extra_bytes"] = memory.peak
     benchmark.pedantic(answer, rounds=3)
+    found = {"i2am": {"seconds": benchmark.stats.stats.median, "extra_bytes": memory.peak}}
+    benchmark.extra_info.update(table="answers", case=what, providers=found)
     with capsys.disabled():
         print(f"\n{what}: {benchmark.stats.stats.median * 1e3:.0f} ms, {memory.peak / 2**20:.0f} MiB extra")
 
@@ -88,6 +76,6 @@ def test_what_a_record_takes(benchmark, capsys):
         benchmark.pedantic(lambda: unet(**inputs), rounds=1)
         step = tracer.record_bytes
     sizes = {"all 50 steps": 50 * step, "record_every=5": 10 * step, "one time group of 5": 10 * step}
-    benchmark.extra_info["record_bytes"] = sizes
+    benchmark.extra_info.update(table="record", case="SD 1.5, 512 px, 257 tokens, float16", record_bytes=sizes)
     with capsys.disabled():
         print("\nSD 1.5, 512 px, float16: " + ", ".join(f"{name} {show_size(n)}" for name, n in sizes.items()))

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from interpreter import Fault, watched
 
 from i2am.kernels import configuration
 from i2am.ops import Sums, accumulate
-from tests.interpreter import Fault, watched
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU"),
