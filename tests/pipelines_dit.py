@@ -146,3 +146,76 @@ def qwen(pipeline=QwenImageEditPipeline):
     if pipeline is not QwenImagePipeline:
         parts["processor"] = None
     return quiet(pipeline(transformer=transformer, **parts))
+
+
+class _Processor:
+    """Stands for a vision-language processor, whose tokens are given."""
+
+    image_processor = None
+
+
+def longcat():
+    from diffusers import LongCatImageEditPipeline, LongCatImageTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = LongCatImageTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=16,
+        shift_factor=0.1,
+        scaling_factor=0.5,
+    ).eval()
+    parts = dict(scheduler=flow(), vae=vae, text_encoder=None, tokenizer=None, text_processor=_Processor())
+    pipe = quiet(LongCatImageEditPipeline(transformer=transformer, **parts))
+    pipe._encode_prompt = lambda prompt, image: text_tokens(6 if prompt == [""] else 4, seed=len(prompt[0]))
+    return pipe
+
+
+class _TextEncoder(torch.nn.Module):
+    dtype, device = torch.float32, torch.device("cpu")
+
+
+def dreamlite():
+    from diffusers import AutoencoderTiny, DreamLitePipeline
+    from diffusers.models.unets.unet_dreamlite import DreamLiteUNetModel
+
+    torch.manual_seed(0)
+    unet = DreamLiteUNetModel(
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=TEXT,
+        attention_head_dim=2,
+        addition_embed_type="time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16,
+    ).eval()
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    ).eval()
+
+    class Pipeline(DreamLitePipeline):
+        def encode_prompt(self, mode, prompts, **options):
+            return text_tokens(5, batch=len(prompts)), torch.ones(len(prompts), 5)
+
+    Pipeline.__name__ = "DreamLitePipeline"
+    return quiet(
+        Pipeline(text_encoder=_TextEncoder(), tokenizer=None, processor=None, vae=vae, unet=unet, scheduler=flow())
+    )

@@ -294,3 +294,75 @@ def test_qwen_edit(small_qwen, several, guided):
         chosen = generated(calls, (4, 6), slice(7, 31), evaluations=evaluations)
         check(maps, Truth(chosen, keys=keys, groups=groups, reference_grid=grid), 2, reference=name)
     assert start == calls[0].k.shape[2]
+
+
+# ----------------------------------------------------------------------------------------------- LongCat, DreamLite
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@support.family("LongCat-Image-Edit", "LongCatImageEditPipeline", "tokens in context")
+def test_longcat_edit(guided, monkeypatch):
+    from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as edit
+
+    calculate = edit.calculate_dimensions  # a megapixel; here 32² pixels
+    monkeypatch.setattr(edit, "calculate_dimensions", lambda *given: [int(n) // 64 * 2 for n in calculate(*given)])
+    pipe = dit.longcat()
+
+    def go():
+        return pipe(
+            pipelines.image((40, 32)),
+            prompt="x",
+            negative_prompt="",
+            guidance_scale=3.0 if guided else 1.0,
+            num_inference_steps=4,
+            generator=generator(),
+            output_type="np",
+        ).images
+
+    calls = capture_calls(pipe.transformer, go, ("LongCatImageAttention",))
+    n = calls[0].q.shape[2] - 4
+    maps = traced(pipe, go)
+    h, w = maps.ulam("r2g").shape[1:]
+    assert 2 * h * w == n
+    assert w > h  # 40×32 pixels
+    chosen = generated(calls, (h, w), slice(4, 4 + n // 2), evaluations=range(0, 8, 2) if guided else range(4))
+    groups = [0] * 4 + [1] * 4 if guided else [0, 0, 1, 1]
+    check(maps, Truth(chosen, keys=slice(4 + n // 2, None), groups=groups, reference_grid=(h, w)), 2)
+
+
+@support.family("DreamLite", "DreamLitePipeline", "the right half of the latents, in self-attention")
+def test_dreamlite_joins_pictures_along_their_width():
+    """[uncond, image only, cond], and tokens of both halves in turn, row by row."""
+    pipe = dit.dreamlite()
+
+    def go():
+        return pipe(
+            prompt="x",
+            image=pipelines.image((32, 32)),
+            width=32,
+            height=24,
+            num_inference_steps=4,
+            generator=generator(),
+            output_type="np",
+        ).images
+
+    calls = capture_calls(pipe.unet, go, ("attn1",))
+    assert calls[0].q.shape[0] == 3
+    plain = go()
+    with i2am.trace(pipe, time_groups=2, output="model") as tracer:
+        assert (go() == plain).all()
+    maps = tracer.maps()
+    assert maps.canvas == (24, 32)
+    by_tokens = {h * 2 * w: (h, w) for h, w in ((12, 16), (6, 8), (3, 4))}
+    for layer in maps.layers:
+        mine = [c for c in calls if c.layer == layer]
+        h, w = by_tokens[mine[0].q.shape[2]]
+        index = torch.arange(2 * h * w).reshape(h, 2 * w)
+        truth = Truth(
+            generated(mine, (h, w), index[:, :w].flatten()),
+            samples=slice(2, 3),
+            keys=index[:, w:].flatten(),
+            groups=[0, 0, 1, 1],
+            reference_grid=(h, w),
+        )
+        check(maps, truth, 2, layers=layer)

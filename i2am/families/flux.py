@@ -1,4 +1,4 @@
-"""Flux: references in context (Kontext), among the text tokens (Redux), and through IP-Adapters.
+"""Flux and LongCat: references in context (Kontext), among the text tokens (Redux), and through IP-Adapters.
 
 Tokens are ``[text ‖ generated ‖ reference …]``; the position ids' first axis is 0 for the generated picture and 1 for
 Kontext's reference. Redux puts SigLIP's 27×27 tokens behind the text, so a caller says which of the text's tokens they
@@ -62,3 +62,9 @@ class Flux(JointTransformer):
         )
         generated = self._generated
         scope.layers[-1].carries = Carried(generated.grid, references, slice(generated.start, generated.stop))
+
+
+class LongCat(Flux):
+    """``LongCatImageTransformer2DModel``: laid out like Kontext, with 1 and 2 on the position ids' first axis."""
+
+    attentions = ("LongCatImageAttention",)

@@ -12,9 +12,14 @@ from i2am.families import Family
 from i2am.families.kandinsky import added_key_attentions
 from i2am.families.transformers import read_transformer
 from i2am.families.unet import channels_beside, has_ip_adapter, no_reference_keys, read_unet
-from i2am.layout import Grid, Reference
+from i2am.layout import Concatenated, Grid, Reference
 
-IN_CONTEXT = ("FluxKontext*", "Flux2*", "QwenImageEdit*")  # their reference becomes tokens of its own
+IN_CONTEXT = (
+    "FluxKontext*",
+    "Flux2*",
+    "QwenImageEdit*",
+    "LongCatImageEdit*",
+)  # their reference becomes tokens of its own
 CHANNELS = "the image enters as channels beside the latents, so that every token mixes both"
 RESIDUAL = "the control image enters as residuals of a ControlNet"
 START = "the image is only what denoising starts from"
@@ -63,6 +68,8 @@ def read_pipeline(pipe, references: Sequence[Reference] | None, *, itself: bool 
             f"trace takes a diffusers pipeline with a UNet or transformer and a scheduler, got {type(pipe).__name__}; "
             "for a bare model use i2am.patch_unet, i2am.patch_transformer or i2am.patch_modules"
         )
+    if type(pipe).__name__.startswith("DreamLite") and references is None:
+        references = Concatenated("width")
     encoder = getattr(pipe, "image_encoder", None)
     text = any(getattr(pipe, part, None) is not None for part in ("text_encoder", "text_encoder_2", "tokenizer"))
     told = references or has_ip_adapter(unet) or added_key_attentions(unet)
@@ -111,6 +118,8 @@ def _guidance_parts(pipe) -> tuple[int | None, int | None]:
 
     Older pipelines (Paint-by-Example, ImageVariation) keep it in a local variable: then the latents must tell.
     """
+    if type(pipe).__name__ == "DreamLitePipeline":
+        return 3, 2  # [uncond, image only, cond]; a picture from text alone has two parts, and no reference
     try:
         guided = bool(pipe.do_classifier_free_guidance)
     except AttributeError:  # no such property, or not called yet

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from i2am.families.flux import Flux
+from i2am.families.flux import Flux, LongCat
 from i2am.families.flux2 import Flux2
 from i2am.families.joint import JointTransformer
 from i2am.families.qwen import QwenImage
@@ -17,6 +17,7 @@ from i2am.seam import refuse_compiled
 FAMILIES: dict[str, type[JointTransformer | StableDiffusion3]] = {
     "FluxTransformer2DModel": Flux,
     "Flux2Transformer2DModel": Flux2,
+    "LongCatImageTransformer2DModel": LongCat,
     "QwenImageTransformer2DModel": QwenImage,
     "SD3Transformer2DModel": StableDiffusion3,
 }
