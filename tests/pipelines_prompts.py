@@ -13,6 +13,7 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    CLIPVisionModel,
     CLIPVisionModelWithProjection,
     SiglipImageProcessor,
     SiglipVisionConfig,
@@ -167,5 +168,45 @@ def svd():
             unet=unet,
             scheduler=scheduler,
             feature_extractor=CLIPImageProcessor(size=224, crop_size=224),
+        )
+    )
+
+
+def wan(image_keys: bool = True):
+    torch.manual_seed(0)
+    clip = CLIPVisionConfig(
+        hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=18, patch_size=6
+    )
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=12,
+        out_channels=4,
+        text_dim=dit.TEXT,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=2,
+        image_dim=12 if image_keys else None,
+        added_kv_proj_dim=24 if image_keys else None,
+        rope_max_seq_len=32,
+    ).eval()
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    return pipelines.quiet(
+        diffusers.WanImageToVideoPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=vae,
+            scheduler=dit.flow(),
+            image_processor=CLIPImageProcessor(size={"shortest_edge": 18}, crop_size={"height": 18, "width": 18}),
+            image_encoder=CLIPVisionModel(clip).eval(),
+            transformer=transformer,
         )
     )

@@ -267,3 +267,49 @@ def test_stable_video_diffusion():
         maps.ulam("g2r")
     with pytest.raises(ValueError, match="goes over frames"):
         i2am.trace(pipe, mode="self")
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@support.family(
+    "Wan image-to-video", "WanImageToVideoPipeline", "CLIP's tokens, in a call of their own; frames as a strip"
+)
+def test_wan_image_to_video(guided):
+    pipe = prompts.wan()
+
+    def go():
+        return pipe(
+            pipelines.image((48, 32)),
+            prompt_embeds=dit.text_tokens(512),
+            negative_prompt_embeds=dit.text_tokens(512, seed=3),
+            width=48,
+            height=32,
+            num_frames=9,
+            guidance_scale=3.0 if guided else 1.0,
+            num_inference_steps=4,
+            generator=generator(),
+            output_type="np",
+        ).frames
+
+    calls = [c for c in capture_calls(pipe.transformer, go, ("attn2",)) if c.k.shape[2] == 10]
+    assert {c.nth for c in calls} == {0}
+    strip = (3 * 2, 3)  # three latent frames of 2×3 tokens
+    truth = Truth(
+        generated(calls, strip, evaluations=range(0, 8, 2) if guided else range(4)),
+        groups=[0] * 4 + [1] * 4 if guided else [0, 0, 1, 1],
+        reference_grid=(3, 3),
+        skip=1,
+    )
+    maps = traced(pipe, go)
+    assert maps.references == ["reference"]
+    assert maps.canvas == (96, 48)
+    check(maps, truth, 2, directions=("r2g", "g2r"))
+
+
+def test_wan_without_image_keys_is_refused():
+    pipe = prompts.wan(image_keys=False)
+    with pytest.raises(ValueError, match="channels beside the latents"):
+        i2am.trace(pipe)
+    with pytest.raises(ValueError, match="channels beside the latents"):
+        i2am.patch_transformer(pipe.transformer)
+    with pytest.raises(ValueError, match="goes over frames"):
+        i2am.patch_transformer(pipe.transformer, mode="self")

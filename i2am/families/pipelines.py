@@ -12,6 +12,7 @@ from i2am.families import Family
 from i2am.families.kandinsky import added_key_attentions
 from i2am.families.transformers import read_transformer
 from i2am.families.unet import channels_beside, has_ip_adapter, no_reference_keys, read_unet
+from i2am.families.wan import Wan
 from i2am.layout import Concatenated, Grid, Reference
 
 IN_CONTEXT = (
@@ -35,6 +36,7 @@ NO_KEYS = {
     "QwenImageI*": START,
     "StableDiffusion3ControlNet*": RESIDUAL,
     "StableDiffusion3I*": START,
+    "WanImageToVideo*": CHANNELS,
     "*": "it draws from text alone",
 }
 
@@ -83,14 +85,19 @@ def read_pipeline(pipe, references: Sequence[Reference] | None, *, itself: bool 
 
 
 def _read_transformer_pipeline(pipe, transformer: nn.Module, references, itself: bool) -> Traced:
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError(f"{type(pipe).__name__} has two denoising models: trace one with i2am.patch_transformer")
     family = read_transformer(transformer, references, itself=itself)
     name = type(pipe).__name__
     known = any(fnmatch.fnmatchcase(name, pattern) for pattern in IN_CONTEXT)
     if not (itself or references or known or family.has_adapters()):
         reason = next(reason for pattern, reason in NO_KEYS.items() if fnmatch.fnmatchcase(name, pattern))
         raise ValueError(no_reference_keys(name, reason))
+    if isinstance(family, Wan):
+        family.image_grid = _patch_grid(getattr(pipe, "image_encoder", None))
     guidance_parts = (lambda: _guidance_parts(pipe)) if family.batched_guidance else (lambda: (1, 0))
-    return Traced(transformer, family, guidance_parts, pipe.vae_scale_factor * family.latent_pixels)
+    scale = getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
+    return Traced(transformer, family, guidance_parts, scale * family.latent_pixels)
 
 
 def _why_not(pipe, unet: nn.Module) -> str:

@@ -11,21 +11,23 @@ from i2am.families.flux2 import Flux2
 from i2am.families.joint import JointTransformer
 from i2am.families.qwen import QwenImage
 from i2am.families.sd3 import StableDiffusion3
+from i2am.families.wan import Wan
 from i2am.layout import Reference
 from i2am.seam import refuse_compiled
 
-FAMILIES: dict[str, type[JointTransformer | StableDiffusion3]] = {
+FAMILIES: dict[str, type[JointTransformer | StableDiffusion3 | Wan]] = {
     "FluxTransformer2DModel": Flux,
     "Flux2Transformer2DModel": Flux2,
     "LongCatImageTransformer2DModel": LongCat,
     "QwenImageTransformer2DModel": QwenImage,
     "SD3Transformer2DModel": StableDiffusion3,
+    "WanTransformer3DModel": Wan,
 }
 
 
 def read_transformer(
     transformer: nn.Module, references: Sequence[Reference] | None, *, itself: bool = False
-) -> JointTransformer | StableDiffusion3:
+) -> JointTransformer | StableDiffusion3 | Wan:
     """The family of a transformer.
 
     Args:

@@ -1,0 +1,96 @@
+"""Wan image-to-video: CLIP's tokens of the first frame (and the last) in a cross-attention call of their own.
+
+The generated tokens are a video's: they are drawn as a strip, its latent frames below each other, ``(frames · h, w)``;
+a key's column softmax goes over all of them. The first frame's latents enter as channels besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from i2am.families import Forward
+from i2am.families.arguments import argument, named_arguments
+from i2am.families.joint import among, reference_names
+from i2am.families.unet import clip_tokens, no_reference_keys
+from i2am.layout import Carried, Grid, Reference
+from i2am.seam import RunningLayer
+
+TEXT = 512  # text tokens, a constant of Wan's attention: what stands before them is the image
+
+
+class Wan:
+    """``WanTransformer3DModel`` with image keys.
+
+    Args:
+        transformer: the model.
+        references: the image tokens as the caller describes them; None: CLIP's.
+    """
+
+    conditional_call: int | None = 0
+    batched_guidance = False
+    latent_pixels = 2
+
+    def __init__(self, transformer: nn.Module, references: Sequence[Reference] | None = None, *, itself: bool = False):
+        if itself:
+            raise ValueError(
+                "the self-attention of a video transformer goes over frames, where i2am has no grid to draw on"
+            )
+        self.transformer = transformer
+        self.references = references
+        self.image_grid: Grid | None = None  # of the pipeline's image encoder
+        self._grid: Grid = (0, 0)
+
+    def has_adapters(self) -> bool:
+        """Whether the model has keys of an image."""
+        return bool(self._image_attentions())
+
+    def layers(self) -> dict[str, nn.Module]:
+        found = self._image_attentions()
+        if not found:
+            raise ValueError(
+                no_reference_keys(type(self.transformer).__name__, "the image enters as channels beside the latents")
+            )
+        return found
+
+    def by_default(self, layer: str) -> bool:
+        return True
+
+    def begin(self, args: tuple, kwargs: dict[str, Any]) -> Forward:
+        given = named_arguments(self.transformer, args, kwargs)
+        latents = given["hidden_states"]
+        frames, h, w = (n // p for n, p in zip(latents.shape[2:], self.transformer.config.patch_size, strict=True))
+        self._grid = (frames * h, w)
+        return Forward(latents, given["timestep"], self._grid)
+
+    def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        tokens = argument(args, kwargs, 1, "encoder_hidden_states").shape[1] - TEXT
+        if tokens > 0:
+            layer.carries = Carried(self._grid, self._references(tokens))
+
+    def leave(self, layer: RunningLayer, module: nn.Module) -> None:
+        return None
+
+    def watch(self) -> Iterable[RemovableHandle]:
+        return ()
+
+    def _image_attentions(self) -> dict[str, nn.Module]:
+        named = self.transformer.named_modules()
+        return {n: m for n, m in named if type(m).__name__ == "WanAttention" and m.add_k_proj is not None}
+
+    def _references(self, tokens: int) -> tuple[Reference, ...]:
+        if self.references is not None:
+            return tuple(among(slice(0, tokens), r) for r in self.references)
+        per_image = tokens if self.image_grid is None else self.image_grid[0] * self.image_grid[1] + 1
+        if tokens % per_image:
+            raise ValueError(f"{tokens} image tokens are not {per_image} for each image: describe them with reference=")
+        names = reference_names(tokens // per_image)
+        reference = clip_tokens(per_image, self.image_grid)
+        return tuple(
+            replace(reference, tokens=slice(i * per_image, (i + 1) * per_image), name=name)
+            for i, name in enumerate(names)
+        )
