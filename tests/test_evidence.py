@@ -127,8 +127,11 @@ def test_perfect_and_blind_matches_score_so():
     assert perfect.intervals()["x"]["best"][0] == pytest.approx(0, abs=1e-5)
     assert perfect.intervals()["x"]["pck"][0] == 1
     middle = torch.full_like(truth, 8.0)
-    localise.add_errors(blind, "x", Match(middle, truth, None), task, 4)
-    assert blind.intervals()["x"]["best"][0] > 5
+    localise.add_errors(blind, "x", Match(expected=truth, best=middle, confidence=None), task, 4)
+    scores = blind.intervals()["x"]
+    assert scores["best"][0] > 5
+    assert scores["mean"][0] == pytest.approx(0, abs=1e-5)
+    assert scores["pck"][0] < 0.5
     localise.add_chance(blind, task)
     assert blind.intervals()["a random place of the object"]["best"][0] > 10
 
@@ -178,10 +181,16 @@ def test_a_part_is_measured_once_and_the_page_says_what_is_missing(tmp_path, mon
 def test_localisation_of_untrained_weights_is_worth_nothing(monkeypatch):
     """The measurement itself must not find the object: the mask reaches the model, but the maps must be its own."""
     monkeypatch.setattr(subject.Setting, "load", lambda self, name: build(name))
-    setting = subject.Setting(samples=16, batch=16, steps=1)
-    rows = localise.localisation(setting)["exemplar"]["localisation"]
+    found = localise.model("exemplar", subject.Setting(samples=16, batch=16, steps=1))
+    rows = found["localisation"]
     assert rows["row softmax, mean over every key"]["auc"] == [0.5, 0.5, 0.5]
     assert rows["R2G (column softmax), all layers"]["contrast"][0] < 1.2
+    assert found["correspondence"]["default layers"]["best"][0] > 10
+    errors = found["used"]
+    assert errors["right"]["error"][0] == pytest.approx(errors["swapped"]["error"][0], rel=0.1)
+    sections = command.gathered({"exemplar": found, "stereo": {"x": 1}})
+    assert sections["used"] == {"exemplar": errors}
+    assert sections["stereo"] == {"x": 1}
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -17,14 +18,12 @@ from tqdm import tqdm
 
 from benchmarks.evidence import figures, localise, report, transfer
 from benchmarks.evidence.subject import Setting
+from i2am import zoo
 
-PARTS = {
-    "used": localise.reference_is_used,
-    "localisation": localise.localisation,
-    "correspondence": localise.correspondence,
-    "stereo": localise.stereo,
-    "levels": transfer.levels,
+PARTS = {name: partial(localise.model, name) for name in zoo.NAMES} | {
     "faithfulness": transfer.faithfulness,
+    "levels": transfer.levels,
+    "stereo": localise.stereo,
     "imacs": transfer.imacs_and_quality,
     "ablation": transfer.ablation,
 }
@@ -66,9 +65,7 @@ def measure(setting: Setting, parts: list[str], state: Path, docs: Path, fresh: 
                 part_of = {"found": found, "seconds": seconds, "samples": setting.batches * setting.batch}
                 file.write_text(json.dumps(part_of, indent=1), encoding="utf-8")
     stored = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in state.glob("*.json")}
-    if "localisation" in stored:
-        stored["detection"] = stored["localisation"] | {"seconds": 0}
-    results = {part: x["found"] for part, x in stored.items()}
+    results = gathered({part: x["found"] for part, x in stored.items()})
     draw(setting, results, images)
     facts = asdict(setting) | {
         "minutes": sum(x["seconds"] for x in stored.values()) / 60,
@@ -77,6 +74,15 @@ def measure(setting: Setting, parts: list[str], state: Path, docs: Path, fresh: 
         "measured": {part: x["samples"] for part, x in stored.items()},
     }
     return report.write(results, facts, docs)
+
+
+def gathered(results: dict[str, dict]) -> dict[str, dict]:
+    """What was measured model by model, section by section."""
+    sections = {part: found for part, found in results.items() if part not in zoo.NAMES}
+    for name in zoo.NAMES:
+        for section, table in results.get(name, {}).items():
+            sections.setdefault(section, {})[name] = table
+    return sections
 
 
 def draw(setting: Setting, results: dict, images: Path) -> None:

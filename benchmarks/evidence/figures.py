@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,17 @@ from torch import Tensor
 
 from benchmarks.evidence.localise import INPAINTING, box_of, r2g_maps
 from benchmarks.evidence.subject import FINE, Setting, paint, tasks, traced, true_places
-from i2am import zoo
 from i2am.detect import detect_box
 
 GAP = 2  # white pixels between pictures
 ENLARGED = 2
 
 
-def samples(setting: Setting, images: Path) -> None:
+def samples(setting: Setting, images: Path, names: Iterable[str]) -> None:
     """zoo-NAME.png: reference, what is given, picture, truth, picture with a swapped reference."""
     from PIL import Image
 
-    for name in zoo.NAMES:
+    for name in names:
         pipe, sample = setting.load(name), next(tasks(name, setting))
         size = sample.picture.shape[-2:]
         reference = F.interpolate(sample.reference, size, mode="nearest")

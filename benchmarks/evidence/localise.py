@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.evidence.subject import (
@@ -38,31 +39,28 @@ class Columns(dict):
         return {row: {c: interval(x) for c, x in columns.items()} for row, columns in self.items()}
 
 
-# ---------------------------------------------------------------------------------------------- is the reference used?
+def model(name: str, setting: Setting) -> dict:
+    """One model on its tasks: is the reference used, does R2G find the object, does SRAM find the source?"""
+    pipe, rng = setting.load(name), np.random.default_rng(SEED)
+    found = {"used": Columns(), "correspondence": Columns()}
+    if name in INPAINTING:
+        found |= {"localisation": Columns(), "detection": Columns()}
+    for sample in tasks(name, setting):
+        pictures, maps = traced(pipe, sample, setting.steps, record="qk")
+        swapped = paint(pipe, sample, setting.steps, sample.reference.roll(1, 0))
+        shown = {"right": pictures, "swapped": swapped}
+        if name == "superres":
+            shown["bicubic enlargement"] = F.interpolate(sample.reference, scale_factor=4, mode="bicubic")
+        for row, x in shown.items():
+            found["used"].add(row, error=masked_error(x, sample), ssim=masked_ssim(x, sample))
+        add_correspondence(found["correspondence"], maps, sample, sample.reference.shape[-1] / token_grid(pipe, sample))
+        if name in INPAINTING:
+            add_localisation(found["localisation"], maps, sample)
+            add_detection(found["detection"], maps, sample, rng)
+    return {part: table.intervals() for part, table in found.items()}
 
 
-def reference_is_used(setting: Setting) -> dict:
-    """Error on the object with the right reference, a swapped one, and an empty one."""
-    found = {}
-    for name in zoo.NAMES:
-        pipe, table = setting.load(name), Columns()
-        for sample in tasks(name, setting):
-            references = {
-                "right": sample.reference,
-                "swapped": sample.reference.roll(1, 0),
-                "empty": torch.zeros_like(sample.reference),
-            }
-            for which, reference in references.items():
-                pictures = paint(pipe, sample, setting.steps, reference)
-                table.add(which, error=masked_error(pictures, sample), ssim=masked_ssim(pictures, sample))
-            if name == "superres":
-                bicubic = torch.nn.functional.interpolate(sample.reference, scale_factor=4, mode="bicubic")
-                table.add("bicubic", error=masked_error(bicubic, sample), ssim=masked_ssim(bicubic, sample))
-        found[name] = table.intervals()
-    return found
-
-
-# ------------------------------------------------------------------------------------ column against row, and detection
+# ------------------------------------------------------------------------------------------------------- localisation
 
 
 def r2g_maps(maps) -> dict[str, Tensor]:
@@ -77,36 +75,32 @@ def r2g_maps(maps) -> dict[str, Tensor]:
     }
 
 
-def localisation(setting: Setting) -> dict:
-    """Column against row softmax, and boxes, on the same maps."""
-    found = {}
-    for name in INPAINTING:
-        pipe, where, boxes = setting.load(name), Columns(), Columns()
-        rng = np.random.default_rng(SEED)
-        for sample in tasks(name, setting):
-            _, maps = traced(pipe, sample, setting.steps)
-            truth, size = sample.object[:, 0], tuple(sample.object.shape[-2:])
-            true_boxes = [box_of(mask) for mask in truth]
-            for row, map in r2g_maps(maps).items():
-                where.add(
-                    row,
-                    auc=metrics.ranking_auc(map, truth),
-                    contrast=metrics.contrast(map, truth),
-                    pointing=metrics.pointing_game(map, truth),
-                    mask_iou=metrics.mask_iou(map, truth),
-                    imacs=metrics.imacs(map, truth),
-                )
-                for column, threshold in (("otsu", "otsu"), ("share", 0.4)):
-                    detected = [detect_box(x, size=size, threshold=threshold) for x in map]
-                    boxes.add(row, **{column: metrics.box_iou(detected, true_boxes)})
-            others = [true_boxes[i] for i in rng.permutation(len(true_boxes))]
-            boxes.add(
-                "another object's box, elsewhere", otsu=metrics.box_iou([moved(b, rng) for b in others], true_boxes)
-            )
-            told = [box_of(mask) for mask in sample.mask[:, 0]]
-            boxes.add("the mask's own box (the model is told)", otsu=metrics.box_iou(told, true_boxes))
-        found[name] = {"localisation": where.intervals(), "detection": boxes.intervals()}
-    return found
+def add_localisation(table: Columns, maps, sample: zoo.Sample) -> None:
+    """Column against row softmax, on the object's mask."""
+    truth = sample.object[:, 0]
+    for row, map in r2g_maps(maps).items():
+        table.add(
+            row,
+            auc=metrics.ranking_auc(map, truth),
+            contrast=metrics.contrast(map, truth),
+            pointing=metrics.pointing_game(map, truth),
+            mask_iou=metrics.mask_iou(map, truth),
+            imacs=metrics.imacs(map, truth),
+        )
+
+
+def add_detection(table: Columns, maps, sample: zoo.Sample, rng: np.random.Generator) -> None:
+    """Boxes of the same maps against the object's, and boxes that no map was needed for."""
+    size = tuple(sample.object.shape[-2:])
+    truth = [box_of(mask) for mask in sample.object[:, 0]]
+    for row, map in r2g_maps(maps).items():
+        for column, threshold in (("otsu", "otsu"), ("share", 0.4)):
+            boxes = [detect_box(x, size=size, threshold=threshold) for x in map]
+            table.add(row, **{column: metrics.box_iou(boxes, truth)})
+    others = [moved(truth[i], rng) for i in rng.permutation(len(truth))]
+    table.add("another object's box, elsewhere", otsu=metrics.box_iou(others, truth))
+    told = [box_of(mask) for mask in sample.mask[:, 0]]
+    table.add("the mask's own box (the model is told)", otsu=metrics.box_iou(told, truth))
 
 
 def box_of(mask: Tensor) -> Box:
@@ -124,22 +118,14 @@ def moved(box: Box, rng: np.random.Generator, size: int = data.SIZE) -> Box:
 # ----------------------------------------------------------------------------------------------------- correspondences
 
 
-def correspondence(setting: Setting) -> dict:
+def add_correspondence(table: Columns, maps, sample: zoo.Sample, scale: float) -> None:
     """SRAM's best and mean place against the true source, by layer and time."""
-    found = {}
-    for name in zoo.NAMES:
-        pipe, table = setting.load(name), Columns()
-        for sample in tasks(name, setting):
-            scale = sample.reference.shape[-1] / token_grid(pipe, sample)
-            _, maps = traced(pipe, sample, setting.steps, record="qk")
-            choices = {"default layers": {}, "finest decoder layers": dict(layers=FINE)}
-            choices |= {layer: dict(layers=layer) for layer in maps.recorded_layers}
-            choices |= {f"finest decoder layers, time {t}": dict(layers=FINE, times=t) for t in range(maps.time_groups)}
-            for row, options in choices.items():
-                add_errors(table, row, maps.match(**options), sample, scale)
-            add_chance(table, sample)
-        found[name] = {"unit": "px of the reference", "errors": table.intervals()}
-    return found
+    choices = {"default layers": {}, "finest decoder layers": dict(layers=FINE)}
+    choices |= {layer: dict(layers=layer) for layer in maps.recorded_layers}
+    choices |= {f"finest decoder layers, time {t}": dict(layers=FINE, times=t) for t in range(maps.time_groups)}
+    for row, options in choices.items():
+        add_errors(table, row, maps.match(**options), sample, scale)
+    add_chance(table, sample)
 
 
 def token_grid(pipe, sample) -> int:

@@ -31,7 +31,8 @@ def write(results: dict[str, dict], facts: dict, docs: Path) -> Path:
     sections = [HEADER.format(**facts)]
     for number, (key, section) in enumerate(SECTIONS.items()):
         if results.get(key):
-            text = section(results[key]).strip() + f"\n\n*n = {facts['measured'][key]} tasks.*"
+            counts = sorted({facts["measured"][part] for part in (key, *results[key]) if part in facts["measured"]})
+            text = section(results[key]).strip() + f"\n\n*n = {' and '.join(map(str, counts))} tasks.*"
         else:
             text = f"## {key}\n\nNot measured in this run."
         sections.append(text.strip().replace("## ", f"## {number}. ", 1))
@@ -46,9 +47,9 @@ def write(results: dict[str, dict], facts: dict, docs: Path) -> Path:
 USED = """
 ## Do the models use their reference?
 
-The same tasks with the right reference, with another task's, and with a grey one. A model that ignored its reference
-would score alike. Columns of the figures: reference, what the model is given (for `superres`, nothing but noise and
-places), its picture, the truth, its picture with a swapped reference.
+The same tasks with the right reference and with another task's. A model that ignored its reference would score alike.
+Columns of the figures: reference, what the model is given (for `superres`, nothing but noise and places), its picture,
+the truth, its picture with a swapped reference.
 """
 
 
@@ -85,8 +86,7 @@ def _localisation(found: dict) -> str:
         "imacs": "IMACS",
     }
     lines = [LOCALISATION]
-    for name, parts in found.items():
-        rows = parts["localisation"]
+    for name, rows in found.items():
         sides = {columns[key]: verdict(rows[COLUMN][key], rows[ROW][key], *"><=") for key in columns}
         says = ", ".join(f"{column} {side}" for column, side in sides.items())
         lines += [f"**{name}**", table(rows, columns, 2)]
@@ -106,8 +106,7 @@ object's box at a random place, and the box of the mask, which the model is told
 def _detection(found: dict) -> str:
     columns = {"otsu": "box IoU", "share": "box IoU at 0.4 of the maximum"}
     lines = [DETECTION]
-    for name, parts in found.items():
-        rows = parts["detection"]
+    for name, rows in found.items():
         says = verdict(rows[COLUMN]["otsu"], rows[ROW]["otsu"])
         lines += [f"**{name}**", table(rows, columns, 2), f"Finest decoder layers: R2G's box is {says} DAAM's."]
     return paragraphs(lines)
@@ -124,8 +123,8 @@ of cells whose best patch is within an eighth of the reference's side.
 
 def _correspondence(found: dict) -> str:
     lines = [CORRESPONDENCE]
-    for name, part in found.items():
-        rows = {shorten(row): x for row, x in part["errors"].items()}
+    for name, errors in found.items():
+        rows = {shorten(row): x for row, x in errors.items()}
         lines += [f"**{name}**", table(rows, {"best": "best", "mean": "mean", "pck": "PCK"}, 2)]
     return paragraphs([*lines, "![sources found and true](images/evidence-sram.png)"])
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import i2am
 from i2am import zoo
@@ -44,7 +45,7 @@ class Setting:
 def tasks(name: str, setting: Setting, split: str = "held-out", share: float = 1.0) -> Iterator[zoo.Sample]:
     """The batches of one task; the same for every part."""
     first = SEED if split == "held-out" else 2 * SEED
-    for i in range(max(round(setting.batches * share), 1)):
+    for i in tqdm(range(max(round(setting.batches * share), 1)), desc=f"{name}, {split}", unit="batch", leave=False):
         yield zoo.samples(name, setting.batch, split=split, seed=first + i)
 
 

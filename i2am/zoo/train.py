@@ -133,7 +133,7 @@ class Run:
         batch, size = len(sample.picture), sample.picture.shape[-1]
         origin = torch.randint(CANVAS - size, (batch, 2), generator=self.noise).float()
         prepared = self.pipe.prepare(sample.reference, origin)
-        count = round(ELSEWHERE * min(max((self.done - 0.6) / 0.25, 0), 1))  # first to look, then to tell apart
+        count = round(ELSEWHERE * min(max((self.done - 0.42) / 0.25, 0), 1))  # first to look, then to tell apart
         if count == 0:
             return prepared
         elsewhere = self._elsewhere(sample.reference, origin, size, count)
