@@ -90,6 +90,8 @@ def test_attention(benchmark, capsys, case):
     q, k, v = inputs(case)
     label = f"{H} heads, {Nq} × {Nk}, d {d}"
     calls = {name: lambda provider=provider: provider(q, k, v) for name, provider in providers.items()}
-    found = compare(benchmark, "op", label, calls, rounds=3 if H * Nq * Nk > 1 << 27 else 7)
+    found = compare(
+        benchmark, "op", label, calls, rounds=3 if H * Nq * Nk > 1 << 27 else 7, flops=4.0 * H * Nq * Nk * d
+    )
     show(capsys, label, found)
     inputs.cache_clear()

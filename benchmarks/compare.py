@@ -19,6 +19,7 @@ def compare(
     *,
     around: Mapping[str, Callable] | None = None,
     rounds: int = 7,
+    flops: float | None = None,
 ) -> dict[str, dict]:
     """Times every provider once a round, in turn, so that a neighbour on the machine slows them all.
 
@@ -26,6 +27,7 @@ def compare(
         table: which table of the report the case belongs to.
         providers: name → what to time; the first is the baseline.
         around: name → a context manager entered around a provider's call, and not timed.
+        flops: of the forward alone, whoever runs it: on a GPU the rate is reported, too.
 
     Returns:
         Name → ``seconds`` (median), ``ratio`` (median over rounds to the same round's baseline), ``lowest`` ratio and
@@ -55,6 +57,8 @@ def compare(
             "lowest": min(ratios),
             "extra_bytes": memory[name],
         }
+        if flops is not None and torch.cuda.is_available():
+            found[name]["tflops"] = flops / median(series) / 1e12
     benchmark.extra_info.update(table=table, case=case, providers=found)
     ours = "i2am" if "i2am" in providers else list(providers)[-1]
     with around.get(ours, nullcontext)():
@@ -78,4 +82,5 @@ def show(capsys, case: str, found: Mapping[str, dict]) -> None:
             print(
                 f"  {name:24s}{row['seconds'] * 1e3:10.1f} ms {row['ratio']:7.2f} ×  (lowest {row['lowest']:.2f})"
                 f" {row['extra_bytes'] / 2**20:8.0f} MiB"
+                + (f" {row['tflops']:7.1f} TFLOP/s" if "tflops" in row else "")
             )

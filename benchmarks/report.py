@@ -56,7 +56,7 @@ def write_csv(measured: dict, file: Path) -> None:
     if file.exists():
         with file.open(newline="") as source:
             kept = [row for row in csv.DictReader(source) if row["machine"] != key]
-    fields = ["machine", "date", "table", "case", "provider", "seconds", "ratio", "lowest", "extra_bytes"]
+    fields = ["machine", "date", "table", "case", "provider", "seconds", "ratio", "lowest", "extra_bytes", "tflops"]
     with file.open("w", newline="") as target:
         writer = csv.DictWriter(target, fields)
         writer.writeheader()
@@ -101,6 +101,8 @@ def _cell(found: dict | None) -> str:
     if found is None:
         return ""
     memory = f"{found['extra_bytes'] / 2**20:,.0f} MiB"
+    if "tflops" in found:
+        memory += f", {found['tflops']:.0f} TFLOP/s"
     if found.get("ratio") in (None, 1.0):
         seconds = found["seconds"]
         return f"{seconds * 1e3:.1f} ms, {memory}" if seconds < 1 else f"{seconds:.2f} s, {memory}"
