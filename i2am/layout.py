@@ -123,6 +123,7 @@ class Carried(NamedTuple):
     grid: Grid
     references: tuple[Reference, ...]
     queries: slice | Tensor = slice(None)
+    rolls: tuple[Tensor | None, ...] | None = None  # per reference [B, K, X]: from its keys to what they were made of
 
 
 def choose_layers(names: Iterable[str], layers: LayerFilter) -> list[str]:

@@ -23,7 +23,7 @@ from i2am.families import Family
 from i2am.guidance import Guidance
 from i2am.layout import Banked, Carried, Concatenated, Grid, LayerFilter, Reference, choose_layers
 from i2am.maps import AttributionMaps
-from i2am.ops import BACKENDS, Selection, accumulate
+from i2am.ops import BACKENDS, Selection, Sums, accumulate
 from i2am.record import Record, RecordOptions, check_limit, logger, mask_between, run_on_shapes
 from i2am.recorder import Recorder
 from i2am.seam import (
@@ -57,6 +57,7 @@ def trace(
     *,
     reference: Described = None,
     mode: str = "reference",
+    rollout: bool = False,
     guidance: str | int = "auto",
     output: str = "i2am",
     backend: str | None = None,
@@ -84,6 +85,8 @@ def trace(
         mode: "reference"; or "self" for a model without reference keys (channel concatenation, ControlNet): maps of the
             generated picture's attention to itself, which say what positions exchange information, never what came
             from the reference. They are named "self".
+        rollout: roll G2R and SRAM of an IP-Adapter Plus, or SD3's, back through its resampler to the image encoder's
+            patches: see :mod:`i2am.families.resampler`. Its few tokens have no layout of their own.
         guidance: "auto", "none" (every sample counts), or the index of the conditional part of the batch.
         output: "i2am": the fused op's output goes on into the model; "model": the model's own attention runs too, and
             its output goes on, so that images are bit-identical to an untraced run.
@@ -104,7 +107,8 @@ def trace(
     """
     from i2am.families.pipelines import read_pipeline
 
-    traced = read_pipeline(pipe, _references(reference), itself=_itself(mode, reference))
+    traced = read_pipeline(pipe, _references(reference), itself=_itself(mode, reference), rollout=rollout)
+    _check_rollout(rollout, record)
     return Tracer(
         traced.model,
         traced.family,
@@ -130,6 +134,7 @@ def patch_unet(
     num_steps: int | None = None,
     scheduler=None,
     mode: str = "reference",
+    rollout: bool = False,
     guidance: str | int = "auto",
     layers: LayerFilter = None,
     output: str = "i2am",
@@ -157,8 +162,8 @@ def patch_unet(
             by timestep, in equal ranges of [0, 1000).
         guidance: "auto": parts of the batch with identical latents are guidance ([uncond, cond], or InstructPix2Pix's
             [cond, image, uncond]); "none"; or the index of the conditional part.
-        mode, layers, output, backend, sram, canvas, record: as in :func:`trace`; ``record="qk"`` needs num_steps or
-            scheduler.
+        mode, rollout, layers, output, backend, sram, canvas, record: as in :func:`trace`; ``record="qk"`` needs
+            num_steps or scheduler.
 
     Returns:
         a :class:`Tracer`, already tracing.
@@ -169,10 +174,11 @@ def patch_unet(
     """
     from i2am.families.unet import read_unet
 
+    _check_rollout(rollout, record)
     _check_steps(num_steps, scheduler)
     return Tracer(
         unet,
-        read_unet(unet, _references(reference), itself=_itself(mode, reference)),
+        read_unet(unet, _references(reference), itself=_itself(mode, reference), rollout=rollout),
         clock=_clock(num_steps, scheduler),
         time_groups=time_groups,
         layers=layers,
@@ -193,6 +199,7 @@ def patch_transformer(
     num_steps: int | None = None,
     scheduler=None,
     mode: str = "reference",
+    rollout: bool = False,
     guidance: str | int = "auto",
     layers: LayerFilter = None,
     output: str = "i2am",
@@ -217,7 +224,8 @@ def patch_transformer(
         guidance: "auto": a call on the very tensor of the call before, at the same timestep, is the other half of
             guidance and does not count; "none": every call counts; or the index of the conditional call.
         canvas: as in :func:`trace`; None: the grid of the generated tokens.
-        time_groups, num_steps, scheduler, mode, layers, output, backend, sram, record: as in :func:`patch_unet`.
+        time_groups, num_steps, scheduler, mode, rollout, layers, output, backend, sram, record: as in
+            :func:`patch_unet`.
 
     Returns:
         a :class:`Tracer`, already tracing.
@@ -228,10 +236,11 @@ def patch_transformer(
     """
     from i2am.families.transformers import read_transformer
 
+    _check_rollout(rollout, record)
     _check_steps(num_steps, scheduler)
     return Tracer(
         transformer,
-        read_transformer(transformer, _references(reference), itself=_itself(mode, reference)),
+        read_transformer(transformer, _references(reference), itself=_itself(mode, reference), rollout=rollout),
         clock=_clock(num_steps, scheduler),
         time_groups=time_groups,
         layers=layers,
@@ -318,6 +327,13 @@ def patch_modules(
         canvas=canvas,
         record=record,
     )
+
+
+def _check_rollout(rollout: bool, record: Mapping[str, Any]) -> None:
+    if rollout and record.get("record") is not None:
+        raise ValueError(
+            "rollout=True rolls sums back, not recorded keys: register patches with sram= instead of record="
+        )
 
 
 def _check_steps(num_steps: int | None, scheduler) -> None:
@@ -579,12 +595,16 @@ class Tracer:
         group = scope.moment.group
         regions = self._sram.weights(carried.grid)
         tracks = self._recorder.open(layer.name, carried, q, k, queries, len(self._sram.names))
+        sums = [track.at(group) for track in tracks]
+        if carried.rolls is not None:
+            rolled = _RolledBack(carried, scope.conditional, k.shape[2], sums)
+            sums = rolled.sums
         with torch.no_grad():
             out, row_lse, col_lse = accumulate(
                 q,
                 k,
                 v,
-                sums=[track.at(group) for track in tracks],
+                sums=sums,
                 queries=carried.queries,
                 keys=[reference.tokens for reference in carried.references],
                 scale=call.scale,
@@ -592,6 +612,8 @@ class Tracer:
                 regions=None if regions is None else regions.to(q.device),
                 backend=self._backend,
             )
+            if carried.rolls is not None:
+                rolled.add()
         for track in tracks:
             track.counts[group] += 1
         if self._record.options.wants(scope.moment):
@@ -621,6 +643,38 @@ class Tracer:
         count = Selection.of(carried.queries, call.query.shape[2], "queries").count
         if carried.grid[0] * carried.grid[1] != count:
             raise ValueError(f"layer {layer.name}: {count} generated queries do not fill its grid {carried.grid}")
+
+
+class _RolledBack:
+    """Sums of one call over a reference's keys, to be added over what these keys were made of.
+
+    Args:
+        carried: with ``rolls [B, K, X]``.
+        samples: the conditional ones.
+        keys: number of keys of the call.
+        totals: where to add, over ``X``.
+    """
+
+    def __init__(self, carried: Carried, samples: slice, keys: int, totals: Sequence[Sums]):
+        self._rolls = [None if roll is None else roll[samples] for roll in carried.rolls]
+        self._totals = totals
+        self.sums = [
+            total if roll is None else _without_keys(total, reference.count(keys))
+            for total, roll, reference in zip(totals, self._rolls, carried.references, strict=True)
+        ]
+
+    def add(self) -> None:
+        for total, one, roll in zip(self._totals, self.sums, self._rolls, strict=True):
+            if roll is not None:
+                total.g2r.add_(torch.einsum("bhk,bkx->bhx", one.g2r, roll.to(one.g2r)))
+                if total.sram is not None:
+                    total.sram.add_(torch.einsum("bhrk,bkx->bhrx", one.sram, roll.to(one.sram)))
+
+
+def _without_keys(total: Sums, keys: int) -> Sums:
+    """Fresh sums over ``keys`` keys; those over queries stay where they are."""
+    sram = None if total.sram is None else total.sram.new_zeros(*total.sram.shape[:-1], keys)
+    return total._replace(g2r=total.g2r.new_zeros(*total.g2r.shape[:-1], keys), sram=sram)
 
 
 class _Registered:

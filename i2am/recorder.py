@@ -18,7 +18,7 @@ class Track:
     layer: str
     reference: Reference
     grid: Grid
-    keys: int  # all keys of the attention, of which K are the reference's
+    keys: int  # all keys of the attention, of which K are the reference's; in proportion where these are rolled back
     r2g: Tensor  # [T, B, H, Q]
     g2r: Tensor  # [T, B, H, K]
     mass: Tensor | None  # [T, B, H, Q]
@@ -56,7 +56,11 @@ class Recorder:
             ValueError: the call does not look like the earlier ones of this layer (batch, heads, grids).
         """
         share = any(reference.count(k.shape[2]) < k.shape[2] for reference in carried.references)
-        return [self._track(layer, carried.grid, r, q, k, queries, share, regions) for r in carried.references]
+        rolls = carried.rolls or [None] * len(carried.references)
+        return [
+            self._track(layer, carried.grid, r, q, k, queries, share, regions, roll)
+            for r, roll in zip(carried.references, rolls, strict=True)
+        ]
 
     def _track(
         self,
@@ -68,8 +72,11 @@ class Recorder:
         queries: int,
         share: bool,
         regions: int,
+        roll: Tensor | None,
     ) -> Track:
-        T, (B, H), K = self.time_groups, q.shape[:2], reference.count(k.shape[2])
+        T, (B, H), K, keys = self.time_groups, q.shape[:2], reference.count(k.shape[2]), k.shape[2]
+        if roll is not None:
+            keys, K = round(keys * roll.shape[-1] / K), roll.shape[-1]
         key = (layer, reference.name)
         track = self.tracks.get(key)
         if track is None:
@@ -81,7 +88,7 @@ class Recorder:
                 layer=layer,
                 reference=reference,
                 grid=grid,
-                keys=k.shape[2],
+                keys=keys,
                 r2g=zeros(queries),
                 g2r=zeros(K),
                 mass=zeros(queries) if share else None,

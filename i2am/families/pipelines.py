@@ -50,20 +50,23 @@ class Traced(NamedTuple):
     pixels: int  # of the output image per latent pixel (per token where latents are tokens)
 
 
-def read_pipeline(pipe, references: Sequence[Reference] | None, *, itself: bool = False) -> Traced:
+def read_pipeline(
+    pipe, references: Sequence[Reference] | None, *, itself: bool = False, rollout: bool = False
+) -> Traced:
     """Finds the denoising model of ``pipe`` and where the reference enters it.
 
     Args:
         pipe: a diffusers pipeline.
         references: as the caller describes them, or None.
         itself: trace the generated picture's attention to itself (``mode="self"``).
+        rollout: roll resampled tokens back to the image encoder's patches.
 
     Raises:
         ValueError: not a pipeline, or one whose reference never becomes attention keys.
     """
     transformer = getattr(pipe, "transformer", None)
     if hasattr(pipe, "scheduler") and isinstance(transformer, nn.Module):
-        return _read_transformer_pipeline(pipe, transformer, references, itself)
+        return _read_transformer_pipeline(pipe, transformer, references, itself, rollout)
     unet = getattr(pipe, "unet", None) or getattr(pipe, "image_unet", None)
     if not hasattr(pipe, "scheduler") or not isinstance(unet, nn.Module):
         raise ValueError(
@@ -78,16 +81,21 @@ def read_pipeline(pipe, references: Sequence[Reference] | None, *, itself: bool 
     if not (itself or told) and (encoder is None or text):
         raise ValueError(no_reference_keys(type(pipe).__name__, _why_not(pipe, unet)))
     family = read_unet(
-        unet, references, image_only=encoder is not None and not text, image_grid=_patch_grid(encoder), itself=itself
+        unet,
+        references,
+        image_only=encoder is not None and not text,
+        image_grid=_patch_grid(encoder),
+        itself=itself,
+        rollout=rollout,
     )
     pixels = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "movq_scale_factor", 1)
     return Traced(unet, family, lambda: _guidance_parts(pipe), pixels)
 
 
-def _read_transformer_pipeline(pipe, transformer: nn.Module, references, itself: bool) -> Traced:
+def _read_transformer_pipeline(pipe, transformer: nn.Module, references, itself: bool, rollout: bool) -> Traced:
     if getattr(pipe, "transformer_2", None) is not None:
         raise ValueError(f"{type(pipe).__name__} has two denoising models: trace one with i2am.patch_transformer")
-    family = read_transformer(transformer, references, itself=itself)
+    family = read_transformer(transformer, references, itself=itself, rollout=rollout)
     name = type(pipe).__name__
     known = any(fnmatch.fnmatchcase(name, pattern) for pattern in IN_CONTEXT)
     if not (itself or references or known or family.has_adapters()):

@@ -5,7 +5,9 @@ The joint call before it runs over ``[image ‖ text]``; that is what ``mode="se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from i2am.families import Forward
 from i2am.families.arguments import named_arguments
+from i2am.families.resampler import Rollout
 from i2am.families.unet import no_reference_keys
 from i2am.layout import SELF, Carried, Grid, Reference
 from i2am.seam import RunningLayer, eager, running_scope
@@ -25,12 +28,20 @@ class StableDiffusion3:
     batched_guidance = True
     latent_pixels = 1
 
-    def __init__(self, transformer: nn.Module, references: Sequence[Reference] | None = None, *, itself: bool = False):
+    def __init__(
+        self,
+        transformer: nn.Module,
+        references: Sequence[Reference] | None = None,
+        *,
+        itself: bool = False,
+        rollout: bool = False,
+    ):
         if references:
             raise ValueError("SD3's text tokens encode no reference: load its IP-Adapter, which needs no description")
         self.transformer = transformer
         self.itself = itself
         self._grid: Grid = (0, 0)
+        self._rollout = Rollout(transformer.image_proj) if rollout else None
 
     def has_adapters(self) -> bool:
         """Whether an IP-Adapter is loaded."""
@@ -61,6 +72,8 @@ class StableDiffusion3:
         return None
 
     def watch(self) -> Iterable[RemovableHandle]:
+        if self._rollout is not None:
+            yield from self._rollout.watch()
         for module in () if self.itself else self._adapters().values():
             yield module.processor.to_k_ip.register_forward_pre_hook(eager(lambda _, args: self._announce(args[0])))
 
@@ -76,4 +89,16 @@ class StableDiffusion3:
         if scope is not None and scope.layers:
             own = self._grid[0] * self._grid[1]
             reference = Reference(tokens=slice(own, own + embeds.shape[-2]), name="ip_adapter")
-            scope.layers[-1].carries = Carried(self._grid, (reference,))
+            rolls = None
+            if self._rollout is not None:
+                rolls = (self._rollout.matrix,)
+                reference = replace(reference, grid=square(rolls[0].shape[-1]))
+            scope.layers[-1].carries = Carried(self._grid, (reference,), rolls=rolls)
+
+
+def square(tokens: int) -> Grid:
+    """SigLIP's patches, which have no class token and lie on a square."""
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"{tokens} image tokens are no square of patches")
+    return side, side

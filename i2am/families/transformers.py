@@ -26,7 +26,7 @@ FAMILIES: dict[str, type[JointTransformer | StableDiffusion3 | Wan]] = {
 
 
 def read_transformer(
-    transformer: nn.Module, references: Sequence[Reference] | None, *, itself: bool = False
+    transformer: nn.Module, references: Sequence[Reference] | None, *, itself: bool = False, rollout: bool = False
 ) -> JointTransformer | StableDiffusion3 | Wan:
     """The family of a transformer.
 
@@ -34,6 +34,7 @@ def read_transformer(
         transformer: the model.
         references: keys among the text tokens that encode a reference, or None.
         itself: trace the generated tokens' attention to each other (``mode="self"``).
+        rollout: roll SD3's resampled tokens back to its image encoder's patches.
 
     Raises:
         ValueError: its tokens' layout is not known.
@@ -45,4 +46,8 @@ def read_transformer(
             f"i2am does not know where {name} keeps its reference; it knows {', '.join(FAMILIES)}. For attention "
             "modules with to_q, to_k and heads use i2am.patch_modules"
         )
-    return FAMILIES[name](transformer, references, itself=itself)
+    if not rollout:
+        return FAMILIES[name](transformer, references, itself=itself)
+    if FAMILIES[name] is not StableDiffusion3:
+        raise ValueError(f"rollout=True needs an adapter with a resampler, and i2am knows none of {name}")
+    return StableDiffusion3(transformer, references, itself=itself, rollout=True)

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from i2am.families import Forward
 from i2am.families.arguments import argument
+from i2am.families.resampler import KINDS, Rollout
 from i2am.layout import QUERIES, Banked, Carried, Concatenated, Grid, Reference
 from i2am.seam import RunningLayer, eager, refuse_compiled, running_scope
 
@@ -97,9 +98,16 @@ class IPAdapter(UNetFamily):
         unet: with IP-Adapter weights loaded.
         references: one description per adapter; None: read from the projection layers.
         image_grid: grid of the image encoder's patches, where it is known.
+        rollout: roll resampled tokens back to the encoder's patches.
     """
 
-    def __init__(self, unet: nn.Module, references: Sequence[Reference] | None, image_grid: Grid | None = None):
+    def __init__(
+        self,
+        unet: nn.Module,
+        references: Sequence[Reference] | None,
+        image_grid: Grid | None = None,
+        rollout: bool = False,
+    ):
         super().__init__(unet)
         self.projections = list(unet.encoder_hid_proj.image_projection_layers)
         if references is not None and len(references) != len(self.projections):
@@ -107,6 +115,11 @@ class IPAdapter(UNetFamily):
         self.references = references
         self.image_grid = image_grid
         self.images = [1] * len(self.projections)  # per adapter, of the running forward
+        resampled = {i: p for i, p in enumerate(self.projections) if type(p).__name__ in KINDS}
+        if rollout and not resampled:
+            kinds = ", ".join(type(p).__name__ for p in self.projections)
+            raise ValueError(f"rollout=True needs an adapter with a resampler (IP-Adapter Plus), there is {kinds}")
+        self.rollouts = {i: Rollout(p) for i, p in resampled.items()} if rollout else {}
 
     def layers(self) -> dict[str, nn.Module]:
         return {name: m for name, m in super().layers().items() if hasattr(m.processor, "to_k_ip")}
@@ -122,6 +135,8 @@ class IPAdapter(UNetFamily):
 
     def watch(self) -> Iterable[RemovableHandle]:
         yield from super().watch()
+        for rollout in self.rollouts.values():
+            yield from rollout.watch()
         for module in self.layers().values():
             for adapter, to_k in enumerate(module.processor.to_k_ip):
                 announce = eager(lambda _, args, adapter=adapter: self._announce(adapter, args[0]))
@@ -140,12 +155,16 @@ class IPAdapter(UNetFamily):
             image = layer.images.get(adapter, 0)
             layer.images[adapter] = image + 1
             carried = [(image, 0)]
-        references = []
+        references, rolls = [], []
+        roll = None
+        if adapter in self.rollouts:
+            roll = self.rollouts[adapter].matrix.unflatten(0, (-1, self.images[adapter]))  # [B, images, T, X]
         for image, start in carried:
-            reference = self._reference(adapter, image, T)
-            reference.check(T)
+            reference = self._reference(adapter, image, T if roll is None else roll.shape[-1])
+            reference.check(T if roll is None else roll.shape[-1])
             references.append(replace(reference, tokens=slice(start, start + T)))
-        layer.carries = Carried(grid_of(layer), tuple(references))
+            rolls.append(None if roll is None else roll[:, image])
+        layer.carries = Carried(grid_of(layer), tuple(references), rolls=None if roll is None else tuple(rolls))
 
     def _reference(self, adapter: int, image: int, T: int) -> Reference:
         if self.references is not None:
@@ -153,7 +172,7 @@ class IPAdapter(UNetFamily):
             name = reference.name
         else:
             full = type(self.projections[adapter]).__name__ == "IPAdapterFullImageProjection"
-            reference = clip_tokens(T, self.image_grid) if full else Reference()
+            reference = clip_tokens(T, self.image_grid) if full or adapter in self.rollouts else Reference()
             name = "ip_adapter" if len(self.projections) == 1 else f"ip_adapter_{adapter}"
         if self.images[adapter] > 1:
             name += f".image_{image}"
@@ -167,6 +186,7 @@ def read_unet(
     image_only: bool = False,
     image_grid: Grid | None = None,
     itself: bool = False,
+    rollout: bool = False,
 ) -> UNetFamily:
     """The family of a UNet.
 
@@ -176,6 +196,7 @@ def read_unet(
         image_only: a pipeline says that the context is the reference image and nothing else.
         image_grid: grid of the pipeline's image encoder.
         itself: trace self-attention as it is (``mode="self"``).
+        rollout: roll an IP-Adapter Plus' tokens back through its resampler.
 
     Raises:
         ValueError: no attention key encodes a reference, or it can't be told which do; says what to write.
@@ -193,7 +214,9 @@ def read_unet(
         return read_self_attention(unet, None if itself else references)
     name = type(unet).__name__
     if has_ip_adapter(unet):
-        return IPAdapter(unet, references, image_grid)
+        return IPAdapter(unet, references, image_grid, rollout)
+    if rollout:
+        raise ValueError(f"rollout=True needs an adapter with a resampler, but this {name} has no IP-Adapter")
     if added_key_attentions(unet):
         return AddedKeys(unet, references)
     if not attentions(unet):

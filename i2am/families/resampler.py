@@ -1,0 +1,62 @@
+"""Back through a resampler: from the few tokens that it makes of an image to the encoder's patches.
+
+A resampler's blocks attend from ``T`` learned latents to ``[X image tokens ‖ T latents]``. Attention rollout (Abnar &
+Zuidema, ACL 2020, arXiv 2005.00928), with half of each block's attention and half of its residual, heads averaged:
+
+``R ← ½·(A[:, :X] + A[:, X:]·R) + ½·R`` from ``R = 0``, rows made to sum to 1 at the end (what stays on the learned
+latents says nothing of the image). A map over the ``T`` tokens times ``R`` is a map over the ``X`` image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from i2am.seam import eager, running_scope
+
+KINDS = ("IPAdapterPlusImageProjection", "IPAdapterTimeImageProjection")
+
+
+class Rollout:
+    """Follows one resampler while it runs; ``matrix`` is ``[images, T, X]`` of its last run.
+
+    Args:
+        resampler: of an IP-Adapter Plus or SD3's.
+    """
+
+    def __init__(self, resampler: nn.Module):
+        self.resampler = resampler
+        self.matrix: Tensor | None = None
+        self._query: Tensor | None = None
+
+    def watch(self) -> Iterable[RemovableHandle]:
+        yield self.resampler.register_forward_pre_hook(eager(self._begin))
+        for block in self.resampler.layers:
+            attn = block.attn
+            key = attn.to_kv if getattr(attn, "to_k", None) is None else attn.to_k
+            yield attn.to_q.register_forward_hook(eager(self._see_query))
+            yield key.register_forward_hook(eager(lambda _, args, out, attn=attn: self._see_key(attn, out)))
+        yield self.resampler.register_forward_hook(eager(self._end))
+
+    def _begin(self, *_) -> None:
+        self.matrix = None
+
+    def _see_query(self, module: nn.Module, args: tuple, query: Tensor) -> None:
+        self._query = query
+
+    def _see_key(self, attn: nn.Module, key: Tensor) -> None:
+        if running_scope() is None:
+            return
+        q, key = self._query, key[..., : self._query.shape[-1]]  # a fused projection gives values behind the keys
+        T, X = q.shape[1], key.shape[1] - q.shape[1]
+        q, k = (x.detach().float().unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, key))
+        A = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)  # [images, T, X + T]
+        R = A.new_zeros(A.shape[0], T, X) if self.matrix is None else self.matrix
+        self.matrix = (A[..., :X] + A[..., X:] @ R + R) / 2
+
+    def _end(self, *_) -> None:
+        self._query = None
+        if self.matrix is not None:
+            self.matrix = self.matrix / self.matrix.sum(-1, keepdim=True)
