@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +19,7 @@ from i2am.levels import (
     Picks,
     RecordedRegions,
     RegisteredRegion,
+    Remembered,
     RunningSums,
     Source,
     area,
@@ -217,9 +218,22 @@ class AttributionMaps:
             reverse: where every cell of a grid over the *reference* went, ``[B, rows·columns, h, w]``.
             options, raises: as :meth:`sram`.
         """
-        if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
-            raise ValueError(f"grid must be (rows, columns), both positive, got {grid!r}")
-        return self._regions(cells(grid), grid[0] * grid[1], level=level, reverse=reverse, **options)
+        return self._regions(*_cells(grid), level=level, reverse=reverse, **options)
+
+    def correspondences(self, grid: Grid = (16, 16), *, reverse: bool = False) -> Callable[..., Tensor]:
+        """:meth:`correspondence` for many questions: ``ask(level=, layers=, times=, heads=, …)``.
+
+        The attention of a layer is recomputed once, for all its heads and times, and remembered until another layer is
+        asked: go layer by layer.
+        """
+        weights, count = _cells(grid)
+        source = Remembered(self._recorded(weights, count, reverse))
+
+        def ask(*, level: str | None = None, **options) -> Tensor:
+            maps = self._read("r2g" if reverse else "g2r", level, source=source, **options)
+            return maps.unflatten(0, (self.batch, count))
+
+        return ask
 
     def match(self, **options) -> Match:
         """For each generated token of the finest chosen grid, where on the reference it looked, and how surely.
@@ -470,6 +484,13 @@ class _RecordFile(NamedTuple):
             Entry(layer, reference, group, scale, file=path.parent / file if file else path, keys=keys)
             for layer, reference, group, scale, file, keys in header["entries"]
         ]
+
+
+def _cells(grid: Grid) -> tuple[Weights, int]:
+    """Weights of every cell of a grid, and how many there are."""
+    if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+        raise ValueError(f"grid must be (rows, columns), both positive, got {grid!r}")
+    return cells(grid), grid[0] * grid[1]
 
 
 def _copy(x: Tensor | None) -> Tensor | None:

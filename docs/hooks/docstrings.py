@@ -1,4 +1,4 @@
-"""Docstrings are written for `help()`, with roles and literal blocks of reStructuredText: as Markdown, their marks go."""
+"""Docstrings are written for `help()`: where they become Markdown, the marks of reStructuredText go."""
 
 import re
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from i2am import plot
@@ -21,7 +22,7 @@ from i2am.evaluate.scores import MEANING, score
 from i2am.layout import Grid, LayerFilter
 from i2am.maps import AttributionMaps
 from i2am.record import parse_size, show_size, write_atomically
-from i2am.report.data import Arrays, Axes, Plan, choose_plan, level_maps, picked, readings, rows, shrunk
+from i2am.report.data import Arrays, Axes, Plan, choose_plan, level_maps, picked, rows
 from i2am.report.data import key as key_of
 from i2am.versions import versions
 
@@ -30,6 +31,7 @@ PICTURE_SIDE = 1024  # pixels of an embedded image, at most
 LOSSLESS = 1_000_000  # bytes: an image that takes more as PNG is embedded as JPEG
 REST = 600_000  # bytes kept free for styles, script, colour maps and settings
 BASE64 = 4 / 3
+REGION_SIDE = 32  # tokens of a registered patch's map, on the longer side
 RECORD_HINT = 'Trace with record="qk" to ask any patch here.'
 
 
@@ -111,7 +113,9 @@ def _parts(
     directions = ["r2g", *(["g2r"] if has_g2r else []), *(["mass"] if _has(maps, "mass", options)[0] else [])]
     levels = {d: level_maps(maps, axes, d, plan.order, index, arrays, **options) for d in directions}
     regions = _regions(maps, axes, plan, index, arrays, options) if has_g2r else {}
-    with tqdm(total=len(cells) * readings(axes, plan.order), desc="report", disable=not progress, leave=False) as bar:
+    with tqdm(
+        total=len(cells) * len(axes.layers), desc="report", unit="layer", disable=not progress, leave=False
+    ) as bar:
         asked = {
             side: rows(maps, axes, grid, plan, index, arrays, bar.update, reverse=side == "reference", **options)
             for side, grid in cells.items()
@@ -135,13 +139,16 @@ def _has(maps: AttributionMaps, direction: str, options: dict) -> tuple[bool, st
 def _regions(maps, axes: Axes, plan: Plan, index: int, arrays: Arrays, options: dict) -> dict[str, dict]:
     """SRAM of the registered regions, by name."""
 
-    def ask(region):
-        return lambda level, **chosen: maps.sram(region, level=level, **chosen, **options)[index]
+    size = tuple(maps.ulam("g2r", layers=list(axes.layers), **options).shape[-2:])
+    found: dict[str, dict] = {}
+    for name in maps.regions:
 
-    return {
-        name: {key_of(pick): arrays.add_rows(shrunk(x, 32)[None]) for pick, x in picked(ask(name), axes, plan.order)}
-        for name in maps.regions
-    }
+        def ask(level: str | None, region: str = name, **chosen) -> Tensor:
+            return maps.sram(region, level=level, **chosen, **options)[index]
+
+        kept = picked(ask, axes, plan.order, size, REGION_SIDE)
+        found[name] = {key_of(pick): arrays.add_rows(x[None]) for pick, x in kept}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- small parts

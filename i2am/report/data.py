@@ -11,7 +11,6 @@ import zlib
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -139,51 +138,46 @@ def fitted(grid: Grid, side: int) -> Grid:
     return grid if longer <= side else tuple(max(round(n * side / longer), 1) for n in grid)
 
 
-def picked(ask: Ask, axes: Axes, order: int) -> Iterator[tuple[Pick, np.ndarray]]:
+def picked(
+    ask: Ask, axes: Axes, order: int, size: Grid, side: int, tick: Callable[[], Any] = lambda: None
+) -> Iterator[tuple[Pick, np.ndarray]]:
     """Every pick of at most ``order``, with its maps ``[..., h, w]``; picks in which nothing ran are left out.
 
+    Goes through the layers once: a layer's own picks are on its own grid; what has no layer picked is the mean over
+    layers on the common grid, the last step of every level.
+
     Args:
-        ask: ``ask(level, layers=, times=)`` → ``[...]`` or, at a level, ``[..., G, h, w]``. A layer is read on its own
-            grid.
+        ask: ``ask(level, layers=, times=, size=)`` → ``[...]`` or, at a level, ``[..., G, h, w]``.
+        size: the common grid.
+        side: tokens on the longer side that are kept; finer maps are averaged.
+        tick: called after every layer.
     """
-    names, everything = axes.layers, list(axes.layers)
-    first = iter([((None, None, None), ask(None, layers=everything))])
-    for pick, values in chain(first, _singles(ask, axes, everything, order), _combined(ask, axes, names, order)):
-        if values.isfinite().all():
-            yield pick, values.numpy()
+    totals: dict[Pick, np.ndarray] = {}
+    ran: dict[Pick, int] = {}
+    for i, name in enumerate(axes.layers):
+        for t, h, own in _of_layer(ask, axes, order - 1, layers=name):
+            yield (t, h, i), shrunk(own, side)
+        for t, h, common in _of_layer(ask, axes, order, layers=name, size=size):
+            pick, values = (t, h, None), shrunk(common, side)
+            totals[pick] = totals[pick] + values if pick in totals else values
+            ran[pick] = ran.get(pick, 0) + 1
+        tick()
+    yield from ((pick, total / ran[pick]) for pick, total in totals.items())
 
 
-def _singles(ask: Ask, axes: Axes, everything: list[str], order: int) -> Iterator[tuple[Pick, Tensor]]:
-    if order < 1:
-        return
-    yield from (((t, None, None), x) for t, x in enumerate(_groups(ask("time", layers=everything))))
-    if axes.heads:
-        yield from (((None, h, None), x) for h, x in enumerate(_groups(ask("head", layers=everything))))
-    yield from (((None, None, i), ask(None, layers=name)) for i, name in enumerate(axes.layers))
-
-
-def _combined(ask: Ask, axes: Axes, names: tuple[str, ...], order: int) -> Iterator[tuple[Pick, Tensor]]:
-    if order >= 2 and axes.heads:
+def _of_layer(ask: Ask, axes: Axes, order: int, **options) -> Iterator[tuple[int | None, int | None, np.ndarray]]:
+    """(time group, head, maps) of one layer, at most ``order`` of the two fixed; only what ran."""
+    found: list[tuple[int | None, int | None, Tensor]] = []
+    heads = range(axes.heads)
+    if order >= 0:
+        found.append((None, None, ask(None, **options)))
+    if order >= 1:
+        found += [(t, None, x) for t, x in enumerate(ask("time", **options).unbind(-3))]
+        found += zip([None] * axes.heads, heads, ask("head", **options).unbind(-3), strict=True) if heads else ()
+    if order >= 2 and heads:
         for t in range(axes.times):
-            maps = _groups(ask("head", layers=list(names), times=t))
-            yield from (((t, h, None), x) for h, x in enumerate(maps))
-    for i, name in enumerate(names if order >= 2 else ()):
-        yield from (((t, None, i), x) for t, x in enumerate(_groups(ask("time", layers=name))))
-        if not axes.heads:
-            continue
-        yield from (((None, h, i), x) for h, x in enumerate(_groups(ask("head", layers=name))))
-        for t in range(axes.times if order >= 3 else 0):
-            yield from (((t, h, i), x) for h, x in enumerate(_groups(ask("head", layers=name, times=t))))
-
-
-def readings(axes: Axes, order: int) -> int:
-    """How often :func:`picked` asks."""
-    H, L, T = bool(axes.heads), len(axes.layers), axes.times
-    return sum([1, 1 + H + L, H * T + L + H * L, H * T * L][: order + 1])
-
-
-def _groups(maps: Tensor) -> list[Tensor]:
-    return list(maps.unbind(-3))
+            found += zip([t] * axes.heads, heads, ask("head", times=t, **options).unbind(-3), strict=True)
+    yield from ((t, h, x.numpy()) for t, h, x in found if x.isfinite().all())
 
 
 def key(pick: Pick) -> str:
@@ -191,19 +185,21 @@ def key(pick: Pick) -> str:
     return ",".join("*" if n is None else str(n) for n in pick)
 
 
-def level_maps(maps: AttributionMaps, axes: Axes, direction: str, order: int, index: int, arrays: Arrays, **options):
+def level_maps(
+    maps: AttributionMaps, axes: Axes, direction: str, order: int, index: int, arrays: Arrays, **options
+) -> dict[str, Any]:
     """A direction's maps for every pick, kept in ``arrays``: ``{pick: where}``.
 
     Raises:
         ValueError: there is no such map, as the maps say.
     """
-
     read = {None: maps.ulam, "time": maps.tlam, "head": maps.hlam}
 
     def ask(level: str | None, **chosen) -> Tensor:
         return read[level](direction, **chosen, **options)[index]
 
-    return {key(pick): arrays.add_map(shrunk(x, MAP_SIDE)) for pick, x in picked(ask, axes, order)}
+    size = tuple(ask(None, layers=list(axes.layers)).shape[-2:])
+    return {key(pick): arrays.add_map(x) for pick, x in picked(ask, axes, order, size, MAP_SIDE)}
 
 
 def rows(
@@ -221,18 +217,17 @@ def rows(
     """Rows of the attention for every pick: SRAM of each cell of ``grid``, or the reverse.
 
     Args:
-        tick: called for every reading, for a progress bar.
+        tick: called after every layer, for a progress bar.
     """
+    answer = maps.correspondences(grid, reverse=reverse)
 
     def ask(level: str | None, **chosen) -> Tensor:
-        found = maps.correspondence(grid, level=level, reverse=reverse, **chosen, **options)[index]
-        tick()
-        return found
+        return answer(level=level, **chosen, **options)[index]
 
-    slices = {}
-    for pick, values in picked(ask, axes, plan.order):
-        slices[key(pick)] = arrays.add_rows(shrunk(values, plan.side))
-    return {"cells": list(grid), "slices": slices}
+    direction = "r2g" if reverse else "g2r"
+    size = tuple(maps.ulam(direction, layers=list(axes.layers), **options).shape[-2:])
+    found = picked(ask, axes, plan.order, size, plan.side, tick)
+    return {"cells": list(grid), "slices": {key(pick): arrays.add_rows(values) for pick, values in found}}
 
 
 def shrunk(values: np.ndarray, side: int) -> np.ndarray:
