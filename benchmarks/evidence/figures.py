@@ -101,14 +101,15 @@ def imacs(found: dict, images: Path) -> None:
     """evidence-imacs.png: IMACS and error along training."""
     if not found["runs"]:
         return
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axes = figure.subplots(1, 2)
+    keys = ("IMACS of R2G", "IMACS of G2R", "inside / outside of R2G, finest")
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(keys))
     for run, part in found["runs"].items():
         points = part["points"]
-        for ax, key in zip(axes, ("r2g", "g2r"), strict=True):
-            rho = part["rho"][f"{key} against error"][0]
+        for ax, key in zip(axes, keys, strict=True):
+            rho = part["rho"][key]["error"][0]
             ax.plot([p[key] for p in points], [p["error"] for p in points], "o-", ms=4, label=f"{run}: ρ = {rho:.2f}")
-            ax.set(xlabel=f"IMACS of {key.upper()}", ylabel="error on the object", yscale="log")
+            ax.set(xlabel=key, ylabel="error on the object", yscale="log")
             ax.legend(frameon=False)
     _save(figure, images / "evidence-imacs.png")
 

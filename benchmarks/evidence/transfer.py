@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -33,12 +31,30 @@ GRID = 16  # cells a side, of the picture and of the reference
 # ------------------------------------------------------------------------------------------------------------- IMACS
 
 
+QUALITIES = ("error", "ssim")
+SCORES = {
+    "IMACS of R2G": lambda maps, sample: metrics.imacs(maps.ulam("r2g"), sample.mask[:, 0]),
+    "IMACS of G2R": lambda maps, sample: metrics.imacs(maps.ulam("g2r"), sample.reference_object[:, 0]),
+    "IMACS of R2G, finest": lambda maps, sample: metrics.imacs(maps.ulam("r2g", layers=FINE), sample.mask[:, 0]),
+    "IMACS of G2R, finest": lambda maps, sample: metrics.imacs(
+        maps.ulam("g2r", layers=FINE), sample.reference_object[:, 0]
+    ),
+    "inside / outside of R2G, finest": lambda maps, sample: metrics.contrast(
+        maps.ulam("r2g", layers=FINE), sample.mask[:, 0]
+    ),
+    "inside / outside of G2R, finest": lambda maps, sample: metrics.contrast(
+        maps.ulam("g2r", layers=FINE), sample.reference_object[:, 0]
+    ),
+}
+
+
 def imacs_and_quality(setting: Setting) -> dict:
     """IMACS beside error and SSIM: over the checkpoints of training runs, and over the pictures of a finished model."""
     found = {"runs": {}, "pictures": {}}
     for name in INPAINTING:
         found["pictures"][name] = _correlations(_scores(setting.load(name), name, setting))
-    for folder in sorted(p for p in (setting.checkpoints or Path("/nowhere")).glob("*") if p.is_dir()):
+    folders = sorted(p for p in setting.checkpoints.glob("*") if p.is_dir()) if setting.checkpoints else []
+    for folder in folders:
         files = sorted(folder.glob("snapshot-*.safetensors"))
         name = folder.name.split("-")[0]
         if name not in INPAINTING or len(files) < 3:
@@ -48,28 +64,24 @@ def imacs_and_quality(setting: Setting) -> dict:
             pipe, facts = read(file)
             scores = _scores(pipe, name, setting, share=0.25)
             points.append(facts | {key: sum(x) / len(x) for key, x in scores.items()})
-        scores = {key: [p[key] for p in points] for key in ("r2g", "g2r", "error", "ssim")}
+        scores = {key: [p[key] for p in points] for key in (*SCORES, *QUALITIES)}
         found["runs"][folder.name] = {"points": points, "rho": _correlations(scores)}
     return found
 
 
 def _scores(pipe, name: str, setting: Setting, share: float = 1.0) -> dict[str, list[float]]:
-    scores = {"r2g": [], "g2r": [], "error": [], "ssim": []}
+    scores: dict[str, list[float]] = {key: [] for key in (*SCORES, *QUALITIES)}
     for sample in tasks(name, setting, share=share):
         pictures, maps = traced(pipe, sample, setting.steps)
-        scores["r2g"] += metrics.imacs(maps.ulam("r2g"), sample.mask[:, 0]).tolist()
-        scores["g2r"] += metrics.imacs(maps.ulam("g2r"), sample.reference_object[:, 0]).tolist()
+        for key, score in SCORES.items():
+            scores[key] += score(maps, sample).tolist()
         scores["error"] += masked_error(pictures, sample).tolist()
         scores["ssim"] += masked_ssim(pictures, sample).tolist()
     return scores
 
 
-def _correlations(scores: dict[str, list[float]]) -> dict[str, list[float]]:
-    return {
-        f"{map} against {quality}": rank_correlation(scores[map], scores[quality])
-        for map in ("r2g", "g2r")
-        for quality in ("error", "ssim")
-    }
+def _correlations(scores: dict[str, list[float]]) -> dict[str, dict[str, list[float]]]:
+    return {key: {q: rank_correlation(scores[key], scores[q]) for q in QUALITIES} for key in SCORES}
 
 
 # ------------------------------------------------------------------------------------------------------------ levels

@@ -133,7 +133,7 @@ class Run:
         batch, size = len(sample.picture), sample.picture.shape[-1]
         origin = torch.randint(CANVAS - size, (batch, 2), generator=self.noise).float()
         prepared = self.pipe.prepare(sample.reference, origin)
-        count = round(ELSEWHERE * min(max((self.done - 0.42) / 0.25, 0), 1))  # first to look, then to tell apart
+        count = round(ELSEWHERE * min(max((self.done - 0.4) / 0.2, 0), 1))  # first to look, then to tell apart
         if count == 0:
             return prepared
         elsewhere = self._elsewhere(sample.reference, origin, size, count)
@@ -141,12 +141,14 @@ class Run:
 
     def _elsewhere(self, reference: Tensor, origin: Tensor, size: int, count: int) -> Tensor:
         """Tokens of other pictures at other places of a large canvas, half of them near."""
+        pixels = self.pipe.image_encoder.config.patch_size * self.pipe.image_encoder.config.stride
         shape = (len(origin), count, 2)
-        near = origin[:, None] + size * (8 * torch.rand(shape, generator=self.noise) - 4)
-        far = CANVAS * torch.rand(shape, generator=self.noise)
-        places = torch.where(torch.arange(count)[:, None] % 2 == 0, near, far)
-        offset = places - origin[:, None]
-        places = places + size * ((offset > -8) & (offset < size + 8)).all(-1, keepdim=True) * 2.0
+        near = size * (8 * torch.rand(shape, generator=self.noise) - 4)
+        far = CANVAS * torch.rand(shape, generator=self.noise) - origin[:, None]
+        offset = torch.where(torch.arange(count)[:, None] % 2 == 0, near, far)
+        offset = (offset / pixels).floor() * pixels + pixels / 2  # where a larger picture has patches: no alias escapes
+        inside = ((offset > 0) & (offset < size)).all(-1, keepdim=True)
+        places = origin[:, None] + offset + size * inside
         patch = self.pipe.image_encoder.config.patch_size
         patches = reference.roll(1, 0).unfold(2, patch, patch).unfold(3, patch, patch).flatten(2, 3)  # [B, 3, N, p, p]
         chosen = patches[:, :, torch.randint(patches.shape[2], (count,), generator=self.noise)]
