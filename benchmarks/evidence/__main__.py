@@ -87,15 +87,12 @@ def gathered(results: dict[str, dict]) -> dict[str, dict]:
 
 def draw(setting: Setting, results: dict, images: Path) -> None:
     """Every figure whose part was measured."""
-    for part, figure in {"used": figures.samples, "localisation": figures.localisation,
-                         "correspondence": figures.correspondence}.items():  # fmt: skip
+    figures.samples(setting, images, results.get("used", ()))
+    for part, figure in {"localisation": figures.localisation, "correspondence": figures.correspondence}.items():
         if part in results:
             figure(setting, images)
-    for part, figure in {
-        "imacs": figures.imacs,
-        "levels": figures.levels,
-        "faithfulness": figures.faithfulness,
-    }.items():
+    of_numbers = {"imacs": figures.imacs, "levels": figures.levels, "faithfulness": figures.faithfulness}
+    for part, figure in of_numbers.items():
         if results.get(part):
             figure(results[part], images)
 

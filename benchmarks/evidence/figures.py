@@ -45,7 +45,7 @@ def _rows(columns: list[Tensor], which: range) -> Tensor:
 
 
 def localisation(setting: Setting, images: Path) -> None:
-    """evidence-localisation.png: maps that compete, with found (dashed) and true boxes."""
+    """evidence-localisation.png: maps that compete, with found (dashed) and true boxes; square roots."""
     rows = []
     for name in INPAINTING:
         sample = next(tasks(name, setting))
@@ -57,16 +57,16 @@ def localisation(setting: Setting, images: Path) -> None:
     for line, (sample, pictures, maps, i) in zip(axes, rows, strict=True):
         for ax, x, title in ((line[0], sample.reference, "reference"), (line[1], pictures, "generated")):
             ax.imshow(_image(x[i]))
-            _title(ax, title, line is axes[0])
+            _title(ax, title)
         truth = box_of(sample.object[i, 0])
         for ax, name in zip(line[2:], names, strict=True):
             map = F.interpolate(maps[name][i : i + 1, None], sample.object.shape[-2:], mode="bicubic")[0, 0]
-            ax.imshow(map, cmap="magma")
+            ax.imshow(map.clamp_min(0).sqrt(), cmap="magma")  # R2G's peaks would hide the rest
             _box(ax, truth, "-", "white")
             found = detect_box(maps[name][i], size=tuple(map.shape))
             if found is not None:
                 _box(ax, found, "--", "cyan")
-            _title(ax, name.replace(", ", ",\n").replace(" (", "\n("), line is axes[0])
+            _title(ax, name.replace(", ", ",\n").replace(" (", "\n("))
         for ax in line:
             ax.set(xticks=[], yticks=[])
     _save(figure, images / "evidence-localisation.png")
@@ -93,7 +93,7 @@ def correspondence(setting: Setting, images: Path) -> None:
         for ax, x, title in zip(line, shown, titles, strict=True):
             ax.imshow(x)
             ax.set(xticks=[], yticks=[])
-            _title(ax, title, line is axes[0])
+            _title(ax, title)
     _save(figure, images / "evidence-sram.png")
 
 
@@ -129,7 +129,7 @@ def levels(found: dict, images: Path) -> None:
         ax.axvline(1, color="grey", lw=0.8)
         labels = [x.split(".transformer")[0].replace(".attentions", "") for x in layers]
         ax.set(yticks=at, yticklabels=labels, title=name)
-        ax.invert_yaxis()
+    axes[0].invert_yaxis()  # both: they share it
     axes[0].legend(frameon=False, fontsize=8)
     _save(figure, images / "evidence-layers.png")
 
@@ -138,14 +138,16 @@ def faithfulness(found: dict, images: Path) -> None:
     """evidence-faithfulness.png: change of the output as cells go, in each order."""
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     axes = figure.subplots(1, len(found["tests"]))
+    colours: dict[str, str] = {}
     for ax, (test, rows) in zip(axes, found["tests"].items(), strict=True):
         for row, x in rows.items():
             style = "--" if row in ("random", "opposite of ULAM") else "-"
             mean, low, high = np.array(x["curve"]).T
-            (line,) = ax.plot(found["shares"], mean, style, label=row)
-            ax.fill_between(found["shares"], low, high, color=line.get_color(), alpha=0.12, lw=0)
+            colour = colours.setdefault(row, f"C{len(colours)}")
+            ax.plot(found["shares"], mean, style, color=colour, label=row)
+            ax.fill_between(found["shares"], low, high, color=colour, alpha=0.12, lw=0)
         ax.set(xlabel="share of cells", ylabel="change, of the complete one", title=test)
-    axes[0].legend(frameon=False, fontsize=7)
+        ax.legend(frameon=False, fontsize=7)
     _save(figure, images / "evidence-faithfulness.png")
 
 
@@ -171,8 +173,8 @@ def _box(ax, box, style: str, colour: str) -> None:
     ax.add_patch(Rectangle(corner, *size, fill=False, ls=style, lw=1.3, ec=colour))
 
 
-def _title(ax, text: str, first: bool) -> None:
-    if first:
+def _title(ax, text: str) -> None:
+    if ax.get_subplotspec().is_first_row():
         ax.set_title(text, fontsize=8)
 
 

@@ -91,7 +91,8 @@ def _localisation(found: dict) -> str:
         says = ", ".join(f"{column} {side}" for column, side in sides.items())
         lines += [f"**{name}**", table(rows, columns, 2)]
         lines.append(f"Finest decoder layers, R2G against DAAM's sum (= where the intervals overlap): {says}.")
-    return paragraphs([*lines, "![maps of two tasks each](images/evidence-localisation.png)"])
+    legend = "Colours are square roots of maps; boxes are true (white) and found (dashed)."
+    return paragraphs([*lines, "![maps of two tasks each](images/evidence-localisation.png)", legend])
 
 
 DETECTION = """
