@@ -17,6 +17,7 @@ extras = {
         "pytest>=8",
         "pytest-benchmark>=5",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.5",
         "setuptools>=77",
     ],
     "bench": ["flash-colreduce==0.2.2", "psutil>=5.9"],  # a peer and the memory meter of `make bench`

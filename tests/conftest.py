@@ -1,6 +1,7 @@
 """Shared by every test: the kernels are interpreted on CPU, and uninitialised memory is poison."""
 
 import os
+from fnmatch import fnmatch
 
 import torch
 
@@ -8,6 +9,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
 
 import pytest
+import support
 
 POISONED = ("empty", "empty_like", "empty_strided")
 
@@ -34,8 +36,10 @@ def seeded():
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+        # Workers side by side take whole files, whose fixtures are shared; what docs/support.md shows is one piece.
+        file = item.path.name
+        shown = any(fnmatch(file, pattern) for pattern in (*support.FILES, "test_what_is_supported.py"))
+        item.add_marker(pytest.mark.xdist_group("support" if shown else file))
