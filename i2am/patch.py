@@ -373,7 +373,6 @@ class Tracer:
         record: Mapping[str, Any] | None = None,
     ):
         self._undo = ExitStack()
-        self._done = False
         with ExitStack() as undo:  # a failure on the way in leaves nothing behind
             if isinstance(clock, SchedulerClock):
                 undo.callback(clock.close)
@@ -422,7 +421,6 @@ class Tracer:
 
     def unpatch(self) -> None:
         """Stops tracing: no hook, no replaced function stays; what was recorded remains readable. Idempotent."""
-        self._done = True
         self._undo.close()
 
     def reset(self) -> None:
@@ -461,7 +459,7 @@ class Tracer:
     # ------------------------------------------------------------------------------------------------------- hooks
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._measuring or self._done:  # a shape-only forward of _measured; compiled code keeps removed hooks
+        if self._measuring:  # a shape-only forward of _measured
             return
         self._close()
         _refuse_faster_cache(model)
@@ -783,10 +781,9 @@ def _parts(attention: nn.Module) -> list[nn.Module]:
 def _blind(layers: list[str]) -> str:
     shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
     return (
-        f"{shown}: ran with the reference, but not through torch's scaled_dot_product_attention, so nothing was seen. "
-        "Switch off attention slicing (disable_attention_slicing) and xformers "
-        "(disable_xformers_memory_efficient_attention), or set the default processors (set_attn_processor("
-        "AttnProcessor2_0()))"
+        f"{shown}: ran with the reference, but through no attention function that can be seen (torch's, a backend of "
+        "diffusers, xformers'), so nothing was recorded. Switch off attention slicing (disable_attention_slicing), set "
+        "the default processors (set_attn_processor(AttnProcessor2_0())), or call i2am.attention inside the module"
     )
 
 

@@ -243,6 +243,27 @@ def test_references_that_do_not_fit_and_unknown_grids():
     assert tracer.maps().ulam("r2g").shape == (1, 5, 2)
 
 
+class TokenModel(torch.nn.Module):
+    """Halves its feature map where no module is given it as such: attention sees tokens alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = networks.Attention(4, 12)
+
+    def forward(self, x, t, context):
+        small = torch.nn.functional.avg_pool2d(x, 2, ceil_mode=True)
+        return self.attn(small.flatten(2).transpose(1, 2), context)
+
+
+@pytest.mark.parametrize(("size", "grid"), [((12, 9), (6, 5)), ((13, 7), (7, 4))])
+def test_grids_by_halving_the_latents(size, grid):
+    """The one feature map around the attention is the latents'; odd sizes round up."""
+    model = TokenModel()
+    with i2am.patch_modules(model, reference=i2am.Reference(grid=(2, 3)), num_steps=1) as tracer, torch.no_grad():
+        model(torch.randn(1, 4, *size), 500, torch.randn(1, 6, 12))
+    assert tracer.maps().grids() == {"attn": grid}
+
+
 @support.family("the same through xformers", "`i2am.patch_modules`", "a second branch's features at every resolution")
 def test_try_on_through_xformers(monkeypatch):
     networks.install(networks.stand_in_for_xformers(), monkeypatch)

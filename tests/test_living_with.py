@@ -102,7 +102,7 @@ def test_compiled_after():
     for direction in ("r2g", "g2r", "mass"):
         assert_peak(maps.tlam(direction), wanted.tlam(direction).double())
     tracer.reset()
-    assert abs(go() - plain).max() < 1e-4  # its graphs keep the hooks, which do nothing now
+    assert abs(go() - plain).max() < 1e-4  # the hooks are gone from the compiled model too
     with pytest.raises(ValueError, match="nothing was recorded"):
         tracer.maps()
     torch.compiler.reset()
