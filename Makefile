@@ -36,4 +36,4 @@ $(READY): setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks results i2am-demo i2am-trace
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks results i2am-compare i2am-demo i2am-trace

@@ -43,7 +43,16 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["i2am", "i2am.cli", "i2am.evaluate", "i2am.families", "i2am.kernels", "i2am.report", "i2am.zoo"],
+    packages=[
+        "i2am",
+        "i2am.cli",
+        "i2am.evaluate",
+        "i2am.families",
+        "i2am.kernels",
+        "i2am.plot",
+        "i2am.report",
+        "i2am.zoo",
+    ],
     package_dir={"i2am.kernels": "kernels"},
     package_data={"i2am.report": ["page.html", "page.css", "page.js"], "i2am.zoo": ["weights/*.safetensors"]},
     install_requires=[

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("a", metavar="A", help="the run before; with --manifest a pipeline")
     parser.add_argument("b", metavar="B", help="the run after; with --manifest a pipeline")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    parser.add_argument("--out", type=Path, default=Path("i2am-compare"), metavar="DIR", help="default: ./i2am-compare")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="evaluate both on it, into DIR/a and DIR/b")
     add_adapter_options(parser)
     add_run_options(parser)

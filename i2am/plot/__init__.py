@@ -1,0 +1,32 @@
+"""Figures of attribution maps: on their image, at every level, in both directions.
+
+Every function takes or makes an Axes or a Figure and hands it back; none opens a window, switches the backend or
+touches pyplot's list of figures. ``figure.savefig(...)`` writes it, a notebook shows it.
+"""
+
+from i2am.plot.arrays import PANEL_PIXELS, as_picture
+from i2am.plot.figures import LEVELS, blend, levels, overlay, summary, thumbnail
+from i2am.plot.labels import MEANING, short_layer_names
+from i2am.plot.panels import CMAP, SCALES, note
+from i2am.plot.patches import holding, sram
+from i2am.plot.runs import difference, side_by_side
+
+__all__ = [
+    "CMAP",
+    "LEVELS",
+    "MEANING",
+    "PANEL_PIXELS",
+    "SCALES",
+    "as_picture",
+    "blend",
+    "difference",
+    "holding",
+    "levels",
+    "note",
+    "overlay",
+    "short_layer_names",
+    "side_by_side",
+    "sram",
+    "summary",
+    "thumbnail",
+]

@@ -1,0 +1,96 @@
+"""What is written in figures."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+
+from i2am.layout import choose_layers
+from i2am.levels import pick
+from i2am.maps import AttributionMaps
+
+MEANING = {
+    "r2g": "R2G: which regions of the generated image the reference influenced",
+    "g2r": "G2R: which parts of the reference contributed",
+    "mass": "Mass: share of attention spent on the reference",
+}
+LEVEL_NAMES = {"time": ("TLAM", "time groups"), "head": ("HLAM", "heads"), "layer": ("LLAM", "layers")}
+
+
+def panel_labels(maps: AttributionMaps, direction: str, level: str, options: dict) -> list[str]:
+    """One label a panel, in the order of the level's maps."""
+    if level == "time":
+        return [_time_label(maps, t, options) for t in pick(options.get("times"), maps.time_groups, "times")]
+    if level == "head":
+        heads = maps.hlam(direction, **{**options, "heads": None}).shape[1]
+        return [f"head {head}" for head in pick(options.get("heads"), heads, "heads")]
+    grids = maps.grids(options.get("reference"))
+    layers = options.get("layers")
+    names = [n for n in maps.layers if n in grids] if layers is None else choose_layers(grids, layers)
+    sizes = "" if direction == "g2r" else "\n{} × {} tokens"
+    return [short + sizes.format(*grids[name]) for name, short in zip(names, short_layer_names(names), strict=True)]
+
+
+def _time_label(maps: AttributionMaps, group: int, options: dict) -> str:
+    """Which part of the run a time group covers, and how many of the model's calls fell into it."""
+    counts = np.array(list(maps.counts(options.get("reference")).values())).max(0)  # a cache may skip some layers
+    share = [round(100 * edge / maps.time_groups) for edge in (group, group + 1)]
+    return f"group {group} · {share[0]}–{share[1]} % of run\n{counts[group]} of {counts.sum()} calls"
+
+
+def short_layer_names(names: Sequence[str], width: int = 20) -> list[str]:
+    """Names for under a panel: diffusers' block names abbreviated, anything longer wrapped at its dots.
+
+    ``up_blocks.3.attentions.2.transformer_blocks.0.attn2`` becomes ``up 3 · attn 2``, with `` · block 0`` where a
+    transformer of that model has several blocks.
+    """
+    parts = [_block_parts(name) for name in names]
+    several = any(p is not None and p[-1] != "0" for p in parts)
+    return [
+        _wrap_dots(name, width) if p is None else f"{p[0]} · attn {p[1]}" + (f" · block {p[2]}" if several else "")
+        for name, p in zip(names, parts, strict=True)
+    ]
+
+
+def _block_parts(name: str) -> tuple[str, str, str] | None:
+    """(block, attention, transformer block) of a diffusers UNet layer name."""
+    words = name.split(".")
+    if words[-1:] != ["attn2"] or words[-3:-2] != ["transformer_blocks"] or words[-5:-4] != ["attentions"]:
+        return None
+    block = words[:-5]
+    if not block or not block[0].endswith(("_blocks", "_block")):
+        return None
+    return " ".join([block[0].split("_")[0], *block[1:]]), words[-4], words[-2]
+
+
+def _wrap_dots(name: str, width: int) -> str:
+    """``name`` broken after dots into lines of about ``width``, of which the last three are kept."""
+    lines = [""]
+    for word in name.replace(".", ". ").split():
+        if len(lines[-1]) + len(word) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += word if len(word) <= width else word[: width - 1] + "…"
+    return "\n".join(lines if len(lines) <= 3 else ["…" + lines[-3], *lines[-2:]])
+
+
+def value_range(low: float, high: float) -> str:
+    """Both ends with three digits of the larger, over one power of ten: ``0.78 – 1.23 ×10⁻³``."""
+    exponent = math.floor(math.log10(high)) if high > 0 else 0
+    if -2 < exponent < 3:
+        return f"{low:.3g} – {high:.3g}"
+    return f"{low / 10**exponent:.2f} – {high / 10**exponent:.2f} $\\times10^{{{exponent}}}$"
+
+
+def units(direction: str, options: dict) -> str:
+    if direction == "mass":
+        return "0…1 of a token's attention"
+    if options.get("normalize", "raw") == "lift":
+        return "values × number of tokens (1 = uniform)"
+    return "raw values (sum over a layer's tokens ≤ 1)"
+
+
+def wrap(text: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
