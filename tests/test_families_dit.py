@@ -9,7 +9,7 @@ import pytest
 import support
 import torch
 from tokens import capture_calls, generated
-from truth import Truth
+from truth import Truth, assert_peak
 
 import i2am
 
@@ -137,6 +137,83 @@ def test_kontext_inpainting():
     )
     assert grid == (4, 8)
     check(maps, truth, 2)
+
+
+@support.family("any of these transformers, bare", "`i2am.patch_transformer`", "as its pipeline lays them out")
+@pytest.mark.parametrize("clock", ["num_steps", "scheduler", "timestep"])
+def test_bare_transformer(clock):
+    """A loop of one's own; guidance is the call on the very tensor of the call before."""
+    transformer, scheduler = dit.flux_transformer(), dit.flow()
+    ids = torch.cat(
+        [torch.cartesian_prod(*map(torch.arange, (1, 2, 3))), torch.cartesian_prod(*map(torch.arange, (1, 4, 2)))]
+    )
+    ids[6:, 0] = 1
+    reference, noise = torch.randn(2, 8, 16), torch.randn(2, 6, 16)
+
+    @torch.no_grad()
+    def go():
+        scheduler.set_timesteps(4)
+        x = noise
+        for t in scheduler.timesteps:
+            given = dict(
+                hidden_states=torch.cat([x, reference], dim=1),
+                timestep=t.expand(2) / 1000,
+                guidance=torch.ones(2),
+                img_ids=ids,
+                pooled_projections=torch.zeros(2, 8),
+            )
+            noises = [
+                transformer(
+                    encoder_hidden_states=dit.text_tokens(n, batch=2), txt_ids=torch.zeros(n, 3), **given
+                ).sample
+                for n in (5, 3)  # conditional, then unconditional with a shorter prompt
+            ]
+            x = scheduler.step((3 * noises[0] - 2 * noises[1])[:, :6], t, x).prev_sample
+        return x
+
+    calls = capture_calls(transformer, go, KINDS)
+    groups = [0] * 4 + [1] * 4
+    if clock == "timestep":  # equal ranges of [0, 1000)
+        scheduler.set_timesteps(4)
+        groups = [int(float(t) < 500) for t in scheduler.timesteps for _ in range(2)]
+    truth = Truth(
+        generated(calls, (2, 3), slice(5, 11), evaluations=range(0, 8, 2)),
+        keys=slice(11, 19),
+        groups=groups,
+        reference_grid=(4, 2),
+    )
+    options = {"num_steps": {"num_steps": 4}, "scheduler": {"scheduler": scheduler}, "timestep": {}}[clock]
+    want = go()
+    with i2am.patch_transformer(transformer, time_groups=2, output="model", **options) as tracer:
+        assert go().equal(want)
+    check(tracer.maps(), truth, 2)
+    assert tracer.maps().canvas == (2, 3)
+    assert go().equal(want)
+
+
+def test_patches_of_an_in_context_model_can_be_asked():
+    pipe = dit.flux()
+    go = kontext(pipe)
+    calls = capture_calls(pipe.transformer, go, KINDS)
+    rows = [
+        (c.q.double() @ c.k.double().mT / c.q.shape[-1] ** 0.5).softmax(-1)[:, :, 5 + 1 * 6 + 1, 29:61] for c in calls
+    ]
+    truth = torch.stack(rows).mean((0, 2)).reshape(1, 4, 8)  # every layer has the same heads
+    with i2am.trace(pipe, record="qk", sram={"eye": (5, 7)}) as tracer:  # pixels, of tokens of 4
+        go()
+    maps = tracer.maps()
+    assert_peak(maps.sram("eye"), truth)
+    assert_peak(maps.sram((5, 7)), truth)
+    assert maps.match().expected.shape == (1, 4, 6, 2)
+
+
+def test_unknown_transformers_and_descriptions_are_refused():
+    with pytest.raises(ValueError, match=r"need no description: got Concatenated"):
+        i2am.patch_transformer(dit.flux_transformer(), reference=i2am.Concatenated())
+    with pytest.raises(ValueError, match=r"does not know where DiTTransformer2DModel keeps.*i2am\.patch_modules"):
+        i2am.patch_transformer(
+            diffusers.DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1)
+        )
 
 
 def test_kontext_without_an_image_is_refused_before_the_model_runs():

@@ -49,3 +49,13 @@ class Family(Protocol):
 
     def watch(self) -> Iterable[RemovableHandle]:
         """Hooks of the family's own, for as long as tracing lasts."""
+
+
+class TransformerFamily(Family, Protocol):
+    """What reading a transformer's pipeline asks besides."""
+
+    batched_guidance: bool  # guidance is part of the batch, as the pipeline says
+    latent_pixels: int  # of the latent image per side of what ``Forward`` calls its grid
+
+    def has_adapters(self) -> bool:
+        """Whether an adapter gives the model keys of a reference, whatever the pipeline."""

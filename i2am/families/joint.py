@@ -50,7 +50,7 @@ class JointTransformer:
     conditional_call: int | None = 0  # guidance runs as two calls, the conditional one first
     timestep_scale = 1000.0  # the model is given t / 1000
     batched_guidance = False
-    latent_pixels = 2  # of the latent image per side of a token
+    latent_pixels = 2
     attentions: tuple[str, ...] = ()  # class names of the attention modules
 
     def __init__(self, transformer: nn.Module, references: Sequence[Reference] | None = None, *, itself: bool = False):

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from i2am.families import TransformerFamily
 from i2am.families.flux import Flux, LongCat
 from i2am.families.flux2 import Flux2
-from i2am.families.joint import JointTransformer
 from i2am.families.qwen import QwenImage
 from i2am.families.sd3 import StableDiffusion3
 from i2am.families.wan import Wan
 from i2am.layout import Reference
 from i2am.seam import refuse_compiled
 
-FAMILIES: dict[str, type[JointTransformer | StableDiffusion3 | Wan]] = {
+FAMILIES: dict[str, type[TransformerFamily]] = {
     "FluxTransformer2DModel": Flux,
     "Flux2Transformer2DModel": Flux2,
     "LongCatImageTransformer2DModel": LongCat,
@@ -27,7 +27,7 @@ FAMILIES: dict[str, type[JointTransformer | StableDiffusion3 | Wan]] = {
 
 def read_transformer(
     transformer: nn.Module, references: Sequence[Reference] | None, *, itself: bool = False, rollout: bool = False
-) -> JointTransformer | StableDiffusion3 | Wan:
+) -> TransformerFamily:
     """The family of a transformer.
 
     Args:
@@ -46,6 +46,8 @@ def read_transformer(
             f"i2am does not know where {name} keeps its reference; it knows {', '.join(FAMILIES)}. For attention "
             "modules with to_q, to_k and heads use i2am.patch_modules"
         )
+    if references is not None and not isinstance(references, list):
+        raise ValueError(f"{name} joins its pictures as tokens, which need no description: got {references!r}")
     if not rollout:
         return FAMILIES[name](transformer, references, itself=itself)
     if FAMILIES[name] is not StableDiffusion3:
