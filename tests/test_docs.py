@@ -93,7 +93,6 @@ def test_notebooks_execute(path, tmp_path):
     assert any("<table>" in output.get("data", {}).get("text/html", "") for output in shown)
 
 
-@pytest.mark.slow
 def test_site_builds(tmp_path):
     """Strictly: a broken link, an unknown page or a name that the API does not have fails."""
     if importlib.util.find_spec("mkdocs") is None:

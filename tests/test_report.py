@@ -455,6 +455,38 @@ def test_everything_has_a_name(page):
     assert nameless == []
 
 
+@pytest.mark.parametrize("detail", [0, 1])
+@pytest.mark.parametrize("kind", ["rows", "levels", "one token"])
+def test_every_kind_of_report_opens(browser, maps, pictures, tmp_path, kind, detail):
+    """Without rows, without G2R, with nothing to pick: what there is works, and nothing complains."""
+    if kind == "levels":
+        maps = i2am.AttributionMaps.load(maps.save(tmp_path / "bare.safetensors", record=False))
+    if kind == "one token":
+        unet = pipelines.unet()
+        with i2am.patch_unet(unet, reference=i2am.Reference(), num_steps=1, time_groups=1) as tracer, torch.no_grad():
+            unet(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 1, pipelines.CONTEXT))
+        maps = tracer.maps()
+    images = pictures if detail else ()
+    path, complaints = maps.report(tmp_path / "x.html", *images, detail=detail, progress=False), []
+    page = browser.new_page()
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(path.as_uri())
+    page.wait_for_selector("html[data-ready]", timeout=5000)
+    assert heat(page, "generated") is not None
+    assert (heat(page, "reference") is None) == (kind == "one token")
+    assert page.locator("#strip button").count() == (0 if not detail else 4 if kind == "one token" else 3)
+    click(page, "generated", 0.3, 0.3)
+    assert (heat(page, "generated") is None) == (kind == "rows")
+    if detail:
+        slide(page, "head", 1)
+        slide(page, "layer", 1)
+        assert page.locator("#pick-head").input_value() == "0"  # one at once: the head was let go
+        assert "let go" in page.inner_text("#dropped")
+    page.close()
+    assert [text for text in complaints if "willReadFrequently" not in text] == []
+
+
 def test_narrow_screen_does_not_scroll_sideways(browser, report):
     page = browser.new_page(viewport={"width": 360, "height": 740})
     page.goto(report.as_uri())

@@ -207,6 +207,7 @@ const say = (text) => ($("#said").textContent = text);
 
 /** The level's panels for what is drawn on the side of interest, each a button that picks it. */
 function drawStrip() {
+  if (!state.level) return;
   const side = state.place ? (state.place.region !== undefined ? "reference" : OTHER[state.place.side]) : state.direction === "g2r" || state.strip === "g2r" ? "reference" : "generated";
   const kind = state.level, labels = data.axes[kind], base = state.place ? null : state.strip ?? state.direction;
   const panels = labels.map((label, i) => {
@@ -302,6 +303,7 @@ function buildControls() {
     picks.append(label);
     $("input", label).addEventListener("input", (e) => choose(kind, +e.target.value ? +e.target.value - 1 : null));
   }
+  picks.hidden = !picks.querySelector("input");
   picks.insertAdjacentHTML("beforeend", '<p id="dropped" class="what" role="status"></p>');
   const direction = $("#direction");
   for (const name of ["r2g", "mass"]) if (data.maps[name]) direction.add(new Option({ r2g: "R2G: influence", mass: "mass: attention" }[name], name));
@@ -334,6 +336,7 @@ function letGo() {
 function buildTabs() {
   const tabs = $(".tabs"), kinds = KINDS.filter((kind) => data.order >= 1 && data.axes[kind].length > 1);
   if (!kinds.includes(state.level)) state.level = kinds[0];
+  $("#levels").hidden = !kinds.length;
   for (const kind of kinds) {
     const tab = Object.assign(document.createElement("button"), { type: "button", textContent: LEVELS[kind], id: "tab-" + kind });
     tab.setAttribute("role", "tab");
