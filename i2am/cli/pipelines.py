@@ -17,6 +17,7 @@ from i2am.cli.images import IMAGE_OPTIONS
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+IN_CONTEXT = re.compile("FluxKontext|Flux2|QwenImageEdit|LongCatImageEdit")  # the image edited is the reference
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # "owner/name" or "name": not a path
 
 
@@ -68,6 +69,8 @@ def route(name: str, parameters: set[str], args: argparse.Namespace) -> dict[str
 def _reference_argument(name: str, parameters: set[str], args: argparse.Namespace) -> str:
     if "num_frames" in parameters:
         raise UserError(f"{name} makes videos, which i2am does not trace")
+    if IN_CONTEXT.match(name) and args.ip_adapter is None:
+        return "image_reference" if "image_reference" in parameters else "image"
     if "example_image" in parameters:
         return "example_image"
     if "ip_adapter_image" in parameters:

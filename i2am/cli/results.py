@@ -85,7 +85,7 @@ def _figures(
     from i2am import plot
 
     def unified(direction: str, image: Image) -> Figure:
-        ax = plot.overlay(image, maps.ulam(direction), title=f"ULAM · {plot.MEANING[direction]}")
+        ax = plot.overlay(image, maps.ulam(direction), title=f"ULAM · {plot.meaning(maps, direction)}")
         return plot.note(ax.figure, footer) if footer else ax.figure
 
     yield "summary", partial(plot.summary, maps, generated, reference, footer=footer)
