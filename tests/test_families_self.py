@@ -15,6 +15,7 @@ from tokens import PerLayerGrid, capture_calls, generated
 from truth import Truth, assert_peak
 
 import i2am
+import i2am.plot
 
 PROMPT = {"prompt": "a b"}
 
@@ -104,6 +105,13 @@ def test_self_attention_maps_are_named_so(build, inputs, samples, grid):
     assert all(name.endswith("attn1") for name in maps.recorded_layers)
     check(maps, truth, 2)
     assert (go() == plain).all()
+    said = _words(i2am.plot.summary(maps, pipelines.image(), pipelines.image()))
+    assert said.count("Self-attention, no reference") == 2
+    assert "influenced" not in said
+
+
+def _words(figure) -> str:
+    return " ".join(" ".join(ax.get_title() for ax in figure.axes).split())
 
 
 @support.family('`mode="self"` on transformers', "FluxFillPipeline", "none: spatial self-attention")

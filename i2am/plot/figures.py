@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from i2am.layout import SELF
 from i2am.maps import AttributionMaps
 from i2am.plot.arrays import as_map, as_picture, grey, limits_of, one_of, resized
-from i2am.plot.labels import LEVEL_NAMES, MEANING, panel_labels, units, wrap
+from i2am.plot.labels import LEVEL_NAMES, meaning, panel_labels, units, wrap
 from i2am.plot.panels import CMAP, SCALES, balanced, bare, colorbar_of, draw, grid, instead, note
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def levels(
         shared=scale == "shared",
         cmap=cmap,
         alpha=alpha,
-        title=f"{name} ({what}) · {MEANING[direction]}",
+        title=f"{name} ({what}) · {meaning(maps, direction)}",
         footer="\n".join(filter(None, (units(direction, options) + "; " + said, footer))),
     )
 
@@ -157,7 +158,8 @@ def summary(
     from matplotlib.figure import Figure
 
     options["reference"] = reference_name
-    rows = [("generated", "r2g", as_picture(generated, index)), ("reference", "g2r", as_picture(reference, index))]
+    other = "generated" if maps.references == [SELF] else "reference"
+    rows = [("generated", "r2g", as_picture(generated, index)), (other, "g2r", as_picture(reference, index))]
     found = {"r2g": maps.ulam("r2g", **options), "g2r": _or_reason(maps, "g2r", options)}
     heights = [min(3.0 * picture.shape[0] / picture.shape[1], 4.0) for _, _, picture in rows]  # inches
     figure = Figure(figsize=(7.0, sum(heights) + 1.3), layout="constrained")
@@ -169,7 +171,7 @@ def summary(
             instead(mapped, "no 2-D layout, no G2R map", found[direction])
             continue
         ulam = one_of(found[direction], index, "maps")
-        overlay(picture, ulam, mapped, cmap=cmap, alpha=alpha, title=MEANING[direction])
+        overlay(picture, ulam, mapped, cmap=cmap, alpha=alpha, title=meaning(maps, direction))
     figure.suptitle("ULAM: attribution over all time groups, heads and layers", fontsize=10)
     note(
         figure, "\n".join(filter(None, (units("r2g", options) + "; each map from its minimum to its maximum", footer)))
@@ -201,7 +203,7 @@ def thumbnail(maps: AttributionMaps, *, cmap: str = CMAP) -> bytes:
         low, high = limits_of([values])
         heat = bare(ax).imshow(values, cmap=cmap, vmin=low, vmax=high, interpolation="bicubic")
         colorbar_of(figure, heat, [ax])
-        ax.set_title(wrap(MEANING[direction], 40), fontsize=8)
+        ax.set_title(wrap(meaning(maps, direction), 40), fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from i2am.layout import choose_layers
+from i2am.layout import SELF, choose_layers
 from i2am.levels import pick
 from i2am.maps import AttributionMaps
 
@@ -17,7 +17,17 @@ MEANING = {
     "g2r": "G2R: which parts of the reference contributed",
     "mass": "Mass: share of attention spent on the reference",
 }
+OF_ITSELF = {  # of maps traced with mode="self"
+    "r2g": "Self-attention, no reference: which positions look at the picture most",
+    "g2r": "Self-attention, no reference: which positions are looked at most",
+    "mass": "Share of attention that the picture's positions spend on each other",
+}
 LEVEL_NAMES = {"time": ("TLAM", "time groups"), "head": ("HLAM", "heads"), "layer": ("LLAM", "layers")}
+
+
+def meaning(maps: AttributionMaps, direction: str) -> str:
+    """What a direction says of these maps: of spatial self-attention (``mode="self"``) nothing about a reference."""
+    return OF_ITSELF[direction] if maps.references == [SELF] else MEANING[direction]
 
 
 def panel_labels(maps: AttributionMaps, direction: str, level: str, options: dict) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from i2am.maps import AttributionMaps
 from i2am.plot.arrays import as_map, as_picture, limits_of
-from i2am.plot.labels import MEANING, units, wrap
+from i2am.plot.labels import meaning, units, wrap
 from i2am.plot.panels import CMAP, SCALES, bare, colorbar_of, draw, note
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def side_by_side(
         if scale == "each" or name is names[1]:
             colorbar_of(figure, heat, [ax] if scale == "each" else list(axes[:2]), shrink=0.75)
     difference(*values, axes[2], title=f"{names[1]} − {names[0]}")
-    figure.suptitle(f"ULAM · {MEANING[direction]}", fontsize=9)
+    figure.suptitle(f"ULAM · {meaning(first, direction)}", fontsize=9)
     said = "one colour scale for both" if scale == "shared" else "each on its own colour scale"
     return note(figure, "\n".join(filter(None, (units(direction, options) + "; " + said, footer))))
 
