@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from saved import build_paint_by_example, feature_extractor
+from small import build_paint_by_example, feature_extractor
 
 import i2am
 from i2am import cli
