@@ -13,6 +13,7 @@ from i2am import cli, plot
 from i2am.compare import compare, moved_shares, total_variation
 from i2am.evaluate import Store
 from i2am.evaluate.levels import as_distribution, read_levels
+from i2am.evaluate.summary import interval
 
 pytest_plugins = ("saved",)  # the fixtures inpaint and images
 
@@ -97,7 +98,10 @@ def test_what_moved_and_where(runs, tmp_path, capsys):
     for name in ("imacs_r2g", "imacs_g2r", "box_iou"):
         difference = [records[1][i][name] - records[0][i][name] for i in "abc"]
         assert summary["scores"][name]["difference"]["mean"] == pytest.approx(np.mean(difference))
+        assert summary["scores"][name]["difference"] == pytest.approx(interval(difference))
         assert summary["scores"][name]["better"] == sum(d > 0 for d in difference)
+        for which, run in zip("ab", records, strict=True):
+            assert summary["scores"][name][which] == pytest.approx(np.mean([run[i][name] for i in "abc"]))
     layers = read_levels(stores[0].path("levels", "a", ".safetensors"))[1]
     for direction in ("r2g", "g2r"):
         pairs = [[as_distribution(level[i][f"{direction}.llam"]) for level in levels] for i in "abc"]
@@ -120,9 +124,13 @@ def test_missing_samples_are_noted(runs, tmp_path):
 
     shutil.copytree(runs / "b", tmp_path / "b")
     (tmp_path / "b" / "samples" / "b.json").unlink()
-    found = compare(runs / "a", tmp_path / "b")
+    whole, found = compare(runs / "a", runs / "b"), compare(runs / "a", tmp_path / "b")
     assert found.samples == ["a", "c"]
     assert any("1 samples are not finished" in note for note in found.notes)
+    assert found.moved == {i: whole.moved[i] for i in "ac"}  # paired by id: c with c, not with what stands second
+    for name, score in found.scores.items():
+        pairs = [[run.scores[i][name] for run in (whole.a, whole.b)] for i in "ac"]
+        assert score["difference"]["mean"] == pytest.approx(np.mean([b - a for a, b in pairs])), name
     for name in "ac":
         (tmp_path / "b" / "samples" / f"{name}.json").unlink()
     with pytest.raises(ValueError, match="no finished sample in common"):

@@ -68,9 +68,11 @@ def arguments(inpaint, manifest, out, *more):
 
 
 def results(out):
-    """{id: row} of results.csv."""
+    """{id: row} of results.csv, in which no id is twice."""
     with open(out / "results.csv", newline="") as file:
-        return {row["id"]: row for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: row for row in rows}
 
 
 def scores_of(out):
@@ -112,9 +114,8 @@ def test_everything_is_scored_and_failures_are_recorded(inpaint, dataset, images
 
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["ok"], summary["failed"], summary["missing"]) == (4, 2, 0)
-    values = [float(table[i]["imacs_r2g"]) for i in "abcf"]
-    assert summary["scores"]["imacs_r2g"]["mean"] == pytest.approx(np.mean(values))
-    assert summary["scores"]["imacs_r2g"]["low"] <= np.mean(values) <= summary["scores"]["imacs_r2g"]["high"]
+    for name in (*SCORES, "seconds"):
+        assert summary["scores"][name] == pytest.approx(interval([float(table[i][name]) for i in "abcf"])), name
     assert np.asarray(Image.open(out / "contact.png").convert("RGB")).std() > 10
     printed = capsys.readouterr()
     assert "4 of 6 samples, 2 failed" in printed.out
@@ -150,6 +151,9 @@ def test_resumes_without_doing_anything_twice(inpaint, dataset, images, tmp_path
     assert done == list("abcdef")
     assert not list(out.glob("*/*.part"))
     assert scores_of(out) == scores_of(whole)
+    one, other = (json.loads((folder / "summary.json").read_text()) for folder in (out, whole))
+    assert [one.pop(name) for name in ("samples", "ok", "failed", "missing")] == [6, 4, 2, 0]
+    assert all(one["scores"][name] == other["scores"][name] for name in SCORES)
 
     done.clear()  # those that failed are tried again, and only they
     assert cli.main(arguments(inpaint, dataset, out)) == command.FAILED
@@ -163,6 +167,31 @@ def test_resumes_without_doing_anything_twice(inpaint, dataset, images, tmp_path
     dataset.write_text(dataset.read_text().replace("a cup", "a dog"))
     assert cli.main(arguments(inpaint, dataset, out)) == 0
     assert done == ["a"]
+
+
+def test_any_split_gives_the_same(inpaint, dataset, tmp_path, monkeypatch):
+    """Three ranks, one after the other, of which the last comes first; `pending` is found once, before any has run."""
+    one, split, pending, done = tmp_path / "one", tmp_path / "split", [], []
+    assert cli.main(arguments(inpaint, dataset, one)) == command.FAILED
+    original = command._traced
+
+    class Rank(command.Processes):
+        def __init__(self, args):
+            super().__init__(args)
+            self.index, self.count = rank, 3
+
+        def of_main(self, find):
+            pending[:] = pending or find()
+            return pending
+
+    monkeypatch.setattr(command, "Processes", Rank)
+    monkeypatch.setattr(command, "_traced", lambda job, s: done.append((rank, s.id)) or original(job, s))
+    for rank in (2, 1, 0):
+        code = cli.main(arguments(inpaint, dataset, split))
+        assert code == (0 if rank else command.FAILED)  # the main one says how all of them fared
+    assert sorted(name for _, name in done) == list("abcdef")
+    assert sorted(r for r, _ in done) == [0, 0, 1, 1, 2, 2]
+    assert scores_of(split) == scores_of(one)
 
 
 def test_other_settings_need_another_folder(inpaint, dataset, tmp_path, capsys):
@@ -199,6 +228,43 @@ def test_a_full_disk_stops_cleanly(inpaint, dataset, tmp_path, capsys, monkeypat
     monkeypatch.setattr(Store, "write", real)
     assert cli.main(arguments(inpaint, dataset, out)) == command.FAILED
     assert [r["status"] for r in results(out).values()] == ["ok"] * 3 + ["failed"] * 2 + ["ok"]
+
+
+FULL_DISK = """
+set -e
+mount -t tmpfs -o size=$3 none $1
+code=0; "${@:4}" || code=$?
+mkdir -p $2/samples; cp $1/out/samples/*.json $2/samples/ 2>/dev/null || true
+mount -o remount,size=50M $1
+again=0; "${@:4}" || again=$?
+cp -r $1/out $2/whole; echo "codes $code $again"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", ["24k", "96k"])
+def test_a_disk_that_is_really_full(inpaint, dataset, tmp_path, room):
+    """A small file system in a namespace of its own, which grows after the first run."""
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    try:
+        subprocess.run([*namespace, "mount", "-t", "tmpfs", "none", tmp_path], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    disk, kept, whole = tmp_path / "disk", tmp_path / "kept", tmp_path / "whole"
+    disk.mkdir()
+    kept.mkdir()
+    job = [sys.executable, "-m", "i2am", *arguments(inpaint, dataset, disk / "out", "--save-images")]
+    shell = [*namespace, "bash", "-c", FULL_DISK, "bash", disk, kept, room, *job]
+    result = subprocess.run(list(map(str, shell)), capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == f"codes {command.DISK_FULL} {command.FAILED}", result.stderr
+    assert "no room left for results in" in result.stderr
+    assert "Traceback" not in result.stderr
+    before = {p.stem: json.loads(p.read_text()) for p in (kept / "samples").glob("*.json")}  # whole, all of them
+    assert f"{sum(r['status'] == 'ok' for r in before.values())} of 6 samples are finished" in result.stderr
+    assert cli.main(arguments(inpaint, dataset, whole, "--save-images")) == command.FAILED
+    assert scores_of(kept / "whole") == scores_of(whole)
+    seconds = {name: row["seconds"] for name, row in results(kept / "whole").items()}
+    assert all(float(seconds[i]) == r["seconds"] for i, r in before.items() if r["status"] == "ok")  # not done again
 
 
 def test_safetensors_says_that_the_disk_is_full():
@@ -292,6 +358,31 @@ def test_both_forms_of_manifest(tmp_path):
         assert (first.id, first.seed, first.texts, first.box) == ("a", 3, {"prompt": "a, b"}, i2am.Box(1, 2, 30, 40))
         assert first.files == {"reference": tmp_path / "sub" / "r.png"}
         assert (second.id, second.seed) == ("row-00002", derived_seed(5, "row-00002"))
+
+
+def test_cells_of_several_lines(tmp_path):
+    """A quoted cell holds lines; a JSON text holds separators that other formats end lines at."""
+    (tmp_path / "m.csv").write_text('reference,prompt\nr.png,"a\nb"\ns.png,c\n')
+    assert [s.texts["prompt"] for s in read_manifest(tmp_path / "m.csv")] == ["a\nb", "c"]
+    (tmp_path / "m.jsonl").write_text('{"reference": "r.png", "prompt": "a\u2028b"}\n{"reference": "s.png"}\n')
+    assert [s.texts.get("prompt") for s in read_manifest(tmp_path / "m.jsonl")] == ["a\u2028b", None]
+
+
+def test_what_a_killed_run_leaves(tmp_path):
+    """Killed while its settings were written, it left nothing to go on with; a record cut short counts as none."""
+    out, sample = tmp_path / "out", Sample("a", 0, digest="x")
+    out.mkdir()
+    (out / "i2am.json.part").write_text('{"comm')
+    store = Store(out)
+    store.open({"command": "evaluate"})
+    assert not list(out.glob("*.part"))
+    store.finish({"id": "a", "digest": "x"})
+    assert store.record(sample) is not None
+    store.path("samples", "a", ".json").write_text('{"id": "a", "dig')
+    assert store.record(sample) is None
+    (out / "results.csv.part").write_text("half")
+    store.open({"command": "evaluate"})
+    assert sorted(p.name for p in out.iterdir()) == ["i2am.json", "samples"]
 
 
 def test_seeds_depend_on_nothing_but_seed_and_id():

@@ -41,13 +41,20 @@ class Store:
         path = self.out / SETTINGS
         if path.exists():
             self._check(settings)
-            for unfinished in self.out.glob("*/*.part"):
-                unfinished.unlink(missing_ok=True)
+            self._tidy()
             return
+        if self.out.exists():
+            (self.out / f"{SETTINGS}.part").unlink(missing_ok=True)  # of a run that was killed at its very start
         if self.out.exists() and any(self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty and has no {SETTINGS} of an evaluation: name a new folder")
         self.out.mkdir(parents=True, exist_ok=True)
         self.write(path, lambda p: p.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8"))
+
+    def _tidy(self) -> None:
+        """Forgets what a killed run left half-written."""
+        for pattern in ("*.part", "*/*.part"):
+            for unfinished in self.out.glob(pattern):
+                unfinished.unlink(missing_ok=True)
 
     def _check(self, settings: dict[str, Any]) -> None:
         before = self.settings()
@@ -88,10 +95,10 @@ class Store:
         self.write(self.path("samples", record["id"], ".json"), lambda p: p.write_text(text, encoding="utf-8"))
 
     def record(self, sample: Sample) -> dict[str, Any] | None:
-        """A finished sample's record; None where there is none of this very row."""
+        """A finished sample's record; None where there is none of this very row, or none that is whole."""
         try:
             record = json.loads(self.path("samples", sample.id, ".json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # a machine that lost power may leave an empty file
             return None
         return record if record["digest"] == sample.digest else None
 
