@@ -13,6 +13,7 @@ extras = {
     "test": [
         "accelerate>=1.0",
         "hypothesis>=6.100",
+        "peft>=0.13",  # LoRA
         "playwright>=1.45",  # the report's tests, with any installed Chromium
         "pytest>=8",
         "pytest-benchmark>=5",

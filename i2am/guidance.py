@@ -20,7 +20,8 @@ class Guidance:
     [unconditional, conditional], and one whose thirds do is [conditional, image only, unconditional], InstructPix2Pix's
     order. Different images never start from identical latents unless they share a seed; then pass "none".
 
-    Models that run guidance as calls of their own are recognised by the same latents coming again at the same timestep.
+    Models that run guidance as calls of their own are recognised by the same latents coming again at the same timestep:
+    the very tensor, an evaluation without a step of the scheduler, or, where there is none to watch, equal values.
     """
 
     def __init__(self, mode: str | int = "auto"):
@@ -39,7 +40,7 @@ class Guidance:
         """Whether a call of the model is the conditional one.
 
         Args:
-            latents: what the call denoises, the very tensor that the model is given.
+            latents: what the call denoises, references in context among it.
             timestep: at which.
             stepped: whether the scheduler has stepped since the last call; None: unknown.
             conditional: index of the conditional one among the calls of one evaluation; None: guidance does not run as
@@ -48,10 +49,14 @@ class Guidance:
         if conditional is None or self.mode == "none":
             return True
         again = self._last is not None and self._last[1] == timestep
-        again = again and (self._last[0] is latents or stepped is False)
+        again = again and (self._last[0] is latents or stepped is False or (stepped is None and self._same(latents)))
         self._call = self._call + 1 if again else 0
         self._last = latents, timestep
         return self._call == (conditional if self.mode == "auto" else self.mode)
+
+    def _same(self, latents: Tensor) -> bool:
+        last = self._last[0]
+        return last.shape == latents.shape and last.device == latents.device and last.equal(latents)
 
     def conditional(
         self, latents: Tensor, parts: int | None = None, index: int | None = None, by_calls: bool = False

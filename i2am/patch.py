@@ -221,7 +221,7 @@ def patch_transformer(
         transformer: a FluxTransformer2DModel, Flux2Transformer2DModel, QwenImageTransformer2DModel, … whose references
             are tokens behind (or before) the generated ones, as their pipelines lay them out.
         reference: which *text* tokens encode a reference, where that is so (Redux).
-        guidance: "auto": a call on the very tensor of the call before, at the same timestep, is the other half of
+        guidance: "auto": a call on the latents of the call before, at the same timestep, is the other half of
             guidance and does not count; "none": every call counts; or the index of the conditional call.
         canvas: as in :func:`trace`; None: the grid of the generated tokens.
         time_groups, num_steps, scheduler, mode, rollout, layers, output, backend, sram, record: as in

@@ -184,12 +184,55 @@ def longcat():
     return pipe
 
 
+def fibo():
+    from diffusers import AutoencoderKLWan, BriaFiboEditPipeline, BriaFiboTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = BriaFiboTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT,
+        axes_dims_rope=[4, 6, 6],
+        text_encoder_dim=8,
+    ).eval()
+    vae = AutoencoderKLWan(  # 16 pixels a latent, as published
+        base_dim=2,
+        z_dim=4,
+        dim_mult=[1] * 5,
+        num_res_blocks=1,
+        temperal_downsample=[False] * 4,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+
+    class Pipeline(BriaFiboEditPipeline):
+        """Five text tokens, of which the negative prompt leaves two as padding."""
+
+        def encode_prompt(self, guidance_scale, num_images_per_prompt, **options):
+            n = num_images_per_prompt
+            embeds, layers = (text_tokens(5).repeat(n, 1, 1), [text_tokens(5, 8).repeat(n, 1, 1)] * 2)
+            mask = torch.ones(n, 5)
+            if guidance_scale <= 1:
+                return embeds, None, torch.zeros(5, 3), mask, None, layers, None
+            negative = text_tokens(5, seed=3).repeat(n, 1, 1), [text_tokens(5, 8, seed=3).repeat(n, 1, 1)] * 2
+            negative_mask = torch.tensor([[1.0, 1, 1, 0, 0]]).repeat(n, 1)
+            return embeds, negative[0], torch.zeros(5, 3), mask, negative_mask, layers, negative[1]
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return quiet(
+        Pipeline(transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=_TextEncoder(), tokenizer=None)
+    )
+
+
 class _TextEncoder(torch.nn.Module):
     dtype, device = torch.float32, torch.device("cpu")
 
 
-def dreamlite():
-    from diffusers import AutoencoderTiny, DreamLitePipeline
+def dreamlite(mobile: bool = False):
+    from diffusers import AutoencoderTiny, DreamLiteMobilePipeline, DreamLitePipeline
     from diffusers.models.unets.unet_dreamlite import DreamLiteUNetModel
 
     torch.manual_seed(0)
@@ -211,11 +254,10 @@ def dreamlite():
         latent_channels=4,
     ).eval()
 
-    class Pipeline(DreamLitePipeline):
+    class Pipeline(DreamLiteMobilePipeline if mobile else DreamLitePipeline):
         def encode_prompt(self, mode, prompts, **options):
             return text_tokens(5, batch=len(prompts)), torch.ones(len(prompts), 5)
 
-    Pipeline.__name__ = "DreamLitePipeline"
     return quiet(
         Pipeline(text_encoder=_TextEncoder(), tokenizer=None, processor=None, vae=vae, unet=unet, scheduler=flow())
     )

@@ -12,8 +12,19 @@ from tokens import capture_calls, generated
 from truth import Truth, assert_peak
 
 import i2am
+from i2am.families.joint import Positions, Segment
 
 KONTEXT = "FLUX.1 Kontext", "FluxKontextPipeline, FluxKontextInpaintPipeline", "tokens in context"
+FLUX2 = (
+    "FLUX.2, Klein",
+    "Flux2Pipeline, Flux2KleinPipeline, Flux2KleinInpaintPipeline",
+    "tokens in context, several references",
+)
+QWEN = (
+    "Qwen-Image-Edit, -Plus",
+    "QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImageEditInpaintPipeline",
+    "tokens in context, several references",
+)
 KINDS = ("FluxAttention", "Flux2Attention", "Flux2ParallelSelfAttention", "transformer_blocks")
 ALL = ("r2g", "g2r", "mass")
 
@@ -41,6 +52,7 @@ def traced(pipe, go, **options):
     with i2am.trace(pipe, time_groups=2, **options) as fused:
         close = go()
     assert abs(close - plain).max() < 1e-3
+    assert tracer.maps().canvas == plain.shape[1:3]  # pixels of the picture
     for direction in ("r2g", "g2r"):
         for name in tracer.maps().references:
             a, b = (t.maps().ulam(direction, reference=name) for t in (tracer, fused))
@@ -61,11 +73,10 @@ def kontext(pipe, size=(24, 16), reference=(32, 16), **options):
             width=width,
             height=height,
             max_area=width * height,
-            _auto_resize=False,
             num_inference_steps=4,
             generator=generator(),
             output_type="np",
-            **(dit.flux_prompt() | options),
+            **(dict(_auto_resize=False) | dit.flux_prompt() | options),
         ).images
     )
 
@@ -85,7 +96,20 @@ def test_kontext(images):
     assert maps.ulam("r2g").shape == (images, 4, 6)
     assert maps.ulam("g2r").shape == (images, 4, 8)
     check(maps, truth, 2)
-    assert maps.canvas == (16, 24)
+
+
+@support.family(*KONTEXT)
+def test_kontext_resizes_its_reference(monkeypatch):
+    """To the one of its sizes that comes closest to the shape: grids are the model's, not the picture's."""
+    from diffusers.pipelines.flux import pipeline_flux_kontext as kontext_module
+
+    monkeypatch.setattr(kontext_module, "PREFERRED_KONTEXT_RESOLUTIONS", [(20, 44), (32, 32), (44, 20)])
+    pipe = dit.flux()
+    go = kontext(pipe, reference=(90, 40), _auto_resize=True)
+    calls = capture_calls(pipe.transformer, go, KINDS)
+    chosen = generated(calls, (4, 6), slice(5, 29))
+    truth = Truth(chosen, keys=slice(29, 29 + 55), groups=[0, 0, 1, 1], reference_grid=(5, 11))
+    check(traced(pipe, go), truth, 2)
 
 
 @support.family(*KONTEXT)
@@ -140,9 +164,10 @@ def test_kontext_inpainting():
 
 
 @support.family("any of these transformers, bare", "`i2am.patch_transformer`", "as its pipeline lays them out")
+@pytest.mark.parametrize("fresh", [False, True], ids=["same tensor", "equal tensor"])
 @pytest.mark.parametrize("clock", ["num_steps", "scheduler", "timestep"])
-def test_bare_transformer(clock):
-    """A loop of one's own; guidance is the call on the very tensor of the call before."""
+def test_bare_transformer(clock, fresh):
+    """A loop of one's own; guidance is the call on the latents of the call before."""
     transformer, scheduler = dit.flux_transformer(), dit.flow()
     ids = torch.cat(
         [torch.cartesian_prod(*map(torch.arange, (1, 2, 3))), torch.cartesian_prod(*map(torch.arange, (1, 4, 2)))]
@@ -164,7 +189,9 @@ def test_bare_transformer(clock):
             )
             noises = [
                 transformer(
-                    encoder_hidden_states=dit.text_tokens(n, batch=2), txt_ids=torch.zeros(n, 3), **given
+                    encoder_hidden_states=dit.text_tokens(n, batch=2),
+                    txt_ids=torch.zeros(n, 3),
+                    **(given | {"hidden_states": given["hidden_states"].clone()} if fresh else given),
                 ).sample
                 for n in (5, 3)  # conditional, then unconditional with a shorter prompt
             ]
@@ -205,6 +232,44 @@ def test_patches_of_an_in_context_model_can_be_asked():
     assert_peak(maps.sram("eye"), truth)
     assert_peak(maps.sram((5, 7)), truth)
     assert maps.match().expected.shape == (1, 4, 6, 2)
+
+
+def test_pictures_that_share_a_number_are_refused():
+    """Side by side, two of them fill a grid, but not row by row."""
+    transformer = dit.flux_transformer(num_layers=1, num_single_layers=0)
+    generated, left = (torch.cartesian_prod(*map(torch.arange, n)) for n in ((1, 2, 3), (1, 2, 2)))
+    left[:, 0] = 1
+    right = left + torch.tensor([0, 0, 2])
+
+    def go(*references):
+        ids = torch.cat([generated, *references])
+        with torch.no_grad():
+            transformer(
+                hidden_states=torch.randn(1, len(ids), 16),
+                encoder_hidden_states=dit.text_tokens(3),
+                pooled_projections=torch.zeros(1, 8),
+                timestep=torch.tensor([0.5]),
+                guidance=torch.ones(1),
+                img_ids=ids.bfloat16(),
+                txt_ids=torch.zeros(3, 3),
+            )
+
+    with i2am.patch_transformer(transformer, num_steps=1) as tracer:
+        with pytest.raises(ValueError, match=r"picture 1 .* 8 tokens, which do not go through \(2, 4\) row by row"):
+            go(left, right)
+        with pytest.raises(ValueError, match=r"picture 1 .* 7 tokens, which do not fill \(2, 4\)"):
+            go(left, right[:3])
+        go(left, right + torch.tensor([1, 0, 0]))
+    assert [tuple(tracer.maps().ulam("g2r", reference=name).shape) for name in tracer.maps().references] == [
+        (1, 2, 2),
+        (1, 2, 2),
+    ]
+
+
+def test_long_pictures_in_bfloat16():
+    """It counts to 256 only; so do the position ids of a pipeline that runs in it."""
+    ids = torch.cartesian_prod(*map(torch.arange, (1, 40, 30))).bfloat16()
+    assert Positions().segments(ids) == [(0, Segment(0, (40, 30)))]
 
 
 def test_unknown_transformers_and_descriptions_are_refused():
@@ -248,11 +313,13 @@ REFERENCES = {"reference_0": (slice(29, 61), (4, 8)), "reference_1": (slice(61, 
 
 
 @pytest.mark.parametrize("build", [dit.flux2, dit.flux2_klein], ids=["flux2", "klein"])
-@support.family("FLUX.2, Klein", "Flux2Pipeline, Flux2KleinPipeline", "tokens in context, several references")
+@support.family(*FLUX2)
 def test_flux2_keeps_its_references_apart(build):
     pipe = build()
     guided = build is dit.flux2_klein
-    go = flux2(pipe, **({"negative_prompt_embeds": dit.text_tokens(5, seed=3)} if guided else {}))
+    images = 1 + guided
+    given = dict(negative_prompt_embeds=dit.text_tokens(5, seed=3), num_images_per_prompt=images) if guided else {}
+    go = flux2(pipe, **given)
     calls = capture_calls(pipe.transformer, go, KINDS)
     evaluations = range(0, 8, 2) if guided else range(4)
     assert {c.evaluation for c in calls} == set(range(8 if guided else 4))
@@ -263,15 +330,61 @@ def test_flux2_keeps_its_references_apart(build):
         chosen = generated(calls, (4, 6), slice(5, 29), evaluations=evaluations)
         truth = Truth(chosen, keys=keys, groups=groups, reference_grid=grid)
         check(maps, truth, 2, reference=name)
-        assert maps.ulam("g2r", reference=name).shape == (1, *grid)
+        assert maps.ulam("g2r", reference=name).shape == (images, *grid)
     with pytest.raises(ValueError, match="several references"):
         maps.ulam("r2g")
 
 
+@support.family(*FLUX2)
+def test_klein_inpainting():
+    """The picture to be inpainted is a reference too: the first one."""
+    pipe = dit.flux2(diffusers.Flux2KleinInpaintPipeline)
+
+    def go():
+        return pipe(
+            image=pipelines.image((96, 64)),
+            mask_image=pipelines.mask((96, 64)),
+            image_reference=pipelines.image((64, 96), seed=1),
+            prompt_embeds=dit.text_tokens(5),
+            negative_prompt_embeds=dit.text_tokens(5, seed=3),
+            width=96,
+            height=64,
+            strength=0.5,
+            num_inference_steps=8,
+            generator=generator(),
+            output_type="np",
+        ).images
+
+    calls = capture_calls(pipe.transformer, go, KINDS)
+    assert calls[-1].evaluation + 1 == 8
+    chosen = generated(calls, (4, 6), slice(5, 29), evaluations=range(0, 8, 2))
+    maps = traced(pipe, go)
+    parts = {"reference_0": (slice(29, 53), (4, 6)), "reference_1": (slice(53, 77), (6, 4))}
+    assert maps.references == list(parts)
+    for name, (keys, grid) in parts.items():
+        truth = Truth(chosen, keys=keys, groups=[0] * 4 + [1] * 4, reference_grid=grid)
+        check(maps, truth, 2, reference=name)
+
+
 @support.family("FLUX.2 Klein with KV cache", "Flux2KleinKVPipeline", "in context, then in the KV cache")
-def test_klein_kv_reads_references_from_the_cache():
+def test_klein_kv_looks_at_itself_too():
+    """``mode="self"``: the generated tokens' keys stand behind the references', cached or not."""
     pipe = dit.flux2_klein_kv()
     go = flux2(pipe)
+    calls = capture_calls(pipe.transformer, go, KINDS)
+    truth = Truth(
+        generated(calls, (4, 6), slice(5, 29)), keys=slice(61, 85), groups=[0, 0, 1, 1], reference_grid=(4, 6)
+    )
+    maps = traced(pipe, go, mode="self")
+    assert maps.references == ["self"]
+    check(maps, truth, 2)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@support.family("FLUX.2 Klein with KV cache", "Flux2KleinKVPipeline", "in context, then in the KV cache")
+def test_klein_kv_reads_references_from_the_cache(images):
+    pipe = dit.flux2_klein_kv()
+    go = flux2(pipe, num_images_per_prompt=images)
     calls = capture_calls(pipe.transformer, go, KINDS)
     lengths = {(c.evaluation, c.nth): (c.q.shape[2], c.k.shape[2]) for c in calls}
     assert lengths[0, 0] == (29, 85)  # [text, generated] → [text, references, generated]
@@ -312,6 +425,7 @@ def test_flux2_without_references_is_refused():
 def small_qwen(monkeypatch):
     """Qwen resizes every reference to a megapixel; here to 32² pixels."""
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_inpaint as inpaint
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 
     calculate = edit.calculate_dimensions
@@ -321,6 +435,7 @@ def small_qwen(monkeypatch):
         return tuple(n if n is None else n // 8 for n in scaled)
 
     monkeypatch.setattr(edit, "calculate_dimensions", dimensions)
+    monkeypatch.setattr(inpaint, "calculate_dimensions", dimensions)
     monkeypatch.setattr(plus, "calculate_dimensions", lambda area, ratio: dimensions(area, ratio)[:2])
 
 
@@ -332,26 +447,22 @@ def qwen(pipe, image, **options):
             image=image,
             width=24,
             height=16,
-            num_inference_steps=4,
             generator=generator(),
             output_type="np",
-            **common,
+            **({"num_inference_steps": 4} | common),
         ).images
     )
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("several", [False, True], ids=["edit", "plus"])
-@support.family(
-    "Qwen-Image-Edit, -Plus",
-    "QwenImageEditPipeline, QwenImageEditPlusPipeline",
-    "tokens in context, several references",
-)
+@support.family(*QWEN)
 def test_qwen_edit(small_qwen, several, guided):
     pipe = dit.qwen(*([dit.QwenImageEditPlusPipeline] if several else []))
     images = [pipelines.image((64, 32)), pipelines.image((32, 32), seed=1)] if several else pipelines.image((64, 32))
     negative = dict(negative_prompt_embeds=dit.text_tokens(4, seed=3), negative_prompt_embeds_mask=None)
-    go = qwen(pipe, images, **(negative | {"true_cfg_scale": 3.0} if guided else {}))
+    two = {"num_images_per_prompt": 2} if several else {}
+    go = qwen(pipe, images, **two, **(negative | {"true_cfg_scale": 3.0} if guided else {}))
     calls = capture_calls(pipe.transformer, go, ("attn",))
     if guided:  # the negative prompt is shorter
         assert {c.k.shape[2] for c in calls if c.evaluation % 2} == {
@@ -363,7 +474,7 @@ def test_qwen_edit(small_qwen, several, guided):
     start = 7 + 24
     evaluations = range(0, 8, 2) if guided else range(4)
     groups = [0] * 4 + [1] * 4 if guided else [0, 0, 1, 1]
-    assert len(maps.references) == 1 + several
+    assert len(maps.references) == maps.batch == 1 + several
     for name in maps.references:
         grid = grids[name]
         keys = slice(start, start + grid[0] * grid[1])
@@ -371,6 +482,20 @@ def test_qwen_edit(small_qwen, several, guided):
         chosen = generated(calls, (4, 6), slice(7, 31), evaluations=evaluations)
         check(maps, Truth(chosen, keys=keys, groups=groups, reference_grid=grid), 2, reference=name)
     assert start == calls[0].k.shape[2]
+
+
+@support.family(*QWEN)
+def test_qwen_edit_inpainting(small_qwen):
+    """The picture keeps its shape, whatever width and height say."""
+    pipe = dit.qwen(diffusers.QwenImageEditInpaintPipeline)
+    negative = dict(negative_prompt_embeds=dit.text_tokens(4, seed=3))
+    picture, mask = pipelines.image((64, 32)), pipelines.mask((64, 32))
+    go = qwen(pipe, picture, mask_image=mask, strength=0.5, num_inference_steps=8, **negative)
+    calls = capture_calls(pipe.transformer, go, ("attn",))
+    assert calls[-1].evaluation + 1 == 8
+    chosen = generated(calls, (6, 11), slice(7, 73), evaluations=range(0, 8, 2))
+    truth = Truth(chosen, keys=slice(73, 139), groups=[0] * 4 + [1] * 4, reference_grid=(6, 11))
+    check(traced(pipe, go), truth, 2)
 
 
 # ----------------------------------------------------------------------------------------------- LongCat, DreamLite
@@ -407,10 +532,13 @@ def test_longcat_edit(guided, monkeypatch):
     check(maps, Truth(chosen, keys=slice(4 + n // 2, None), groups=groups, reference_grid=(h, w)), 2)
 
 
-@support.family("DreamLite", "DreamLitePipeline", "the right half of the latents, in self-attention")
-def test_dreamlite_joins_pictures_along_their_width():
+@pytest.mark.parametrize("mobile", [False, True], ids=["guided", "mobile"])
+@support.family(
+    "DreamLite", "DreamLitePipeline, DreamLiteMobilePipeline", "the right half of the latents, in self-attention"
+)
+def test_dreamlite_joins_pictures_along_their_width(mobile):
     """[uncond, image only, cond], and tokens of both halves in turn, row by row."""
-    pipe = dit.dreamlite()
+    pipe = dit.dreamlite(mobile)
 
     def go():
         return pipe(
@@ -424,7 +552,7 @@ def test_dreamlite_joins_pictures_along_their_width():
         ).images
 
     calls = capture_calls(pipe.unet, go, ("attn1",))
-    assert calls[0].q.shape[0] == 3
+    assert calls[0].q.shape[0] == (1 if mobile else 3)
     plain = go()
     with i2am.trace(pipe, time_groups=2, output="model") as tracer:
         assert (go() == plain).all()
@@ -437,9 +565,50 @@ def test_dreamlite_joins_pictures_along_their_width():
         index = torch.arange(2 * h * w).reshape(h, 2 * w)
         truth = Truth(
             generated(mine, (h, w), index[:, :w].flatten()),
-            samples=slice(2, 3),
+            samples=slice(-1, None),
             keys=index[:, w:].flatten(),
             groups=[0, 0, 1, 1],
             reference_grid=(h, w),
         )
         check(maps, truth, 2, layers=layer)
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@support.family("Bria Fibo Edit", "BriaFiboEditPipeline", "tokens in context, several references")
+def test_fibo_edit(guided):
+    """[uncond, cond] in one batch, references numbered from 1, padding masked."""
+    pipe = dit.fibo()
+    sizes = ((64, 32), (48, 80))
+
+    def go():
+        return pipe(
+            prompt='{"edit_instruction": "x"}',
+            image=[pipelines.image(size, seed=i) for i, size in enumerate(sizes)],
+            width=96,
+            height=64,
+            guidance_scale=3.0 if guided else 1.0,
+            num_images_per_prompt=2,
+            num_inference_steps=4,
+            generator=generator(),
+            output_type="np",
+        ).images
+
+    calls = capture_calls(pipe.transformer, go, ("BriaFiboAttention",))
+    assert calls[0].q.shape[0] == (4 if guided else 2)
+    assert (calls[0].mask is not None) == guided
+    maps = traced(pipe, go)
+    assert maps.references == ["reference_0", "reference_1"]
+    start = 5 + 24
+    for name, (width, height) in zip(maps.references, sizes, strict=True):
+        grid = (height // 16, width // 16)
+        keys = slice(start, start + grid[0] * grid[1])
+        start = keys.stop
+        truth = Truth(
+            generated(calls, (4, 6), slice(5, 29)),
+            samples=slice(-2, None),
+            keys=keys,
+            groups=[0, 0, 1, 1],
+            reference_grid=grid,
+        )
+        check(maps, truth, 2, reference=name)
+    assert start == calls[0].k.shape[2]

@@ -1,4 +1,4 @@
-"""Flux and LongCat: references in context (Kontext), among the text tokens (Redux), and through IP-Adapters.
+"""Flux, LongCat and Fibo: references in context (Kontext), among the text tokens (Redux), and through IP-Adapters.
 
 Tokens are ``[text ‖ generated ‖ reference …]``; the position ids' first axis is 0 for the generated picture and 1 for
 Kontext's reference. Redux puts SigLIP's 27×27 tokens behind the text, so a caller says which of the text's tokens they
@@ -68,3 +68,16 @@ class LongCat(Flux):
     """``LongCatImageTransformer2DModel``: laid out like Kontext, with 1 and 2 on the position ids' first axis."""
 
     attentions = ("LongCatImageAttention",)
+
+
+class Fibo(Flux):
+    """``BriaFiboTransformer2DModel``: laid out like Kontext, with references 1, 2, … and batched guidance.
+
+    Tokens are single latents, or 2×2 of them with ``do_patching=True``: then give ``trace`` its ``canvas``.
+    """
+
+    attentions = ("BriaFiboAttention",)
+    conditional_call = None
+    timestep_scale = 1.0
+    batched_guidance = True
+    latent_pixels = 1

@@ -41,11 +41,11 @@ class Flux2(JointTransformer):
                     f"the KV cache holds {cache.num_ref_tokens} reference tokens that were put there before tracing "
                     "began, so their grids are unknown: trace from the first step"
                 )
-            return self._with_cache(generated, text)
+            return self._with_cache(Segment(cache.num_ref_tokens, generated.grid), text)
         (_, generated), *references = segments
         return self.in_context(generated, [segment for _, segment in references], text, slice(0, text))
 
     def _with_cache(self, generated: Segment, text: int) -> Carried:
-        """Keys ``[text ‖ references ‖ generated]``, queries ``[text ‖ generated]``."""
+        """Keys ``[text ‖ references ‖ generated]``, as ``generated`` says; queries ``[text ‖ generated]``."""
         carried = self.in_context(generated, self._cached, text, slice(0, text))
         return carried._replace(queries=slice(text, text + generated.stop - generated.start))

@@ -140,7 +140,7 @@ class Positions:
         """``(axis 0, segment)`` of each picture, in the order of the tokens.
 
         Raises:
-            ValueError: the tokens of a picture do not fill a grid.
+            ValueError: the tokens of a picture do not fill a grid row by row.
         """
         if self._last is None or self._last[0] is not ids:
             self._last = ids, _segments(ids[0] if ids.ndim == 3 else ids)
@@ -151,10 +151,16 @@ def _segments(ids: Tensor) -> list[tuple[float, Segment]]:
     which, counts = ids[:, 0].unique_consecutive(return_counts=True)
     found, start = [], 0
     for picture, count in zip(which.tolist(), counts.tolist(), strict=True):
-        rows, columns = ids[start : start + count, 1], ids[start : start + count, 2]
+        rows, columns = ids[start : start + count, 1:3].double().T  # bfloat16 can't count the tokens of a picture
         grid = tuple(int(axis.max() - axis.min()) + 1 for axis in (rows, columns))
         if grid[0] * grid[1] != count:
             raise ValueError(f"picture {picture:g} of the position ids has {count} tokens, which do not fill {grid}")
+        order = (rows - rows.min()) * grid[1] + (columns - columns.min())
+        if not order.equal(torch.arange(count).to(order)):
+            raise ValueError(
+                f"picture {picture:g} of the position ids has {count} tokens, which do not go through {grid} row by "
+                "row: several pictures need a number of their own each, on the first axis"
+            )
         found.append((picture, Segment(start, grid)))
         start += count
     return found

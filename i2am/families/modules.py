@@ -96,8 +96,7 @@ class AttentionModules:
         heads = _heads(module)
         q, k = (layer.projected[p].unflatten(-1, (heads, -1)).transpose(1, 2) for p in self._projections)
         mask = self._mask(module, named_arguments(module, *layer.arguments))
-        scale = getattr(module, "scale", None)
-        return Call(q, k, None, mask, scale=scale if isinstance(scale, (int, float)) else None)
+        return Call(q, k, None, mask, scale=_scale(module))
 
     def watch(self) -> Iterable[RemovableHandle]:
         around = {""} | {name.rpartition(".")[0] for name in self._modules}
@@ -204,6 +203,19 @@ def compvis_mask(module: nn.Module, given: dict[str, Any]) -> Tensor | None:
 
 def _heads(module: nn.Module) -> int | None:
     return next((n for name in HEADS if isinstance(n := getattr(module, name, None), int)), None)
+
+
+def _scale(module: nn.Module) -> float | None:
+    """What a module multiplies the logits with; None: it does not say, so ``1/√d``."""
+    scale = getattr(module, "scale", None)
+    if isinstance(scale, Tensor) and scale.numel() == 1:
+        return float(scale)
+    if scale is None or isinstance(scale, (int, float)):
+        return scale
+    raise ValueError(
+        f"{type(module).__name__} scales its logits by {getattr(scale, 'shape', None) or scale!r}, which is not one "
+        "number: use i2am.attention inside it"
+    )
 
 
 def _halved(grid: Grid, times: int) -> Grid:

@@ -16,6 +16,7 @@ from i2am.families.wan import Wan
 from i2am.layout import Concatenated, Grid, Reference
 
 IN_CONTEXT = (
+    "BriaFiboEdit*",
     "FluxKontext*",
     "Flux2*",
     "QwenImageEdit*",
@@ -73,7 +74,7 @@ def read_pipeline(
             f"trace takes a diffusers pipeline with a UNet or transformer and a scheduler, got {type(pipe).__name__}; "
             "for a bare model use i2am.patch_unet, i2am.patch_transformer or i2am.patch_modules"
         )
-    if type(pipe).__name__.startswith("DreamLite") and references is None:
+    if _is_a(pipe, "DreamLite*") and references is None:
         references = Concatenated("width")
     encoder = getattr(pipe, "image_encoder", None)
     text = any(getattr(pipe, part, None) is not None for part in ("text_encoder", "text_encoder_2", "tokenizer"))
@@ -97,15 +98,20 @@ def _read_transformer_pipeline(pipe, transformer: nn.Module, references, itself:
         raise ValueError(f"{type(pipe).__name__} has two denoising models: trace one with i2am.patch_transformer")
     family = read_transformer(transformer, references, itself=itself, rollout=rollout)
     name = type(pipe).__name__
-    known = any(fnmatch.fnmatchcase(name, pattern) for pattern in IN_CONTEXT)
+    known = any(_is_a(pipe, pattern) for pattern in IN_CONTEXT)
     if not (itself or references or known or family.has_adapters()):
-        reason = next(reason for pattern, reason in NO_KEYS.items() if fnmatch.fnmatchcase(name, pattern))
+        reason = next(reason for pattern, reason in NO_KEYS.items() if _is_a(pipe, pattern))
         raise ValueError(no_reference_keys(name, reason))
     if isinstance(family, Wan):
         family.image_grid = _patch_grid(getattr(pipe, "image_encoder", None))
     guidance_parts = (lambda: _guidance_parts(pipe)) if family.batched_guidance else (lambda: (1, 0))
     scale = getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
     return Traced(transformer, family, guidance_parts, scale * family.latent_pixels)
+
+
+def _is_a(pipe, pattern: str) -> bool:
+    """Whether the name of the pipeline's class, or of one that it is made from, fits a glob pattern."""
+    return any(fnmatch.fnmatchcase(kind.__name__, pattern) for kind in type(pipe).__mro__)
 
 
 def _why_not(pipe, unet: nn.Module) -> str:
@@ -133,7 +139,7 @@ def _guidance_parts(pipe) -> tuple[int | None, int | None]:
 
     Older pipelines (Paint-by-Example, ImageVariation) keep it in a local variable: then the latents must tell.
     """
-    if type(pipe).__name__ == "DreamLitePipeline":
+    if _is_a(pipe, "DreamLitePipeline"):
         return 3, 2  # [uncond, image only, cond]; a picture from text alone has two parts, and no reference
     try:
         guided = bool(pipe.do_classifier_free_guidance)

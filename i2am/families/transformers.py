@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from i2am.families import TransformerFamily
-from i2am.families.flux import Flux, LongCat
+from i2am.families.flux import Fibo, Flux, LongCat
 from i2am.families.flux2 import Flux2
 from i2am.families.qwen import QwenImage
 from i2am.families.sd3 import StableDiffusion3
@@ -16,6 +16,7 @@ from i2am.layout import Reference
 from i2am.seam import refuse_compiled
 
 FAMILIES: dict[str, type[TransformerFamily]] = {
+    "BriaFiboTransformer2DModel": Fibo,
     "FluxTransformer2DModel": Flux,
     "Flux2Transformer2DModel": Flux2,
     "LongCatImageTransformer2DModel": LongCat,
