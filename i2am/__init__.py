@@ -8,6 +8,9 @@
     maps.ulam("r2g"), maps.ulam("g2r")
 """
 
+import importlib
+from types import ModuleType
+
 from i2am.detect import Box, detect_box
 from i2am.layout import Banked, Concatenated, Reference
 from i2am.maps import AttributionMaps
@@ -16,6 +19,7 @@ from i2am.ops import AttentionOutput, attention
 from i2am.patch import BlindLayerError, Tracer, patch_modules, patch_transformer, patch_unet, trace
 
 __version__ = "0.1.0"
+ON_FIRST_USE = ("compare", "evaluate", "plot", "zoo")  # `i2am.plot.…` needs no import of its own, and none is paid for
 __all__ = [
     "AttentionOutput",
     "AttributionMaps",
@@ -34,3 +38,13 @@ __all__ = [
     "patch_unet",
     "trace",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in ON_FIRST_USE:
+        return importlib.import_module(f"i2am.{name}")
+    raise AttributeError(f"module 'i2am' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *ON_FIRST_USE})

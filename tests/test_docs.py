@@ -47,6 +47,17 @@ def test_code_runs(page, tmp_path, monkeypatch):
         torch.set_num_threads(threads)
 
 
+def test_a_fresh_process_has_every_name():
+    """What other tests have imported doesn't help: after `import i2am`, each `i2am.…` of the pages is there."""
+    code = "".join(text for page in [*PAGES, ROOT / "README.md"] for text, _ in blocks(page, "python"))
+    code = re.sub(r"import i2am[^\n]*", "", code)
+    names = sorted(set(re.findall(r"\bi2am(?:\.\w+)+", code)))
+    assert "i2am.plot.summary" in names
+    code = "import i2am\nfor name in {!r}: eval(name)".format([n for n in names if not n.endswith(".safetensors")])
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_code_that_is_not_run_compiles(page):
     for text, _ in blocks(page, "python"):
