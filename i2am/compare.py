@@ -114,12 +114,12 @@ def compare(a: Path, b: Path) -> Comparison:
     samples = [i for i in runs[0].scores if i in runs[1].scores]
     if not samples:
         raise ValueError(f"{a} and {b} have no finished sample in common")
-    notes = _notes(runs, samples)
-    moved, where = {}, {}
+    moved, where, left_out = {}, {}, {}
     for sample in samples:
         (x, layers), (y, other) = (run.levels(sample) for run in runs)
         shares, labels = moved_shares(x, y, layers, other), _labels(x, layers, other)
         moved[sample] = {d: shares[f"{d}.ulam"][0] for d in DIRECTIONS if f"{d}.ulam" in shares}
+        left_out |= _left_out(x, y, layers, other, shares)
         for name in shares.keys() & labels.keys():
             table = where.setdefault(name, {})
             for label, share in zip(labels[name], shares[name], strict=True):
@@ -129,6 +129,7 @@ def compare(a: Path, b: Path) -> Comparison:
     keys = sorted({*runs[0].settings, *runs[1].settings} - {"versions", "files"})
     differing = {k: (runs[0].settings.get(k), runs[1].settings.get(k)) for k in keys}
     differing = {k: pair for k, pair in differing.items() if pair[0] != pair[1]}
+    notes = [*_notes(runs, samples), *left_out]
     return Comparison(*runs, samples, _scores(runs, samples), moved, means, differing, notes)
 
 
@@ -194,6 +195,31 @@ def _labels(x: dict[str, Tensor], layers: Sequence[str], others: Sequence[str]) 
         for level, what in LEVELS.items()
         if f"{d}.{level}" in x
     }
+
+
+def _left_out(
+    x: dict[str, Tensor], y: dict[str, Tensor], layers: Sequence[str], others: Sequence[str], shares: dict
+) -> dict[str, None]:
+    """Sentences (in order, each once) about what one run has and the other does not."""
+    said = []
+    alone = [
+        plot.short_layer_names([n])[0].replace("\n", "")
+        for n in [*layers, *others]
+        if n not in layers or n not in others
+    ]
+    if alone:
+        said.append(f"layers in one run only are left out: {', '.join(alone)}")
+    for level, what in LEVELS.items():
+        name = f"r2g.{level}"
+        if name in x and name in y and name not in shares:
+            said.append(f"the runs have {len(x[name])} and {len(y[name])} {what}s: {what}s are not compared")
+        elif name in shares:
+            empty = [str(i) for i, share in enumerate(shares[name]) if not math.isfinite(share)]
+            if empty:
+                said.append(f"{what}s in which no step ran, in one run or both, are left out: {', '.join(empty)}")
+        elif name in x or name in y:
+            said.append(f"one run has no maps by {what}: {what}s are not compared")
+    return dict.fromkeys(said)
 
 
 def _scores(runs: tuple[Run, Run], samples: list[str]) -> dict[str, dict[str, Any]]:
@@ -307,7 +333,7 @@ def _draw_scores(figure: Figure, place, comparison: Comparison) -> None:
         ax.plot([0, 1], [s["a"], s["b"]], color="#9a3412", linewidth=2.2, marker="o", markersize=4)
         ax.set_xticks([0, 1], ["A", "B"])
         ax.set_xlim(-0.25, 1.25)
-        ax.set_title(f"{MEANING[name][0]}: {s['difference']['mean']:+.3f}", fontsize=8)
+        ax.set_title(f"{MEANING[name][0]}: {plot.signed(s['difference']['mean'], '+.3f')}", fontsize=8)
         ax.tick_params(labelsize=7)
         ax.spines[["top", "right"]].set_visible(False)
 
@@ -336,7 +362,7 @@ def movers(comparison: Comparison) -> Figure:
             ax = figure.add_subplot(grid[2 * row + half, 0])
             ax.imshow(run.preview(i))
             ax.set_axis_off()
-            shares = [f"{d.upper()} {100 * share:.0f} %" for d, share in comparison.moved[i].items()]
+            shares = [f"{d.upper()} {100 * share:.3g} %" for d, share in comparison.moved[i].items()]
             ax.set_title(f"{which} · {i}" + ("" if half else "   moved: " + ", ".join(shares)), fontsize=7, loc="left")
         (x, _), (y, _) = (run.levels(i) for run in (comparison.a, comparison.b))
         for column, d in enumerate(directions):

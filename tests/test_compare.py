@@ -10,7 +10,7 @@ from PIL import Image
 from test_evaluate import arguments, one_thread  # noqa: F401 (a fixture)
 
 from i2am import cli, plot
-from i2am.compare import compare, moved_shares, total_variation
+from i2am.compare import _left_out, compare, moved_shares, total_variation
 from i2am.evaluate import Store
 from i2am.evaluate.levels import as_distribution, read_levels
 from i2am.evaluate.summary import interval
@@ -54,6 +54,23 @@ def test_a_time_group_without_a_step_is_left_out():
     assert np.isnan(shares[1])
 
 
+def test_what_one_run_lacks_is_said():
+    maps = torch.stack([spot(0, 0), spot(1, 1)])
+    empty = torch.stack([spot(0, 0), torch.full((4, 6), torch.nan)])
+    x = {"r2g.tlam": empty, "r2g.hlam": maps, "r2g.llam": maps}
+    y = {"r2g.tlam": maps, "r2g.hlam": maps[:1], "r2g.llam": maps}
+    layers, others = ["down.0", "up.0"], ["up.0", "other"]
+    said = list(_left_out(x, y, layers, others, moved_shares(x, y, layers, others)))
+    assert said == [
+        "layers in one run only are left out: down.0, other",
+        "time groups in which no step ran, in one run or both, are left out: 1",
+        "the runs have 2 and 1 heads: heads are not compared",
+    ]
+    del x["r2g.hlam"]
+    assert "one run has no maps by head: heads are not compared" in _left_out(x, y, layers, others, {})
+    assert not _left_out(y, y, layers, layers, moved_shares(y, y, layers, layers))
+
+
 # --------------------------------------------------------------------------------------------------------- end to end
 
 
@@ -80,6 +97,7 @@ def test_runs_of_the_same_settings_do_not_differ(runs):
     found = compare(runs / "a", runs / "again")
     assert found.samples == ["a", "b", "c"]
     assert found.settings == {}
+    assert found.notes == ["time groups in which no step ran, in one run or both, are left out: 1, 3, 4"]
     assert all(share == 0 for moved in found.moved.values() for share in moved.values())
     assert found.scores["imacs_r2g"]["difference"]["mean"] == 0
     assert found.scores["imacs_r2g"]["p"] is None

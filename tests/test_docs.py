@@ -53,7 +53,8 @@ def test_a_fresh_process_has_every_name():
     code = re.sub(r"import i2am[^\n]*", "", code)
     names = sorted(set(re.findall(r"\bi2am(?:\.\w+)+", code)))
     assert "i2am.plot.summary" in names
-    code = "import i2am\nfor name in {!r}: eval(name)".format([n for n in names if not n.endswith(".safetensors")])
+    names = [name for name in names if "zoo" not in name]  # slow to import; the pages' code runs it
+    code = f"import i2am; i2am.__dir__().index('zoo'); [eval(name) for name in {names!r}]"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

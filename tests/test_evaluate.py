@@ -396,6 +396,9 @@ def test_interval_covers_the_mean():
     found = [interval(rng.normal(3, 1, 40)) for _ in range(200)]
     covered = np.mean([f["low"] <= 3 <= f["high"] for f in found])
     assert 0.89 < covered < 0.99
+    few = interval([0.0] * 40 + [1.0] * 10)  # the mean's, whatever the values' shape
+    for end, side in (("low", -1), ("high", 1)):
+        assert few[end] == pytest.approx(0.2 + side * 1.96 * 0.4 / 50**0.5, abs=0.03)
     assert interval([1.0]) == {"n": 1, "mean": 1.0, "sd": None, "low": None, "high": None}
 
 
@@ -416,7 +419,8 @@ def test_contact_sheet_names_best_and_worst(tmp_path):
     store, samples = Store(tmp_path), [Sample(f"s{i:02d}", 0, digest="x") for i in range(14)]
     for i, s in enumerate(samples):
         store.write(store.path("previews", s.id, ".jpg"), lambda p: Image.new("RGB", (90, 20)).save(p, "jpeg"))
-        store.finish({"id": s.id, "digest": "x", "status": "ok", "seed": 0, "seconds": 1.0, "imacs_r2g": -i / 10})
+        scores = {"imacs_r2g": -(5 * i % 14) / 10, "box_iou": i / 14}  # best first: 0, 3, 6, …
+        store.finish({"id": s.id, "digest": "x", "status": "ok", "seed": 0, "seconds": float(i), **scores})
     from i2am.evaluate import summary as module
 
     drawn = []
@@ -427,6 +431,7 @@ def test_contact_sheet_names_best_and_worst(tmp_path):
     finally:
         module.contact_sheet = original
     titles = [ax.get_title(loc="left") for ax in drawn[0].axes]
-    assert [t.split(" · ")[:2] for t in titles[:5]] == [["best", f"s{i:02d}"] for i in range(5)]
-    assert [t.split(" · ")[:2] for t in titles[5:]] == [["worst", f"s{i:02d}"] for i in range(9, 14)]
+    order = [3 * i % 14 for i in range(14)]
+    assert [t.split(" · ")[:2] for t in titles[:5]] == [["best", f"s{i:02d}"] for i in order[:5]]
+    assert [t.split(" · ")[:2] for t in titles[5:]] == [["worst", f"s{i:02d}"] for i in order[9:]]
     assert Path(tmp_path, "contact.png").exists()

@@ -389,6 +389,9 @@ def test_side_by_side(scale):
     values = [m.ulam("r2g")[0].numpy() for m in (a, b)]
     np.testing.assert_allclose(third.images[0].get_array(), values[1] - values[0], atol=1e-7)
     assert third.get_title() == "after − before"
+    figure.draw_without_rendering()
+    shapes = [box.width / box.height for box in (ax.get_window_extent() for ax in (first, second, third))]
+    assert shapes == pytest.approx([100 / 60] * 3, rel=0.02)  # the map has the picture's shape, not its grid's
     limits = [ax.images[-1].get_clim() for ax in (first, second)]
     assert (limits[0] == limits[1]) == (scale == "shared")
     assert ("one colour scale" in texts(figure)) == (scale == "shared")

@@ -6,7 +6,7 @@ touches pyplot's list of figures. ``figure.savefig(...)`` writes it, a notebook 
 
 from i2am.plot.arrays import PANEL_PIXELS, as_picture
 from i2am.plot.figures import LEVELS, blend, levels, overlay, summary, thumbnail
-from i2am.plot.labels import MEANING, meaning, short_layer_names
+from i2am.plot.labels import MEANING, meaning, short_layer_names, signed
 from i2am.plot.panels import CMAP, SCALES, note
 from i2am.plot.patches import holding, sram
 from i2am.plot.runs import difference, side_by_side
@@ -27,6 +27,7 @@ __all__ = [
     "overlay",
     "short_layer_names",
     "side_by_side",
+    "signed",
     "sram",
     "summary",
     "thumbnail",

@@ -94,6 +94,11 @@ def value_range(low: float, high: float) -> str:
     return f"{low / 10**exponent:.2f} – {high / 10**exponent:.2f} $\\times10^{{{exponent}}}$"
 
 
+def signed(value: float, form: str = ".3f") -> str:
+    """A number with a real minus sign, as the ticks of an axis have it."""
+    return format(value, form).replace("-", "\N{MINUS SIGN}")
+
+
 def units(direction: str, options: dict) -> str:
     if direction == "mass":
         return "0…1 of a token's attention"

@@ -53,7 +53,7 @@ def sram(
     values = as_map(maps.sram(region, canvas=canvas, **options), index)
     left, right = as_picture(generated, index), as_picture(reference, index)
     widths = [p.shape[1] / p.shape[0] for p in (left, right, right)]
-    figure = Figure(figsize=(7.5, 7.0 / sum(widths) + 0.75), layout="constrained")
+    figure = Figure(figsize=(7.5, 6.6 / sum(widths) + 0.6), layout="constrained")
     marked, heated, outlined = figure.subplots(1, 3, width_ratios=widths)
     bare(marked).imshow(left)
     _mark(marked, region, canvas or maps.canvas, left.shape[:2])

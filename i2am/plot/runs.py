@@ -57,21 +57,29 @@ def side_by_side(
     values = [as_map(maps.ulam(direction, **options), index) for maps in (first, second)]
     pictures = [as_picture(image, index) for image in images]
     widths = [p.shape[1] / p.shape[0] for p in (*pictures, pictures[0])]
-    figure = Figure(figsize=(8.2, 7.2 / sum(widths) + 0.9), layout="constrained")
+    figure = Figure(figsize=(8.2, 6.4 / sum(widths) + 0.85), layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=widths)
     for ax, picture, x, name in zip(axes, pictures, values, names, strict=False):
         heat = draw(ax, picture, x, cmap, alpha, *limits_of(values if scale == "shared" else [x]))
         ax.set_title(name, fontsize=9)
         if scale == "each" or name is names[1]:
             colorbar_of(figure, heat, [ax] if scale == "each" else list(axes[:2]), shrink=0.75)
-    difference(*values, axes[2], title=f"{names[1]} − {names[0]}")
+    difference(*values, axes[2], title=wrap(f"{names[1]} − {names[0]}", 26), shrink=0.75)
+    axes[2].set_aspect("auto")  # the map in the picture's shape, as on the picture
+    axes[2].set_box_aspect(pictures[0].shape[0] / pictures[0].shape[1])
     figure.suptitle(f"ULAM · {meaning(first, direction)}", fontsize=9)
     said = "one colour scale for both" if scale == "shared" else "each on its own colour scale"
+    said += "; the difference on a symmetric one: red gained, blue lost"
     return note(figure, "\n".join(filter(None, (units(direction, options) + "; " + said, footer))))
 
 
 def difference(
-    before: Tensor | np.ndarray, after: Tensor | np.ndarray, ax: Axes | None = None, *, title: str | None = None
+    before: Tensor | np.ndarray,
+    after: Tensor | np.ndarray,
+    ax: Axes | None = None,
+    *,
+    title: str | None = None,
+    shrink: float = 1.0,
 ) -> Axes:
     """What changed between two maps, ``after − before``: red gained, blue lost, white did not change.
 
@@ -79,6 +87,7 @@ def difference(
         before, after: ``[h, w]`` of one grid and one unit.
         ax: where to draw; None makes a figure of its own.
         title: above it.
+        shrink: height of the colour bar, of the axes'.
 
     Raises:
         ValueError: they are not finite, or not on one grid.
@@ -94,7 +103,7 @@ def difference(
         ax = Figure(figsize=(4.0, 3.4), layout="constrained").add_subplot()
     most = float(np.abs(b - a).max()) or 1.0
     heat = bare(ax).imshow(b - a, cmap=DIFFERENCE_CMAP, vmin=-most, vmax=most, interpolation="bicubic")
-    colorbar_of(ax.figure, heat, [ax])
+    colorbar_of(ax.figure, heat, [ax], shrink)
     if title:
         ax.set_title(wrap(title, 42), fontsize=9)
     return ax

@@ -203,7 +203,7 @@ def _scores(maps: AttributionMaps, index: int, masks: dict, has_g2r: bool, optio
     r2g = maps.ulam("r2g", **options)[index]
     g2r = maps.ulam("g2r", **options)[index] if has_g2r else None
     values = score(r2g, g2r, masks["generated"], masks["reference"])
-    return [[MEANING[k][0], "nothing found" if v is None else f"{v:.3f}", MEANING[k][1]] for k, v in values.items()]
+    return [[MEANING[k][0], plot.signed(v), MEANING[k][1]] for k, v in values.items()]
 
 
 def _aspects(images: dict, levels: dict) -> dict[str, list[int]]:

@@ -140,7 +140,7 @@ function paint(canvas, heat, [low, high], alpha = 255) {
   return pixels;
 }
 
-const number = (v) => (v === 0 ? "0" : Math.abs(v) >= 0.01 && Math.abs(v) < 1000 ? v.toPrecision(3) : v.toExponential(1));
+const number = (v) => (v === 0 ? "0" : Math.abs(v) >= 0.001 && Math.abs(v) < 1000 ? v.toPrecision(3) : v.toExponential(1));
 
 function drawSide(side) {
   const figure = $("#" + side), { heat, what, unit, empty } = shown(side);
