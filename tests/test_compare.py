@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import wilcoxon
 from test_evaluate import arguments, one_thread  # noqa: F401 (a fixture)
 
 from i2am import cli, plot
@@ -117,6 +118,8 @@ def test_what_moved_and_where(runs, tmp_path, capsys):
         difference = [records[1][i][name] - records[0][i][name] for i in "abc"]
         assert summary["scores"][name]["difference"]["mean"] == pytest.approx(np.mean(difference))
         assert summary["scores"][name]["difference"] == pytest.approx(interval(difference))
+        if any(difference):
+            assert summary["scores"][name]["p"] == pytest.approx(wilcoxon(difference).pvalue)
         assert summary["scores"][name]["better"] == sum(d > 0 for d in difference)
         for which, run in zip("ab", records, strict=True):
             assert summary["scores"][name][which] == pytest.approx(np.mean([run[i][name] for i in "abc"]))

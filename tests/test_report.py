@@ -130,7 +130,7 @@ def test_registered_patch(maps, report):
 
 
 def test_scores_are_the_metrics(maps, report, masks):
-    scores = {name: float(value) for name, value, _ in contents(report)[0]["scores"]}
+    scores = {name: float(value.replace("−", "-")) for name, value, _ in contents(report)[0]["scores"]}
     mask, reference_mask = map(torch.from_numpy, masks)
     assert scores["IMACS of R2G"] == pytest.approx(i2am.imacs(maps.ulam("r2g")[0], mask).item(), abs=5e-4)
     assert scores["IMACS of G2R"] == pytest.approx(i2am.imacs(maps.ulam("g2r")[0], reference_mask).item(), abs=5e-4)
