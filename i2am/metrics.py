@@ -135,7 +135,7 @@ def contrast(map: Tensor, mask: Tensor) -> Tensor:
         mask: as in :func:`imacs`, with an outside.
 
     Returns:
-        a scalar, or ``[B]``; at least 0. A map that is 0 everywhere has no contrast: 1.
+        a scalar, or ``[B]``; at least 0. A map that is 0 everywhere has no contrast and scores 1.
 
     Raises:
         ValueError: as :func:`imacs`; also a negative map, or a mask without outside.

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from scipy.stats import wilcoxon
 from test_evaluate import arguments, one_thread  # noqa: F401 (a fixture)
 
 from i2am import cli, plot
-from i2am.compare import _left_out, compare, moved_shares, total_variation
+from i2am.compare import _left_out, compare, moved_shares, movers, total_variation
 from i2am.evaluate import Store
 from i2am.evaluate.levels import as_distribution, read_levels
 from i2am.evaluate.summary import interval
@@ -70,6 +71,40 @@ def test_what_one_run_lacks_is_said():
     del x["r2g.hlam"]
     assert "one run has no maps by head: heads are not compared" in _left_out(x, y, layers, others, {})
     assert not _left_out(y, y, layers, layers, moved_shares(y, y, layers, layers))
+
+
+# ------------------------------------------------------------------------------------------------------ runs by hand
+
+
+def written(folder, samples):
+    """A run's folder: ``{id: (seed, score, R2G, G2R)}``."""
+    store = Store(folder)
+    store.open({"command": "evaluate"})
+    for i, (seed, value, r2g, g2r) in samples.items():
+        levels = {"r2g.ulam": r2g[None].half(), "g2r.ulam": g2r[None].half()}
+        store.write(store.path("levels", i, ".safetensors"), lambda p, x=levels: save_file(x, p, {"layers": "[]"}))
+        store.write(store.path("previews", i, ".jpg"), lambda p: Image.new("RGB", (80, 20)).save(p, "jpeg"))
+        store.finish({"id": i, "seed": seed, "digest": "", "status": "ok", "seconds": 1.0, "imacs_r2g": value})
+    return folder
+
+
+def test_what_is_counted_and_who_moved_most(tmp_path):
+    stay, half, away = spot(0, 0), (spot(0, 0) + spot(3, 5)) / 2, spot(3, 5)
+    a = written(tmp_path / "a", dict.fromkeys("xyz", (0, 0.5, stay, stay)))
+    b = written(tmp_path / "b", {"x": (0, 0.7, stay, half), "y": (0, 0.5, half, away), "z": (0, 0.1, stay, stay)})
+    found = compare(a, b)
+    assert found.moved == {"x": {"r2g": 0, "g2r": 0.5}, "y": {"r2g": 0.5, "g2r": 1}, "z": {"r2g": 0, "g2r": 0}}
+    assert found.movers == ["y", "x", "z"]
+    score = found.scores["imacs_r2g"]
+    assert (score["better"], score["worse"]) == (1, 1)  # and one as before
+    moved = found.summary()["moved"]
+    assert (moved["r2g"]["mean"], moved["g2r"]["mean"]) == pytest.approx((0.5 / 3, 0.5))
+    assert found.notes == []
+
+    axes = {ax.get_title(): ax for ax in reversed(movers(found).axes) if ax.get_title()}  # the first of each name
+    np.testing.assert_allclose(axes["G2R difference"].images[0].get_array(), away - stay)  # B − A, of y
+    other = compare(a, written(tmp_path / "c", dict.fromkeys("xyz", (1, 0.5, stay, stay))))
+    assert any("other seeds" in note for note in other.notes)
 
 
 # --------------------------------------------------------------------------------------------------------- end to end

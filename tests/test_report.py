@@ -247,7 +247,8 @@ def page(opened):
     page, complaints = opened
     page.evaluate(
         """() => { Object.assign(state, {pick: {time: null, head: null, layer: null}, place: null, level: "time",
-        colours: "inferno", strip: null, outline: true}); syncTabs(); draw(); document.activeElement.blur(); scrollTo(0, 0); }"""
+        colours: "inferno", strip: null, outline: true});
+        syncTabs(); draw(); document.activeElement.blur(); scrollTo(0, 0); }"""
     )
     page.mouse.move(2, 2)
     settle(page)

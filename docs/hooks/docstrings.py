@@ -2,11 +2,13 @@
 
 import re
 
-ROLE = re.compile(r":(?:class|func|meth|mod|attr):(?=<code>)")
-LITERAL = re.compile(r"<p>::</p>\s*")
+import griffe
+
+ROLE = re.compile(r":(?:class|func|meth|mod|attr):`~?([^`]+)`")
+LITERAL = re.compile(r"^[ \t]*::[ \t]*\n", re.M)
 
 
-def on_page_content(html: str, page, **_) -> str:
-    if page.file.src_uri != "api.md":
-        return html
-    return LITERAL.sub("", ROLE.sub("", html))
+class Markdown(griffe.Extension):
+    def on_object(self, *, obj: griffe.Object, **_) -> None:
+        if obj.docstring:
+            obj.docstring.value = LITERAL.sub("", ROLE.sub(r"`\1`", obj.docstring.value))
