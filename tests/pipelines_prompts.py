@@ -51,13 +51,13 @@ def siglip_processor() -> SiglipImageProcessor:
     return SiglipImageProcessor(size={"height": 18, "width": 18})
 
 
-def redux():
+def redux(pipeline=diffusers.FluxPipeline, in_channels: int = 16):
     """The prior and the Flux pipeline that draws from what it gives."""
     torch.manual_seed(0)
     prior = diffusers.FluxPriorReduxPipeline(
         image_encoder=siglip(), feature_extractor=siglip_processor(), image_embedder=ReduxImageEncoder(12, 4096).eval()
     )
-    return prior, dit.flux(diffusers.FluxPipeline, joint_attention_dim=4096, pooled_projection_dim=768)
+    return prior, dit.flux(pipeline, in_channels=in_channels, joint_attention_dim=4096, pooled_projection_dim=768)
 
 
 def sd3(adapter: bool = True):
@@ -172,7 +172,7 @@ def svd():
     )
 
 
-def wan(image_keys: bool = True):
+def wan(image_keys: bool = True, last_image: bool = False):
     torch.manual_seed(0)
     clip = CLIPVisionConfig(
         hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=18, patch_size=6
@@ -189,6 +189,7 @@ def wan(image_keys: bool = True):
         image_dim=12 if image_keys else None,
         added_kv_proj_dim=24 if image_keys else None,
         rope_max_seq_len=32,
+        pos_embed_seq_len=2 * 10 if last_image else None,
     ).eval()
     vae = diffusers.AutoencoderKLWan(
         base_dim=3,

@@ -153,10 +153,11 @@ def test_masks_of_their_own_are_asked_for():
     "`i2am.patch_modules`",
     "a second branch's features at every resolution",
 )
-def test_a_scale_of_the_modules_own():
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_scale_of_the_modules_own(learned):
     model, given = networks.TryOnModel(), inputs(batch=1)
     for block in model.model.warp_zero_crossattn_blks:
-        block.attn2.scale = 2.0
+        block.attn2.scale = torch.nn.Parameter(torch.tensor(2.0)) if learned else 2.0
     calls = seen(model, lambda: model.sample(**given), batch=2)
     for c in calls:
         c.q *= 2.0 * c.q.shape[-1] ** 0.5  # the truth divides by √d
@@ -164,6 +165,14 @@ def test_a_scale_of_the_modules_own():
     with i2am.patch_modules(model.model, where=SPATIAL, reference=SAME, num_steps=4, time_groups=2) as tracer:
         model.sample(**given)
     check(tracer.maps(), truth, 2)
+
+
+def test_a_scale_that_is_no_number_is_refused():
+    model, given = networks.TryOnModel(), inputs(batch=1)
+    model.model.warp_zero_crossattn_blks[1].attn2.scale = torch.full((8, 1, 1), 2.0)
+    with i2am.patch_modules(model.model, where=SPATIAL, reference=SAME, num_steps=4):
+        with pytest.raises(ValueError, match=r"scales its logits by torch\.Size\(\[8, 1, 1\]\), .* one number"):
+            model.sample(**given)
 
 
 def test_patches_can_be_asked():

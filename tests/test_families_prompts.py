@@ -27,7 +27,7 @@ def run(pipe, **kwargs):
     return lambda: pipe(generator=generator(), **(common | kwargs)).images
 
 
-def traced(pipe, go, **options):
+def traced(pipe, go, strip=1, **options):
     """Maps of ``go()``, which tracing does not change."""
     plain = go()
     with i2am.trace(pipe, time_groups=2, output="model", **options) as tracer:
@@ -35,6 +35,8 @@ def traced(pipe, go, **options):
     assert (go() == plain).all()
     with i2am.trace(pipe, time_groups=2, **options):
         assert abs(go() - plain).max() < 1e-3
+    canvas = (strip * plain.shape[-3], plain.shape[-2])
+    assert tracer.maps().canvas == canvas  # pixels of the picture, or of latent frames below each other
     return tracer.maps()
 
 
@@ -94,14 +96,30 @@ def test_flux_ip_adapter_beside_a_kontext_reference():
     check(maps, adapter, 2, reference="ip_adapter")
 
 
+def test_flux_ip_adapter_is_no_part_of_itself():
+    pipe = prompts.flux_ip(4)
+    both = dict(ip_adapter_image_embeds=[embeds()], negative_ip_adapter_image_embeds=[embeds(seed=5)])
+    go = run(pipe, **both, **FLUX, **dit.flux_prompt())
+    calls = capture_calls(pipe.transformer, go, ("FluxAttention",))
+    own = slice(5, 29)
+    truth = Truth(generated(calls, (4, 6), own), keys=own, groups=[0, 0, 1, 1], reference_grid=(4, 6))
+    maps = traced(pipe, go, mode="self")
+    assert maps.references == ["self"]
+    check(maps, truth, 2, directions=("r2g", "g2r", "mass"))
+
+
+FILL = dict(image=pipelines.image((24, 16)), mask_image=pipelines.mask((24, 16)))
+
+
 @pytest.mark.parametrize("grid", [prompts.SIGLIP, None], ids=["grid", "no grid"])
-@support.family("FLUX.1 Redux", "FluxPriorReduxPipeline → FluxPipeline", "behind the text tokens")
-def test_flux_redux(grid):
-    prior, pipe = prompts.redux()
+@pytest.mark.parametrize("fill", [False, True], ids=["Flux", "Fill"])
+@support.family("FLUX.1 Redux", "FluxPriorReduxPipeline → FluxPipeline, FluxFillPipeline", "behind the text tokens")
+def test_flux_redux(grid, fill):
+    prior, pipe = prompts.redux(*((diffusers.FluxFillPipeline, 3 * 16) if fill else ()))
     given = dict(prior(pipelines.image((30, 20))))
     assert given["prompt_embeds"].shape[1] == 512 + 9
-    go = run(pipe, **given, **FLUX)
-    with pytest.raises(ValueError, match="draws from text alone"):
+    go = run(pipe, **given, **FLUX, **(FILL if fill else {}))
+    with pytest.raises(ValueError, match="channels beside the latents" if fill else "draws from text alone"):
         i2am.trace(pipe)
     calls = capture_calls(pipe.transformer, go, ("FluxAttention",))
     maps = traced(pipe, go, reference=i2am.Reference(grid=grid, tokens=slice(-9, None), name="redux"))
@@ -157,6 +175,19 @@ def test_sd3_ip_adapter(guided):
     assert maps.references == ["ip_adapter"]
     assert maps.canvas == (32, 24)
     check(maps, truth, 2, directions=("r2g", "mass"))
+
+
+@support.family("SD3 IP-Adapter", "StableDiffusion3Pipeline", "behind the image's own keys (resampled)")
+def test_sd3_skip_layer_guidance():
+    """A third evaluation of a step, of the conditional half alone: it does not count."""
+    pipe = prompts.sd3()
+    slg = dict(skip_guidance_layers=[0], skip_layer_guidance_start=-1.0, skip_layer_guidance_stop=1.0)
+    go = run(pipe, **sd3_inputs(True), **slg)
+    calls = capture_calls(pipe.transformer, go, ("attn",))
+    assert [c.q.shape[0] for c in calls if c.layer.startswith("transformer_blocks.1") and c.nth == 1] == [2, 1] * 4
+    chosen = generated(calls, (8, 6), nth=1, evaluations=range(0, 8, 2))
+    truth = Truth(chosen, samples=slice(1, 2), keys=slice(48, 54), groups=[0] * 4 + [1] * 4)
+    check(traced(pipe, go), truth, 2, directions=("r2g", "mass"))
 
 
 def test_sd3_without_adapter_and_itself():
@@ -234,18 +265,45 @@ def test_kandinsky_itself():
             assert_peak(maps.ulam(direction, layers=layer), truth.ulam(direction, names=[layer]))
 
 
+def test_kandinsky_21_has_its_image_before_its_text():
+    """The UNet alone: ten pooled image tokens, then the text's."""
+    torch.manual_seed(0)
+    unet = prompts.kandinsky().unet
+    projection = diffusers.models.embeddings.TextImageProjection(20, 12, 12, num_image_text_embeds=10)
+    unet.encoder_hid_proj, unet.config.encoder_hid_dim_type = projection.eval(), "text_image_proj"
+    given = dict(encoder_hidden_states=torch.randn(1, 7, 20), added_cond_kwargs={"image_embeds": torch.randn(1, 12)})
+    latents = torch.randn(1, 4, 8, 6)
+
+    @torch.no_grad()
+    def go():
+        return unet(latents, 500, **given).sample
+
+    calls = capture_calls(unet, go, ("Attention",))
+    assert calls[0].k.shape[2] == 10 + 7 + calls[0].q.shape[2]
+    grids = {48: (8, 6), 12: (4, 3)}
+    truth = Truth(generated(calls, lambda c: grids[c.q.shape[2]]), keys=slice(0, 10), groups=[0])
+    with i2am.patch_unet(unet, num_steps=1, time_groups=1) as tracer:
+        go()
+    check(tracer.maps(), truth, 1, directions=("r2g", "mass"))
+    unet.config.encoder_hid_dim_type = "text_proj"
+    with pytest.raises(ValueError, match=r"'text_proj': describe it with reference=i2am\.Reference"):
+        i2am.patch_unet(unet)
+
+
+@pytest.mark.parametrize("videos", [1, 2])
 @support.family("Stable Video Diffusion", "StableVideoDiffusionPipeline", "one CLIP token; frames are the batch")
-def test_stable_video_diffusion():
+def test_stable_video_diffusion(videos):
     """Frames are images of the batch; the one CLIP token leaves R2G alone."""
     pipe = prompts.svd()
-    frames = 3
+    frames = 3 * videos
 
     def go():
         return pipe(
             pipelines.image((32, 32)),
             width=24,
             height=32,
-            num_frames=frames,
+            num_frames=3,
+            num_videos_per_prompt=videos,
             num_inference_steps=4,
             generator=generator(),
             output_type="np",
@@ -269,16 +327,18 @@ def test_stable_video_diffusion():
         i2am.trace(pipe, mode="self")
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["first", "first and last"])
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @support.family(
     "Wan image-to-video", "WanImageToVideoPipeline", "CLIP's tokens, in a call of their own; frames as a strip"
 )
-def test_wan_image_to_video(guided):
-    pipe = prompts.wan()
+def test_wan_image_to_video(guided, last):
+    pipe = prompts.wan(last_image=last)
 
     def go():
         return pipe(
             pipelines.image((48, 32)),
+            last_image=pipelines.image((48, 32), seed=1) if last else None,
             prompt_embeds=dit.text_tokens(512),
             negative_prompt_embeds=dit.text_tokens(512, seed=3),
             width=48,
@@ -290,19 +350,21 @@ def test_wan_image_to_video(guided):
             output_type="np",
         ).frames
 
-    calls = [c for c in capture_calls(pipe.transformer, go, ("attn2",)) if c.k.shape[2] == 10]
+    images = 1 + last
+    calls = [c for c in capture_calls(pipe.transformer, go, ("attn2",)) if c.k.shape[2] == 10 * images]
     assert {c.nth for c in calls} == {0}
     strip = (3 * 2, 3)  # three latent frames of 2×3 tokens
-    truth = Truth(
-        generated(calls, strip, evaluations=range(0, 8, 2) if guided else range(4)),
-        groups=[0] * 4 + [1] * 4 if guided else [0, 0, 1, 1],
-        reference_grid=(3, 3),
-        skip=1,
-    )
-    maps = traced(pipe, go)
-    assert maps.references == ["reference"]
-    assert maps.canvas == (96, 48)
-    check(maps, truth, 2, directions=("r2g", "g2r"))
+    maps = traced(pipe, go, strip=3)
+    assert maps.references == (["reference_0", "reference_1"] if last else ["reference"])
+    for i, name in enumerate(maps.references):
+        truth = Truth(
+            generated(calls, strip, evaluations=range(0, 8, 2) if guided else range(4)),
+            keys=slice(10 * i, 10 * i + 10),
+            groups=[0] * 4 + [1] * 4 if guided else [0, 0, 1, 1],
+            reference_grid=(3, 3),
+            skip=1,
+        )
+        check(maps, truth, 2, directions=("r2g", "g2r", "mass") if last else ("r2g", "g2r"), reference=name)
 
 
 def test_wan_without_image_keys_is_refused():

@@ -89,8 +89,7 @@ def read_pipeline(
         itself=itself,
         rollout=rollout,
     )
-    pixels = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "movq_scale_factor", 1)
-    return Traced(unet, family, lambda: _guidance_parts(pipe), pixels)
+    return Traced(unet, family, lambda: _guidance_parts(pipe), _latent_pixels(pipe))
 
 
 def _read_transformer_pipeline(pipe, transformer: nn.Module, references, itself: bool, rollout: bool) -> Traced:
@@ -105,8 +104,16 @@ def _read_transformer_pipeline(pipe, transformer: nn.Module, references, itself:
     if isinstance(family, Wan):
         family.image_grid = _patch_grid(getattr(pipe, "image_encoder", None))
     guidance_parts = (lambda: _guidance_parts(pipe)) if family.batched_guidance else (lambda: (1, 0))
-    scale = getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
-    return Traced(transformer, family, guidance_parts, scale * family.latent_pixels)
+    return Traced(transformer, family, guidance_parts, _latent_pixels(pipe) * family.latent_pixels)
+
+
+def _latent_pixels(pipe) -> int:
+    """Pixels of the output image per pixel of its latents."""
+    own = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", None)
+    if own:
+        return own
+    coder = getattr(pipe, "vae", None) or getattr(pipe, "movq", None)  # Kandinsky's
+    return 2 ** (len(coder.config.block_out_channels) - 1) if coder is not None else 1
 
 
 def _is_a(pipe, pattern: str) -> bool:
