@@ -484,6 +484,22 @@ def test_qwen_edit(small_qwen, several, guided):
     assert start == calls[0].k.shape[2]
 
 
+QWEN_SHAPES = {
+    "layers": ([[(2, 2, 3), (1, 2, 2)]], r"\(2, 2, 3\).*2 layers have no one grid"),
+    "tokens": ([[(1, 2, 3), (1, 2, 3)]], "make 12 tokens, but hidden_states has 10"),
+    "batch": ([[(1, 2, 3), (1, 2, 2)], [(1, 3, 2), (1, 2, 2)]], "img_shapes differ within the batch"),
+}
+
+
+@pytest.mark.parametrize("case", QWEN_SHAPES)
+def test_shapes_that_no_map_fits_are_refused(case):
+    shapes, message = QWEN_SHAPES[case]
+    transformer, n = dit.qwen().transformer, len(shapes)
+    given = dict(hidden_states=torch.randn(n, 10, 16), timestep=torch.full((n,), 0.5), img_shapes=shapes)
+    with i2am.patch_transformer(transformer, num_steps=1), pytest.raises(ValueError, match=message):
+        transformer(encoder_hidden_states=dit.text_tokens(3, batch=n), **given)
+
+
 @support.family(*QWEN)
 def test_qwen_edit_inpainting(small_qwen):
     """The picture keeps its shape, whatever width and height say."""
@@ -612,3 +628,6 @@ def test_fibo_edit(guided):
         )
         check(maps, truth, 2, reference=name)
     assert start == calls[0].k.shape[2]
+    with i2am.patch_transformer(pipe.transformer, time_groups=2) as tracer:  # which tells the time by timesteps alone
+        go()
+    assert [sum(n) > 0 for n in zip(*tracer.maps().counts("reference_0").values(), strict=True)] == [True, True]
