@@ -50,7 +50,7 @@ def draw_report(maps, image, reference, part, point) -> None:
         masks = {"mask": part.mask[0, 0], "reference_mask": part.reference_object[0, 0]}
         title = "Try-on: a garment bent into a scene"
         path = maps.report(Path(folder, "report.html"), image, reference, title=title, **masks)
-        page = browser.new_page(viewport={"width": 1200, "height": 800}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1200, "height": 775}, color_scheme="light")
         page.goto(path.as_uri())
         stage = page.locator(".stage").first
         box, (height, width) = stage.bounding_box(), maps.canvas
@@ -71,6 +71,8 @@ def draw_datasets(pipe, parts) -> None:
             store.open({"command": "evaluate", "steps": steps})
             evaluate(samples, lambda sample, steps=steps: run(pipe, parts[int(sample.id[-2:])], steps), store)
             summarise(samples, store)
+        few = sorted(Store(runs[0]).records(samples), key=lambda r: -r["imacs_r2g"])
+        summarise([s for s in samples if s.id in {r["id"] for r in [*few[:3], *few[-3:]]}], Store(runs[0]))
         sheet = Image.open(runs[0] / "contact.png").convert("RGB")
         sheet.resize((750, round(sheet.height * 750 / sheet.width)), Image.Resampling.LANCZOS).save(
             IMAGES / "contact.webp", quality=85

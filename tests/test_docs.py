@@ -65,6 +65,13 @@ def test_code_that_is_not_run_compiles(page):
         compile(text, page.name, "exec")
 
 
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_code_fits_the_page(page):
+    """Beside both columns of navigation there is room for 88 characters; what is longer hides behind a scroll bar."""
+    for text, _ in [*blocks(page, "python"), *blocks(page, "bash")]:
+        assert [line for line in text.splitlines() if len(line) > 88] == []
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda p: p.name)
 def test_commands_parse(page):
     """Every `i2am …` line has options that exist, and values that they take."""
@@ -117,4 +124,5 @@ def test_site_builds(tmp_path):
     assert "$" not in re.sub(r"<(script|style|code|pre).*?</\1>", "", concepts, flags=re.S)
     api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     assert "i2am.AttributionMaps.sram" in api
+    assert not re.search(r"(:class|:func|:meth|<p>::)", api)  # marks of reStructuredText
     assert not re.search(r'(src|href)="https?://[^"]*\.(js|css|woff2?)"', concepts)  # nothing is loaded from elsewhere
