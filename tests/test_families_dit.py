@@ -99,6 +99,20 @@ def test_kontext(images):
 
 
 @support.family(*KONTEXT)
+def test_kontext_in_bfloat16():
+    """What people run: position ids and timesteps are of that kind too."""
+    pipe = dit.flux().to(torch.bfloat16)
+    go = kontext(pipe, prompt_embeds=dit.text_tokens(5).bfloat16(), pooled_prompt_embeds=torch.ones(1, 8).bfloat16())
+    calls = capture_calls(pipe.transformer, go, KINDS)
+    assert calls[0].q.dtype == torch.bfloat16
+    chosen = generated(calls, (4, 6), slice(5, 29))
+    plain = go()
+    with i2am.trace(pipe, time_groups=2, output="model") as tracer:
+        assert (go() == plain).all()
+    check(tracer.maps(), Truth(chosen, keys=slice(29, 61), groups=[0, 0, 1, 1], reference_grid=(4, 8)), 2)
+
+
+@support.family(*KONTEXT)
 def test_kontext_resizes_its_reference(monkeypatch):
     """To the one of its sizes that comes closest to the shape: grids are the model's, not the picture's."""
     from diffusers.pipelines.flux import pipeline_flux_kontext as kontext_module
@@ -264,6 +278,32 @@ def test_pictures_that_share_a_number_are_refused():
         (1, 2, 2),
         (1, 2, 2),
     ]
+
+
+def test_a_reference_before_the_generated_picture():
+    """The generated picture's number is the smallest; where its tokens stand does not matter."""
+    transformer = dit.flux_transformer(num_layers=1, num_single_layers=1)
+    ids = torch.cat([torch.cartesian_prod(*map(torch.arange, n)) for n in ((1, 4, 2), (1, 2, 3))])
+    ids[:8, 0] = 1
+    given = dict(
+        hidden_states=torch.randn(1, 14, 16),
+        encoder_hidden_states=dit.text_tokens(3),
+        pooled_projections=torch.zeros(1, 8),
+        timestep=torch.tensor([0.5]),
+        guidance=torch.ones(1),
+        img_ids=ids,
+        txt_ids=torch.zeros(3, 3),
+    )
+
+    @torch.no_grad()
+    def go():
+        transformer(**given)
+
+    calls = capture_calls(transformer, go, KINDS)
+    with i2am.patch_transformer(transformer, num_steps=1, time_groups=1) as tracer:
+        go()
+    truth = Truth(generated(calls, (2, 3), slice(11, 17)), keys=slice(3, 11), groups=[0], reference_grid=(4, 2))
+    check(tracer.maps(), truth, 1)
 
 
 def test_long_pictures_in_bfloat16():

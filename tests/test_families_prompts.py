@@ -355,6 +355,9 @@ def test_wan_image_to_video(guided, last):
     assert {c.nth for c in calls} == {0}
     strip = (3 * 2, 3)  # three latent frames of 2×3 tokens
     maps = traced(pipe, go, strip=3)
+    with i2am.patch_transformer(pipe.transformer, num_steps=4) as bare:
+        go()
+    assert bare.maps().references == maps.references
     assert maps.references == (["reference_0", "reference_1"] if last else ["reference"])
     for i, name in enumerate(maps.references):
         truth = Truth(

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from i2am.families.joint import JointTransformer, Positions, Segment
+from i2am.families.joint import JointTransformer, Positions, Segment, apart
 from i2am.layout import Carried, Reference
 from i2am.seam import eager, running_scope
 
@@ -31,9 +31,8 @@ class Flux(JointTransformer):
 
     def layout(self, given: dict[str, Any]) -> Carried:
         text = given["encoder_hidden_states"].shape[1]
-        (_, generated), *references = self._positions.segments(given["img_ids"])
+        generated, references = apart(self._positions.segments(given["img_ids"]))
         self._generated = generated
-        references = [segment for _, segment in references]
         if not (references or self.references or self.itself) and self.has_adapters():
             return Carried(generated.grid, ())
         return self.in_context(generated, references, text, slice(0, text))

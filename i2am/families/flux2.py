@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from i2am.families.joint import JointTransformer, Positions, Segment
+from i2am.families.joint import JointTransformer, Positions, Segment, apart
 from i2am.layout import Carried, Reference
 
 
@@ -28,22 +28,19 @@ class Flux2(JointTransformer):
 
     def layout(self, given: dict[str, Any]) -> Carried:
         text = given["encoder_hidden_states"].shape[1]
-        segments = self._positions.segments(given["img_ids"])
+        generated, references = apart(self._positions.segments(given["img_ids"]))
         mode, cache = given.get("kv_cache_mode"), given.get("kv_cache")
         if mode == "extract" and given.get("num_ref_tokens"):
-            *references, (_, generated) = segments
-            self._cached = [segment for _, segment in references]
+            self._cached = references
             return self._with_cache(generated, text)
         if mode == "cached" and cache is not None:
-            ((_, generated),) = segments
             if not self._cached or self._cached[-1].stop != cache.num_ref_tokens:
                 raise ValueError(
                     f"the KV cache holds {cache.num_ref_tokens} reference tokens that were put there before tracing "
                     "began, so their grids are unknown: trace from the first step"
                 )
             return self._with_cache(Segment(cache.num_ref_tokens, generated.grid), text)
-        (_, generated), *references = segments
-        return self.in_context(generated, [segment for _, segment in references], text, slice(0, text))
+        return self.in_context(generated, references, text, slice(0, text))
 
     def _with_cache(self, generated: Segment, text: int) -> Carried:
         """Keys ``[text ‖ references ‖ generated]``, as ``generated`` says; queries ``[text ‖ generated]``."""

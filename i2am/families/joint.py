@@ -123,6 +123,13 @@ def among(text: slice, reference: Reference) -> Reference:
     return replace(reference, tokens=tokens % length + text.start)
 
 
+def apart(pictures: Sequence[tuple[float, Segment]]) -> tuple[Segment, list[Segment]]:
+    """The generated picture, whose number is the smallest, and the references in the order of their tokens."""
+    first = min(range(len(pictures)), key=lambda i: pictures[i][0])
+    segments = [segment for _, segment in pictures]
+    return segments.pop(first), segments
+
+
 def reference_names(count: int) -> list[str]:
     return ["reference"] if count == 1 else [f"reference_{i}" for i in range(count)]
 

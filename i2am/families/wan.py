@@ -85,7 +85,8 @@ class Wan:
     def _references(self, tokens: int) -> tuple[Reference, ...]:
         if self.references is not None:
             return tuple(among(slice(0, tokens), r) for r in self.references)
-        per_image = tokens if self.image_grid is None else self.image_grid[0] * self.image_grid[1] + 1
+        both = getattr(self.transformer.config, "pos_embed_seq_len", None)  # of a model of first and last frames
+        per_image = both // 2 if both else tokens
         if tokens % per_image:
             raise ValueError(f"{tokens} image tokens are not {per_image} for each image: describe them with reference=")
         names = reference_names(tokens // per_image)
