@@ -60,7 +60,7 @@ def redux(pipeline=diffusers.FluxPipeline, in_channels: int = 16):
     return prior, dit.flux(pipeline, in_channels=in_channels, joint_attention_dim=4096, pooled_projection_dim=768)
 
 
-def sd3(adapter: bool = True):
+def sd3(adapter: bool = True, **config):
     torch.manual_seed(0)
     width = 32
     transformer = diffusers.SD3Transformer2DModel(
@@ -75,6 +75,7 @@ def sd3(adapter: bool = True):
         caption_projection_dim=width,
         pooled_projection_dim=8,
         pos_embed_max_size=16,
+        **config,
     ).eval()
     if adapter:
         processors = {

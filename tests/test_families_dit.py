@@ -629,6 +629,14 @@ def test_dreamlite_joins_pictures_along_their_width(mobile):
         check(maps, truth, 2, layers=layer)
 
 
+@pytest.mark.parametrize("mobile", [False, True], ids=["guided", "mobile"])
+def test_dreamlite_without_an_image_is_refused(mobile):
+    """Its right half is zeros then."""
+    pipe = dit.dreamlite(mobile)
+    with i2am.trace(pipe), pytest.raises(ValueError, match="no reference image among its tokens"):
+        pipe(prompt="x", width=32, height=24, num_inference_steps=1, output_type="np")
+
+
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @support.family("Bria Fibo Edit", "BriaFiboEditPipeline", "tokens in context, several references")
 def test_fibo_edit(guided):

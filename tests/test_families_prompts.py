@@ -191,7 +191,7 @@ def test_sd3_skip_layer_guidance():
 
 
 def test_sd3_without_adapter_and_itself():
-    pipe = prompts.sd3(adapter=False)
+    pipe = prompts.sd3(adapter=False, dual_attention_layers=(0,))  # as SD 3.5 medium's: a second one, without text
     with pytest.raises(ValueError, match="draws from text alone"):
         i2am.trace(pipe)
     with pytest.raises(ValueError, match="no IP-Adapter is loaded"):
@@ -323,6 +323,9 @@ def test_stable_video_diffusion(videos):
     check(maps, truth, 2)
     with pytest.raises(ValueError, match="identically 1"):
         maps.ulam("g2r")
+    with i2am.patch_unet(pipe.unet, reference=i2am.Reference(), num_steps=4) as bare:
+        go()
+    assert bare.maps().batch == frames  # guidance by its repeated latents, the image's channels aside
     with pytest.raises(ValueError, match="goes over frames"):
         i2am.trace(pipe, mode="self")
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from i2am.families import Forward
-from i2am.families.joint import reference_names
+from i2am.families.joint import NO_REFERENCE, reference_names
 from i2am.families.unet import UNetFamily, attentions, grid_of
 from i2am.layout import SELF, Banked, Carried, Concatenated, Grid, Reference
 from i2am.seam import Call, RunningLayer
@@ -38,8 +38,12 @@ class ConcatenatedLatents(SelfAttention):
         self._carried: dict[Grid, Carried] = {}
 
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> Forward:
-        forward = super().begin(args, kwargs)
-        return forward._replace(grid=self.concatenated.part(tuple(forward.latents.shape[-2:]), "the latents"))
+        forward, c = super().begin(args, kwargs), self.concatenated
+        part = c.part(tuple(forward.latents.shape[-2:]), "the latents")
+        parts = forward.latents.chunk(c.parts, dim=-2 if c.axis == "height" else -1)
+        if not any(x.any() for i, x in enumerate(parts) if i != c.generated):  # a picture from text alone (DreamLite)
+            raise ValueError(NO_REFERENCE.format(model=type(self.unet).__name__))
+        return forward._replace(grid=part)
 
     def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         grid = grid_of(layer)
