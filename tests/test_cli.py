@@ -16,7 +16,7 @@ from small import build_paint_by_example, feature_extractor
 import i2am
 from i2am import cli
 from i2am.cli import images as cli_images
-from i2am.cli import job, pipelines
+from i2am.cli import job, pipelines, results
 from i2am.cli import trace as trace_command
 from i2am.cli.arguments import UserError
 
@@ -34,6 +34,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def coarse_figures(monkeypatch):
+    monkeypatch.setattr(results, "DPI", 40)  # test_plot looks at figures, these tests at which are written
 
 
 def trace(pipeline, images, out, *options, image=True):

@@ -12,6 +12,7 @@ from scipy.stats import wilcoxon
 from test_evaluate import arguments, one_thread  # noqa: F401 (a fixture)
 
 from i2am import cli, plot
+from i2am.cli import results
 from i2am.compare import _left_out, compare, moved_shares, movers, total_variation
 from i2am.evaluate import Store
 from i2am.evaluate.levels import as_distribution, read_levels
@@ -193,7 +194,8 @@ def test_missing_samples_are_noted(runs, tmp_path):
         compare(runs / "a", tmp_path / "b")
 
 
-def test_two_traced_runs(inpaint, images, tmp_path, capsys):
+def test_two_traced_runs(inpaint, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(results, "_figures", lambda *_: ())  # test_cli looks at those
     pipeline, adapter = inpaint
     for name, steps in (("a", 2), ("b", 3)):
         argv = ["trace", pipeline, "--reference", images / "reference.png", "--image", images / "image.png", "--mask"]

@@ -1,6 +1,7 @@
 """The documentation: its code runs, its commands parse, its pages build, its notebook executes."""
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -15,21 +16,25 @@ from i2am.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NOT_RUN = "<!-- not run:"
 BLOCK = re.compile(rf"({NOT_RUN}[^\n]*\n)?```(\w+)\n(.*?)```", re.S)
 
 
 def blocks(page, language):
-    """(text, whether to run it) of the code blocks of a page."""
+    """(text, whether to run it) of the code blocks of a page, or of a notebook's cells."""
+    if page.suffix == ".ipynb":
+        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+        return [("".join(cell["source"]), True) for cell in cells if cell["cell_type"] == "code"]
     found = BLOCK.findall(page.read_text(encoding="utf-8"))
     return [(text, not mark) for mark, name, text in found if name == language]
 
 
 def named(path):
-    return str(path.relative_to(ROOT / "docs"))
+    return str(path.relative_to(ROOT / "docs" if path.suffix == ".md" else ROOT))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=named)
+@pytest.mark.parametrize("page", [*(p for p in PAGES if blocks(p, "python")), *NOTEBOOKS], ids=named)
 def test_code_runs(page, tmp_path, monkeypatch):
     """Block after block in one namespace, as a reader would type them."""
     code = [text for text, run in blocks(page, "python") if run]
@@ -90,16 +95,15 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_notebooks_hold_no_outputs():
-    import json
-
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
+    for path in NOTEBOOKS:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
 def test_notebooks_execute(path, tmp_path):
+    """In a kernel of their own, with what they show."""
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install i2am[docs]")
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install i2am[docs]")
     notebook = nbformat.read(path, as_version=4)
