@@ -497,4 +497,6 @@ def test_narrow_screen_does_not_scroll_sideways(browser, report):
     page.goto(report.as_uri())
     page.wait_for_selector("html[data-ready]")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    tops = "[...document.querySelectorAll('.scale')].map(s => ['.low', '.high'].map(e => s.querySelector(e).offsetTop))"
+    assert all(low == high for low, high in page.evaluate(tops))  # both ends beside the bar
     page.close()
