@@ -524,6 +524,12 @@ class Tracer:
                 sizes[layer.name, reference.name] = B * H * (reference.count(part.key.shape[2]) * (width + 4) + Q * 4)
             return None if call.value is None else call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1])
 
+        if _keeps_state(model):
+            logger.warning(
+                "the record's size is not known beforehand (the model is offloaded, or has a cache); its limit is "
+                "watched as it grows"
+            )
+            return None
         self._open(replace(scope, attend=attend, frame=sys._getframe()))
         self._measuring = True
         try:
@@ -770,6 +776,14 @@ def _refuse_faster_cache(model: nn.Module) -> None:
             "FasterCache changes the batch from call to call, so that the conditional samples are not known: "
             "disable_cache() before tracing (PyramidAttentionBroadcast and FirstBlockCache can be traced)"
         )
+
+
+def _keeps_state(model: nn.Module) -> bool:
+    """Whether caches or offloading hook into the forward: a run on shapes would leave fake tensors behind in them."""
+    return any(
+        hasattr(module, "_hf_hook") or getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+        for module in model.modules()
+    )
 
 
 def _parts(attention: nn.Module) -> list[nn.Module]:

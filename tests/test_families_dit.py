@@ -439,6 +439,19 @@ def test_klein_kv_reads_references_from_the_cache(images):
     assert set(map(tuple, maps.counts("reference_1").values())) == {(2, 2)}
 
 
+def test_patches_through_the_cache():
+    pipe = dit.flux2_klein_kv()
+    go = flux2(pipe)
+    calls = [c for c in capture_calls(pipe.transformer, go, KINDS) if c.nth == 0]
+    rows = torch.stack([(c.q.double() @ c.k.double().mT / 4).softmax(-1)[:, :, 5 + 1 * 6 + 2] for c in calls])
+    with i2am.trace(pipe, record="qk", sram={"eye": (20, 40)}) as tracer:  # pixels, of tokens of 16
+        go()
+    for name, keys, grid in (("reference_0", slice(5, 37), (4, 8)), ("reference_1", slice(37, 61), (6, 4))):
+        truth = rows[..., keys].mean((0, 2)).reshape(1, *grid)
+        assert_peak(tracer.maps().sram("eye", reference=name), truth)
+        assert_peak(tracer.maps().sram((20, 40), reference=name), truth)
+
+
 def test_klein_kv_cache_from_before_tracing_is_refused():
     pipe = dit.flux2_klein_kv()
     tracers = []

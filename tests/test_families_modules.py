@@ -273,6 +273,24 @@ def test_grids_by_halving_the_latents(size, grid):
     assert tracer.maps().grids() == {"attn": grid}
 
 
+class Lying(torch.nn.Module):
+    """Its attention works on a feature map as large as the latents, but turned."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = networks.Spatial(4, 12)
+
+    def forward(self, x, t, context):
+        return self.block(x.mT, context)
+
+
+def test_the_feature_map_next_to_the_attention_tells_its_grid():
+    model = Lying()
+    with i2am.patch_modules(model, reference=i2am.Reference(grid=(2, 3)), num_steps=1) as tracer, torch.no_grad():
+        model(torch.randn(1, 4, 12, 9), 500, torch.randn(1, 6, 12))
+    assert tracer.maps().grids() == {"block.attn2": (9, 12)}
+
+
 @support.family("the same through xformers", "`i2am.patch_modules`", "a second branch's features at every resolution")
 def test_try_on_through_xformers(monkeypatch):
     networks.install(networks.stand_in_for_xformers(), monkeypatch)
