@@ -44,6 +44,7 @@ class Run:
     settings: dict[str, Any]
     scores: dict[str, dict[str, float]] = field(default_factory=dict)  # id → name → value
     seeds: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, str] = field(default_factory=dict)  # id → digest of the manifest's row
 
     def levels(self, sample: str) -> tuple[dict[str, Tensor], list[str]]:
         """Maps at every level, and the layers' names; see :func:`i2am.evaluate.levels.read_levels`."""
@@ -151,7 +152,7 @@ def read_run(path: Path) -> Run:
             record = json.loads(file.read_text(encoding="utf-8"))
             if record["status"] == "ok":
                 run.scores[record["id"]] = {name: record[name] for name in MEANING if name in record}
-                run.seeds[record["id"]] = record["seed"]
+                run.seeds[record["id"]], run.rows[record["id"]] = record["seed"], record["digest"]
     elif (path / "maps.safetensors").exists():
         run.settings["command"] = "trace"
         run.scores["run"], run.seeds["run"] = {}, settings.get("seed", 0)
@@ -254,6 +255,10 @@ def _notes(runs: tuple[Run, Run], samples: list[str]) -> list[str]:
             notes.append(f"{len(missing)} samples are not finished in {run.path}, and left out")
     if any(runs[0].seeds[i] != runs[1].seeds[i] for i in samples):
         notes.append("some samples have other seeds: part of what moved is the noise's doing")
+    elif changed := [i for i in samples if runs[0].rows.get(i) != runs[1].rows.get(i)]:
+        notes.append(
+            f"the manifests' rows differ, and with them inputs, for {', '.join(changed[:5])}" + "…" * (len(changed) > 5)
+        )
     return notes
 
 

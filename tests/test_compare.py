@@ -77,7 +77,7 @@ def test_what_one_run_lacks_is_said():
 # ------------------------------------------------------------------------------------------------------ runs by hand
 
 
-def written(folder, samples):
+def written(folder, samples, digest=""):
     """A run's folder: ``{id: (seed, score, R2G, G2R)}``."""
     store = Store(folder)
     store.open({"command": "evaluate"})
@@ -85,7 +85,7 @@ def written(folder, samples):
         levels = {"r2g.ulam": r2g[None].half(), "g2r.ulam": g2r[None].half()}
         store.write(store.path("levels", i, ".safetensors"), lambda p, x=levels: save_file(x, p, {"layers": "[]"}))
         store.write(store.path("previews", i, ".jpg"), lambda p: Image.new("RGB", (80, 20)).save(p, "jpeg"))
-        store.finish({"id": i, "seed": seed, "digest": "", "status": "ok", "seconds": 1.0, "imacs_r2g": value})
+        store.finish({"id": i, "seed": seed, "digest": digest, "status": "ok", "seconds": 1.0, "imacs_r2g": value})
     return folder
 
 
@@ -106,6 +106,8 @@ def test_what_is_counted_and_who_moved_most(tmp_path):
     np.testing.assert_allclose(axes["G2R difference"].images[0].get_array(), away - stay)  # B − A, of y
     other = compare(a, written(tmp_path / "c", dict.fromkeys("xyz", (1, 0.5, stay, stay))))
     assert any("other seeds" in note for note in other.notes)
+    other = compare(a, written(tmp_path / "d", dict.fromkeys("xy", (0, 0.5, stay, stay)), digest="another row"))
+    assert any("rows differ" in note and "x, y" in note for note in other.notes)
 
 
 # --------------------------------------------------------------------------------------------------------- end to end

@@ -106,13 +106,14 @@ def _sample(row: dict[str, Any], where: str, number: str, folder: Path, seed: in
     wrong = [c for c in (*FILES, *TEXTS) if not isinstance(cells.get(c, ""), str)]
     if wrong:
         raise ValueError(f"{where}: {wrong[0]} is {cells[wrong[0]]!r}, not a text")
+    own = _seed(cells["seed"], where) if "seed" in cells else derived_seed(seed, name)
     return Sample(
         id=name,
-        seed=_seed(cells["seed"], where) if "seed" in cells else derived_seed(seed, name),
+        seed=own,
         files={c: folder / cells[c] for c in FILES if c in cells},
         texts={c: cells[c] for c in TEXTS if c in cells},
         box=_box(cells["box"], where) if "box" in cells else None,
-        digest=hashlib.sha256(json.dumps([cells, seed], sort_keys=True).encode()).hexdigest()[:16],
+        digest=hashlib.sha256(json.dumps([cells, own], sort_keys=True).encode()).hexdigest()[:16],
     )
 
 
