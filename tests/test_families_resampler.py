@@ -139,6 +139,22 @@ def test_sd3():
     support.check(tracer.maps(), truth, 2, directions=("r2g", "g2r", "mass"))
 
 
+def test_a_bare_unet_takes_a_square_of_patches_behind_a_class_token():
+    """No pipeline is there to tell the image encoder's grid."""
+    unet = pipelines.sd("full").unet
+    given = dict(added_cond_kwargs={"image_embeds": [torch.randn(1, 1, 17, pipelines.VISION)]})
+    latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, pipelines.CONTEXT)
+
+    @torch.no_grad()
+    def go():
+        unet(latents, 500, text, **given)
+
+    truth = Truth(capture(unet, go), nth=1, groups=[0], reference_grid=pipelines.PATCHES, skip=1)
+    with i2am.patch_unet(unet, num_steps=1, time_groups=1) as tracer:
+        go()
+    support.check(tracer.maps(), truth, 1, directions=("r2g", "g2r"))
+
+
 def test_what_cannot_be_rolled_back_is_refused():
     with pytest.raises(ValueError, match=r"needs an adapter with a resampler .*there is IPAdapterFullImageProjection"):
         i2am.trace(pipelines.sd("full"), rollout=True)
