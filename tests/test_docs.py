@@ -13,6 +13,7 @@ import torch
 
 from i2am import zoo
 from i2am.cli import _parser
+from i2am.evaluate import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -75,6 +76,14 @@ def test_code_fits_the_page(page):
     """Beside both columns of navigation there is room for 88 characters; what is longer hides behind a scroll bar."""
     for text, _ in [*blocks(page, "python"), *blocks(page, "bash")]:
         assert [line for line in text.splitlines() if len(line) > 88] == []
+
+
+def test_manifests_are_manifests(tmp_path):
+    found = [text for page in PAGES for text, _ in blocks(page, "csv")]
+    assert found
+    for text in found:
+        (tmp_path / "manifest.csv").write_text(text)
+        read_manifest(tmp_path / "manifest.csv")
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda p: p.name)
