@@ -26,14 +26,7 @@ R2G_FILES = {"ulam_r2g.png", "tlam_r2g.png", "hlam_r2g.png", "llam_r2g.png"}
 G2R_FILES = {"ulam_g2r.png", "tlam_g2r.png", "hlam_g2r.png", "llam_g2r.png"}
 OTHER_FILES = {"generated.png", "reference.png", "summary.png", "maps.safetensors", "i2am.json"}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small lose more to waiting for each other's threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from i2am import zoo
 from i2am.cli import _parser
@@ -36,21 +35,16 @@ def named(path):
 
 
 @pytest.mark.parametrize("page", [*(p for p in PAGES if blocks(p, "python")), *NOTEBOOKS], ids=named)
-def test_code_runs(page, tmp_path, monkeypatch):
+def test_code_runs(page, tmp_path, monkeypatch, one_thread):
     """Block after block in one namespace, as a reader would type them."""
     code = [text for text, run in blocks(page, "python") if run]
     for name in re.findall(r'zoo\.load\("(\w+)"\)', "".join(code)):
         if not (zoo.WEIGHTS / f"{name}.safetensors").exists():
             pytest.skip(f"the zoo has no weights of {name} yet")
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     namespace = {"__name__": "__main__"}
-    try:
-        for number, text in enumerate(code, 1):
-            exec(compile(text, f"{page.name}, block {number}", "exec"), namespace)
-    finally:
-        torch.set_num_threads(threads)
+    for number, text in enumerate(code, 1):
+        exec(compile(text, f"{page.name}, block {number}", "exec"), namespace)
 
 
 def test_a_fresh_process_has_every_name():

@@ -27,15 +27,9 @@ from i2am.evaluate.summary import interval
 
 pytest_plugins = ("saved",)  # the fixtures inpaint and images
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCORES = ("imacs_r2g", "imacs_g2r", "box_iou")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -13,13 +13,7 @@ from i2am.detect import Box
 from i2am.zoo import data
 from i2am.zoo.pipelines import build
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SMALL = subject.Setting(samples=2, batch=2, steps=1, short=1, draws=1)

@@ -304,6 +304,11 @@ def test_a_reference_before_the_generated_picture():
         go()
     truth = Truth(generated(calls, (2, 3), slice(11, 17)), keys=slice(3, 11), groups=[0], reference_grid=(4, 2))
     check(tracer.maps(), truth, 1)
+    with i2am.patch_transformer(transformer, num_steps=2, time_groups=2) as tracer:
+        go()
+        given["timestep"] = torch.tensor([0.25])  # the same latents again, and no second half of guidance
+        go()
+    assert set(map(tuple, tracer.maps().counts().values())) == {(1, 1)}
 
 
 def test_long_pictures_in_bfloat16():
