@@ -21,7 +21,9 @@ from i2am.zoo.encoder import PatchEncoder, centres, fourier
 FOLD = 2  # pixels a side that one latent cell holds
 COLOURS = 3 * FOLD * FOLD
 WAVELENGTHS = (128.0, 64.0, 32.0, 16.0, 8.0)  # pixels; of places on a 64-px reference
-FAR_WAVELENGTHS = (4096.0, 1024.0, 256.0, 64.0, 32.0, 16.0)  # of places in a picture of up to 2048 px
+# All of these tell neighbours apart, and within 2048 px no two places on an 8-px lattice agree in all of them, so no
+# far place passes for the right one. Powers of two do not work: a model trained on them saw the same every 32 px.
+FAR_WAVELENGTHS = (61.0, 53.0, 43.0, 37.0, 31.0, 17.0)  # pixels; of places in a picture of up to 2048 px
 Pictures = Image.Image | list[Image.Image] | Tensor
 
 

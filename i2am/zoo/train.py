@@ -24,11 +24,13 @@ from i2am.zoo.storage import save
 
 LEARNING_RATE = 1e-3
 WARM_UP = 60  # steps
-DECAY = 0.997  # of the averaged weights
+DECAY = 0.995  # of the averaged weights
 KNOWN = 0.1  # weight of the loss where the picture is given
 CANVAS = 2048  # pixels: places that a super-resolution must tell apart
 ELSEWHERE = 192  # tokens from other places that a super-resolution must not confuse with its own, once it knows these
-CROP = 32  # pixels a super-resolution is trained on: it sees no further than its tokens anyway
+# Of a super-resolution: (share of the run, pixels a side). Small pictures have few places, so looking at the right one
+# is learned in minutes; but group norms see the whole picture, so a model of small ones alone is lost in a large one.
+GROWTH = ((0.0, 32), (0.12, 64), (0.5, 128))
 NOISY = 2.0  # a super-resolution draws its noise levels from 1 - u², since without noise it needs no reference
 
 
@@ -98,7 +100,8 @@ class Run:
             group["lr"] = rate
         self.done = done
         if self.name == "superres":
-            sample = data.superres(self.cutter, batch * (data.SIZE // CROP), CROP)
+            size = max(size for start, size in GROWTH if start <= done)
+            sample = data.superres(self.cutter, max(batch * data.SIZE**2 // (2 * size**2), 1), size)
         else:
             sample = data.TASKS[self.name](self.cutter, batch)
         with torch.autocast("cpu", torch.bfloat16):
@@ -133,7 +136,7 @@ class Run:
         batch, size = len(sample.picture), sample.picture.shape[-1]
         origin = torch.randint(CANVAS - size, (batch, 2), generator=self.noise).float()
         prepared = self.pipe.prepare(sample.reference, origin)
-        count = round(ELSEWHERE * min(max((self.done - 0.4) / 0.2, 0), 1))  # first to look, then to tell apart
+        count = round(ELSEWHERE * min(max((self.done - 0.3) / 0.2, 0), 1))  # first to look, then to tell apart
         if count == 0:
             return prepared
         elsewhere = self._elsewhere(sample.reference, origin, size, count)
@@ -143,7 +146,7 @@ class Run:
         """Tokens of other pictures at other places of a large canvas, half of them near."""
         pixels = self.pipe.image_encoder.config.patch_size * self.pipe.image_encoder.config.stride
         shape = (len(origin), count, 2)
-        near = size * (8 * torch.rand(shape, generator=self.noise) - 4)
+        near = size * (4 * torch.rand(shape, generator=self.noise) - 1.5)
         far = CANVAS * torch.rand(shape, generator=self.noise) - origin[:, None]
         offset = torch.where(torch.arange(count)[:, None] % 2 == 0, near, far)
         offset = (offset / pixels).floor() * pixels + pixels / 2  # where a larger picture has patches: no alias escapes
