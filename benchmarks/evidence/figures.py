@@ -16,32 +16,30 @@ from benchmarks.evidence.localise import INPAINTING, box_of, r2g_maps
 from benchmarks.evidence.subject import FINE, Setting, paint, tasks, traced, true_places
 from i2am.detect import detect_box
 
-GAP = 2  # white pixels between pictures
-ENLARGED = 2
-
 
 def samples(setting: Setting, images: Path, names: Iterable[str]) -> None:
-    """zoo-NAME.png: reference, what is given, picture, truth, picture with a swapped reference."""
-    from PIL import Image
-
+    """zoo-NAME.png: reference, what there is without it, picture, truth, picture with a swapped reference."""
     for name in names:
         pipe, sample = setting.load(name), next(tasks(name, setting))
         size = sample.picture.shape[-2:]
-        reference = F.interpolate(sample.reference, size, mode="nearest")
-        given = reference if name == "superres" else sample.scene
-        right = paint(pipe, sample, setting.steps)
-        swapped = paint(pipe, sample, setting.steps, sample.reference.roll(1, 0))
-        columns = [reference, given, right, sample.picture, swapped]
-        half = min(len(right), 12) // 2
-        sheet = torch.cat([_rows(columns, range(half)), _rows(columns, range(half, 2 * half))], -1)
-        picture = ((sheet.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
-        height, width = (ENLARGED * n for n in sheet.shape[-2:])
-        Image.fromarray(picture).resize((width, height), Image.NEAREST).save(images / f"zoo-{name}.png", optimize=True)
-
-
-def _rows(columns: list[Tensor], which: range) -> Tensor:
-    framed = [F.pad(x, (GAP, GAP, GAP, GAP), value=1.0) for x in columns]
-    return torch.cat([torch.cat([x[i] for x in framed], -1) for i in which], -2)
+        columns = {"reference": F.interpolate(sample.reference, size, mode="nearest")}
+        if name == "superres":
+            columns["bicubic"] = F.interpolate(sample.reference, size, mode="bicubic")
+        else:
+            columns["scene"] = sample.scene
+        columns["generated"] = paint(pipe, sample, setting.steps)
+        columns["truth"] = sample.picture
+        columns["other reference"] = paint(pipe, sample, setting.steps, sample.reference.roll(1, 0))
+        half = min(len(sample.picture), 12) // 2
+        figure = Figure(figsize=(12, 1.2 * half + 0.3), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01)
+        for row, line in enumerate(np.reshape(figure.subplots(half, 10), (half, 2, 5))):
+            for axes, i in zip(line, (row, row + half), strict=True):
+                for ax, (title, pictures) in zip(axes, columns.items(), strict=True):
+                    ax.imshow(_image(pictures[i]), interpolation="nearest")
+                    ax.axis("off")
+                    _title(ax, title)
+        _save(figure, images / f"zoo-{name}.png")
 
 
 def localisation(setting: Setting, images: Path) -> None:

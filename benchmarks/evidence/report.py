@@ -48,8 +48,8 @@ USED = """
 ## Do the models use their reference?
 
 The same tasks with the right reference and with another task's. A model that ignored its reference would score alike.
-Columns of the figures: reference, what the model is given (for `superres`, nothing but noise and places), its picture,
-the truth, its picture with a swapped reference.
+`exemplar` and `tryon` are given the scene; `superres` gets nothing but noise, and sees the small picture through
+attention alone, so that an enlargement without any model is the harder rival.
 """
 
 
@@ -60,10 +60,17 @@ def _used(found: dict) -> str:
         lines += [
             f"**{name}**",
             table(rows, {"error": "error on the object", "ssim": "SSIM on the object"}, 4),
-            f"A swapped reference multiplies the error by {ratio:.1f}.",
+            f"A swapped reference multiplies the error by {ratio:.1f}." + _beside_bicubic(rows),
             f"![{name}](images/zoo-{name}.png)",
         ]
     return paragraphs(lines)
+
+
+def _beside_bicubic(rows: dict) -> str:
+    if "bicubic enlargement" not in rows:
+        return ""
+    ours, bicubic = rows["right"]["ssim"], rows["bicubic enlargement"]["ssim"]
+    return f" As an enlargement it is {verdict(ours, bicubic)} the bicubic one."
 
 
 LOCALISATION = """
