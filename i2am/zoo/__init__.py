@@ -8,7 +8,8 @@
         picture = pipe(task.picture, task.mask, task.reference).images[0]
 
 The shipped weights were made with ``python -m i2am.zoo.train NAME --minutes 46 --seed 0`` (superres: 45), each beside
-other work on two cores: 1,575, 1,601 and 5,765 steps. A run is bounded by time, so another machine ends a little elsewhere.
+other work on two cores: 1,575, 1,601 and 5,765 steps. A run is bounded by time, so another machine ends a little
+elsewhere.
 """
 
 from __future__ import annotations
