@@ -38,10 +38,10 @@ def seeded():
 @pytest.fixture(scope="module")
 def one_thread():
     """For models so small that they lose more to waiting for each other's threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    from i2am import demo
+
+    with demo.one_thread():
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.stats import wilcoxon
-from test_evaluate import arguments, one_thread  # noqa: F401 (a fixture)
+from test_evaluate import arguments
 
 from i2am import cli, plot
 from i2am.cli import results
@@ -19,6 +19,7 @@ from i2am.evaluate.levels import as_distribution, read_levels
 from i2am.evaluate.summary import interval
 
 pytest_plugins = ("saved",)  # the fixtures inpaint and images
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS = ["down.0", "up.0", "up.1"]
 

@@ -26,7 +26,6 @@ from i2am.evaluate.scores import box_of, score
 from i2am.evaluate.summary import interval
 
 pytest_plugins = ("saved",)  # the fixtures inpaint and images
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCORES = ("imacs_r2g", "imacs_g2r", "box_iou")
