@@ -22,7 +22,8 @@ lint: $(READY)
 bench: $(READY)
 	mkdir -p results
 	$(BIN)/python -m pytest benchmarks -m 'not slow' -o python_files='bench_*.py' --benchmark-json=results/bench.json
-	$(BIN)/python -m benchmarks.report results/bench.json
+	$(BIN)/python -m benchmarks.static --arch sm_80,sm_90 > results/static.txt
+	$(BIN)/python -m benchmarks.report results/bench.json --static results/static.txt
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

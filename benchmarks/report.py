@@ -1,6 +1,6 @@
 """Writes docs/benchmarks.md, a CSV and the figures from what ``make bench`` measured.
 
-``python -m benchmarks.report results/bench.json``
+``python -m benchmarks.report results/bench.json --static results/static.txt``
 """
 
 from __future__ import annotations
@@ -19,6 +19,16 @@ TITLES = {
     "regions": "SRAM: registered regions, against a call without",
     "answers": "SRAM: answers from recorded queries and keys, 16,384 × 16,384, one head",
 }
+STATIC = """## The GPU kernels' code, without a GPU
+
+`python -m benchmarks.static`: compiled ahead of time, and read. Registers and spilled bytes a thread, shared memory a
+program; then the clocks each pipe needs for 128 × 64 scores on one processor. *predicted* is the sum over passes of the
+largest pipe bound, a lower limit and no measurement.
+
+```text
+{text}
+```
+"""
 HEADER = """# Benchmarks
 
 Written by `make bench`; nothing here is typed by hand. Every provider is verified against float64 before it is timed.
@@ -143,13 +153,17 @@ def plot(measured: dict, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measured", type=Path, help="pytest-benchmark's JSON")
+    parser.add_argument("--static", type=Path, help="what benchmarks.static printed")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     options = parser.parse_args()
     measured = json.loads(options.measured.read_text())
     (options.docs / "images").mkdir(parents=True, exist_ok=True)
     write_csv(measured, options.docs / "benchmarks.csv")
     plot(measured, options.docs / "images" / "bench-growth.png")
-    (options.docs / "benchmarks.md").write_text(markdown(measured))
+    text = markdown(measured)
+    if options.static:
+        text += "\n" + STATIC.format(text=options.static.read_text(encoding="utf-8").strip())
+    (options.docs / "benchmarks.md").write_text(text, encoding="utf-8")
     print(f"wrote {options.docs}/benchmarks.md, benchmarks.csv and images/bench-growth.png")
 
 
