@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.evidence.transfer import LOCAL
+
 Interval = Sequence[float]  # mean, low, high
 
 HEADER = """
@@ -228,10 +230,11 @@ def _faithfulness(found: dict) -> str:
 
 
 ABLATION = """
-## When maps mean nothing: mixed reference tokens
+## Mixed reference tokens
 
-The same task and recipe, but a transformer layer over the reference tokens: any token may then carry what any patch
-showed. Finest decoder layers. The two models were not trained for equally long: compare their maps, not their errors.
+The same task and recipe, but a transformer over the reference tokens: any token may then carry what any patch showed,
+and attention to a token need not mean its patch. Finest decoder layers. The models were not trained for equally long:
+compare their maps, not their errors.
 """
 
 
@@ -243,7 +246,12 @@ def _ablation(found: dict) -> str:
         "g2r_auc": "G2R ROC AUC",
         "sram": "SRAM, median error (px)",
     }
-    return paragraphs([ABLATION, table(found, columns, 3)])
+    local, lines = found[LOCAL], [ABLATION, table(found, columns, 3)]
+    for row, scores in found.items():
+        if row != LOCAL:
+            says = verdict(local["sram"], scores["sram"], "finer than", "coarser than", "as fine as")
+            lines.append(f"*{row}*: its SRAM is {says} that of local tokens.")
+    return paragraphs(lines)
 
 
 SECTIONS = {

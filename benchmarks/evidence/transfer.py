@@ -24,6 +24,7 @@ from benchmarks.evidence.subject import (
 from i2am import metrics
 from i2am.zoo.storage import read
 
+LOCAL = "local tokens"
 SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
 GRID = 16  # cells a side, of the picture and of the reference
 
@@ -269,12 +270,15 @@ def _freeze(pipe, sample, setting: Setting):
 
 def ablation(setting: Setting) -> dict:
     """Reference tokens that a transformer has mixed: the picture is copied, and do the maps still mean something?"""
-    folder = setting.checkpoints
-    file = folder / "exemplar-mixing" / "exemplar.safetensors" if folder else None
-    if file is None or not file.is_file():
+    folders = sorted(setting.checkpoints.glob("exemplar-mixing*")) if setting.checkpoints else []
+    files = [file for folder in folders if (file := folder / "exemplar.safetensors").is_file()]
+    if not files:
         return {}
-    found = {}
-    for row, pipe in (("local tokens", setting.load("exemplar")), ("mixed tokens", read(file)[0])):
+    found, models = {}, {LOCAL: setting.load("exemplar")}
+    for file in files:
+        pipe, facts = read(file)
+        models[f"mixed by a transformer, layers: {facts['mixing']}"] = pipe
+    for row, pipe in models.items():
         table = Columns()
         for sample in tasks("exemplar", setting):
             pictures, maps = traced(pipe, sample, setting.steps, record="qk")

@@ -1,7 +1,7 @@
 """The reference as spatial tokens: one per patch, and each knows only its own patch and where it lies.
 
-Tokens stay local on purpose. With a transformer over them the picture is copied just as well, but attention lands on
-tokens that merely carry the information along, and no map of it means anything (``docs/evidence.md`` shows both).
+Tokens stay local on purpose: attention to a token is then attention to its patch, by construction. With a transformer
+over them a token may carry what any patch showed, and maps need not mean places (``docs/evidence.md`` compares both).
 """
 
 from __future__ import annotations
