@@ -7,9 +7,10 @@
     with i2am.trace(pipe) as tracer:
         picture = pipe(task.picture, task.mask, task.reference).images[0]
 
-The shipped weights were made with ``python -m i2am.zoo.train NAME --minutes 46 --seed 0`` (superres: 45), each beside
-other work on two cores: 1,575, 1,601 and 5,765 steps. A run is bounded by time, so another machine ends a little
-elsewhere.
+The shipped weights were made with ``python -m i2am.zoo.train NAME --minutes 46 --seed 0``, beside other work on two
+cores, in 1,575 and 1,601 steps; superres with ``--minutes 62``, 6,789 steps, of which the last 17 minutes were resumed
+with more tokens from elsewhere (``train.ELSEWHERE``) than planned at first. A run is bounded by time, so another machine
+ends a little elsewhere.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def load(name: str) -> ZooPipeline:
 
     Args:
         name: "exemplar" (an object put into a scene), "tryon" (a garment moved, scaled, turned and bent into a scene;
-            takes a pose) or "superres" (4× each way, at any size up to 2048 px).
+            takes a pose) or "superres" (4× each way, at any size up to 1024 px).
 
     Raises:
         ValueError: no such model.

@@ -21,9 +21,9 @@ from i2am.zoo.encoder import PatchEncoder, centres, fourier
 FOLD = 2  # pixels a side that one latent cell holds
 COLOURS = 3 * FOLD * FOLD
 WAVELENGTHS = (128.0, 64.0, 32.0, 16.0, 8.0)  # pixels; of places on a 64-px reference
-# All of these tell neighbours apart, and within 2048 px no two places on an 8-px lattice agree in all of them, so no
+# All of these tell neighbours apart, and within 1024 px no two places on an 8-px lattice agree in all of them, so no
 # far place passes for the right one. Powers of two do not work: a model trained on them saw the same every 32 px.
-FAR_WAVELENGTHS = (61.0, 53.0, 43.0, 37.0, 31.0, 17.0)  # pixels; of places in a picture of up to 2048 px
+FAR_WAVELENGTHS = (61.0, 53.0, 43.0, 37.0, 31.0, 17.0)  # pixels; of places in a picture of up to 1024 px
 Pictures = Image.Image | list[Image.Image] | Tensor
 
 
@@ -152,7 +152,7 @@ class ReferenceInpaintingPipeline(ZooPipeline):
 class SuperResolutionPipeline(ZooPipeline):
     """Four times as many pixels each way; the small picture is seen through attention alone: ``superres``.
 
-    Runs at any size up to 2048 px, though trained on 64: every place has its own sines.
+    Runs at any size up to 1024 px, though trained on 128: every place has its own sines.
     """
 
     def __call__(

@@ -26,8 +26,10 @@ LEARNING_RATE = 1e-3
 WARM_UP = 60  # steps
 DECAY = 0.995  # of the averaged weights
 KNOWN = 0.1  # weight of the loss where the picture is given
-CANVAS = 2048  # pixels: places that a super-resolution must tell apart
-ELSEWHERE = 192  # tokens from other places that a super-resolution must not confuse with its own, once it knows these
+CANVAS = 1024  # pixels: places that a super-resolution must tell apart
+# Tokens from other places that a super-resolution must not confuse with its own, by share of the run: none while it learns
+# to look, in the end a quarter of those that fill the canvas.
+ELSEWHERE = ((0.3, 0), (0.5, 192), (0.7, 192), (0.75, 4096))
 # Of a super-resolution: (share of the run, pixels a side). Small pictures have few places, so looking at the right one
 # is learned in minutes; but group norms see the whole picture, so a model of small ones alone is lost in a large one.
 GROWTH = ((0.0, 32), (0.12, 64), (0.5, 128))
@@ -136,19 +138,23 @@ class Run:
         batch, size = len(sample.picture), sample.picture.shape[-1]
         origin = torch.randint(CANVAS - size, (batch, 2), generator=self.noise).float()
         prepared = self.pipe.prepare(sample.reference, origin)
-        count = round(ELSEWHERE * min(max((self.done - 0.3) / 0.2, 0), 1))  # first to look, then to tell apart
+        count = round(np.interp(self.done, *zip(*ELSEWHERE, strict=True)))
         if count == 0:
             return prepared
         elsewhere = self._elsewhere(sample.reference, origin, size, count)
         return prepared._replace(tokens=torch.cat([prepared.tokens, elsewhere], 1))
 
     def _elsewhere(self, reference: Tensor, origin: Tensor, size: int, count: int) -> Tensor:
-        """Tokens of other pictures at other places of a large canvas, half of them near."""
+        """Tokens of other pictures at other places of a large canvas: near, in the same rows or columns, anywhere."""
         pixels = self.pipe.image_encoder.config.patch_size * self.pipe.image_encoder.config.stride
         shape = (len(origin), count, 2)
         near = size * (4 * torch.rand(shape, generator=self.noise) - 1.5)
         far = CANVAS * torch.rand(shape, generator=self.noise) - origin[:, None]
-        offset = torch.where(torch.arange(count)[:, None] % 2 == 0, near, far)
+        same_row = torch.rand((*shape[:2], 1), generator=self.noise) < 0.5
+        same = torch.cat([same_row, ~same_row], -1)
+        lines = torch.where(same, size * torch.rand(shape, generator=self.noise), far)
+        kind = torch.arange(count)[:, None] % 3
+        offset = torch.where(kind == 0, near, torch.where(kind == 1, lines, far))
         offset = (offset / pixels).floor() * pixels + pixels / 2  # where a larger picture has patches: no alias escapes
         inside = ((offset > 0) & (offset < size)).all(-1, keepdim=True)
         places = origin[:, None] + offset + size * inside
