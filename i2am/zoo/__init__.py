@@ -9,8 +9,8 @@
 
 The shipped weights were made with ``python -m i2am.zoo.train NAME --minutes 46 --seed 0``, beside other work on two
 cores, in 1,575 and 1,601 steps; superres with ``--minutes 62``, 6,789 steps, of which the last 17 minutes were resumed
-with more tokens from elsewhere (``train.ELSEWHERE``) than planned at first. A run is bounded by time, so another machine
-ends a little elsewhere.
+with more tokens from elsewhere (``train.ELSEWHERE``) than planned at first. A run is bounded by time, so another
+machine ends a little elsewhere.
 """
 
 from __future__ import annotations

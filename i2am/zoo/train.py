@@ -27,8 +27,8 @@ WARM_UP = 60  # steps
 DECAY = 0.995  # of the averaged weights
 KNOWN = 0.1  # weight of the loss where the picture is given
 CANVAS = 1024  # pixels: places that a super-resolution must tell apart
-# Tokens from other places that a super-resolution must not confuse with its own, by share of the run: none while it learns
-# to look, in the end a quarter of those that fill the canvas.
+# Tokens from other places that a super-resolution must not confuse with its own, by share of the run: none while it
+# learns to look, in the end a quarter of those that fill the canvas.
 ELSEWHERE = ((0.3, 0), (0.5, 192), (0.7, 192), (0.75, 4096))
 # Of a super-resolution: (share of the run, pixels a side). Small pictures have few places, so looking at the right one
 # is learned in minutes; but group norms see the whole picture, so a model of small ones alone is lost in a large one.
