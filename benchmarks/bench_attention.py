@@ -88,7 +88,7 @@ def test_attention(benchmark, capsys, case):
     for provider in providers.values():
         verify(provider, case)
     q, k, v = inputs(case)
-    label = f"{H} heads, {Nq} × {Nk}, d {d}"
+    label = f"{H} head{'s' * (H > 1)}, {Nq} × {Nk}, d {d}"
     calls = {name: lambda provider=provider: provider(q, k, v) for name, provider in providers.items()}
     found = compare(
         benchmark, "op", label, calls, rounds=3 if H * Nq * Nk > 1 << 27 else 7, flops=4.0 * H * Nq * Nk * d

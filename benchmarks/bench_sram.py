@@ -22,7 +22,7 @@ def test_registered_regions(benchmark, Nk, d, capsys):
         sums = Sums(torch.zeros(1, H, Nq), torch.zeros(1, H, Nk), None, torch.zeros(1, H, R, Nk) if R else None)
         return lambda: accumulate(q, k, v, sums=[sums], regions=regions)
 
-    calls = {f"{R} regions" if R else "no region": call(R) for R in (0, 1, 8, 64)}
+    calls = {f"{R} region{'s' * (R > 1)}" if R else "no region": call(R) for R in (0, 1, 8, 64)}
     case = f"8 heads, {Nq} × {Nk}, d {d}"
     show(capsys, case, compare(benchmark, "regions", case, calls))
 

@@ -142,6 +142,9 @@ def plot(measured: dict, file: Path) -> None:
         tokens, seconds, peaks = zip(*row["points"], strict=True)
         axes[0].loglog(tokens, seconds, "o-", label=name)
         axes[1].loglog(tokens, [max(p, 2**20) / 2**20 for p in peaks], "o-", label=name)
+        for ax in axes:
+            ax.set_xticks(tokens, [f"{n:,}" for n in tokens], minor=False)
+            ax.set_xticks([], minor=True)
     axes[0].set(xlabel="tokens on each side", ylabel="seconds", title="Time of one call, one head, d 64")
     axes[1].set(xlabel="tokens on each side", ylabel="MiB (floor 1)", title="Memory beyond the inputs")
     for ax in axes:
