@@ -23,20 +23,29 @@ import i2am
 from benchmarks.memory import Memory
 from i2am import plot, zoo
 from i2am.zoo import data
+from i2am.zoo.encoder import centres
 from i2am.zoo.storage import read
 
 PHOTOGRAPH = "chelsea.png"  # held out in training
+PATCH = 2  # reference pixels a side
 SHARP = "up_blocks.1.attentions.1.*"  # the layers that localise (docs/evidence.md)
-PLACES = {"eye": (0.37, 0.32), "nose": (0.81, 0.64), "brow": (0.16, 0.5), "whiskers": (0.86, 0.16)}  # (y, x) shares of the picture
+# (y, x) shares of the picture
+PLACES = {"eye": (0.37, 0.32), "nose": (0.81, 0.64), "brow": (0.16, 0.5), "whiskers": (0.86, 0.16)}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.highres", description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, nargs="+", default=[1024], help="pixels of the outputs (default 1024)")
     parser.add_argument("--steps", type=int, default=2, help="denoising steps (default 2)")
+    parser.add_argument("--aligned", action="store_true", help="only: how many tokens look at the aligned patch")
     parser.add_argument("--weights", type=Path, help="a superres.safetensors instead of the shipped one")
     parser.add_argument("--out", type=Path, default=Path("results/highres"))
     args = parser.parse_args(argv)
+    if args.aligned:
+        for size in args.size:
+            share = aligned(size, args.weights)
+            print(f"{size} px: the strongest patch is the aligned one for {share:.1%} of all tokens")
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for size in args.size:
@@ -50,8 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def enlarge(size: int, steps: int, traced: bool, weights: Path | None, out: Path) -> dict:
     """One run; returns what it took, and writes its pictures when it was traced."""
-    pipe = zoo.load("superres") if weights is None else read(weights)[0]
-    image = photograph(size // data.FACTOR)
+    pipe, image = load(weights), photograph(size // data.FACTOR)
     with tqdm(total=steps, desc=f"{size} px, {'traced' if traced else 'not traced'}") as bar:
 
         def step_end(pipe, step, timestep, state):
@@ -77,6 +85,20 @@ def enlarge(size: int, steps: int, traced: bool, weights: Path | None, out: Path
         maps.save(out / f"maps-{size}.safetensors")
         draw(maps, (image[0] + 1) / 2, picture[0], size).savefig(out / f"highres-{size}.png", dpi=110)
     return row
+
+
+def aligned(size: int, weights: Path | None) -> float:
+    """Share of the finest tokens whose strongest patch, in the last layer, is the one at their own place; one step."""
+    pipe = load(weights)
+    with i2am.trace(pipe, record="qk", layers=f"{SHARP}attn2") as tracer:
+        pipe(photograph(size // data.FACTOR), num_inference_steps=1, generator=torch.Generator().manual_seed(0))
+    best = tracer.maps().match().best[0]  # [h, w, 2], in patches
+    truth = centres(best.shape[:2], size / data.FACTOR / PATCH / best.shape[0])
+    return float(((best - truth).abs().amax(-1) < 0.5).float().mean())
+
+
+def load(weights: Path | None) -> zoo.ZooPipeline:
+    return zoo.load("superres") if weights is None else read(weights)[0]
 
 
 def photograph(side: int) -> torch.Tensor:
@@ -111,9 +133,10 @@ def describe(row: dict) -> str:
 
 def draw(maps: i2am.AttributionMaps, small: torch.Tensor, picture: torch.Tensor, size: int) -> Figure:
     """The picture and the small one, R2G and G2R over them, and SRAM of each place."""
-    figure = Figure(figsize=(3.4 * (2 + len(PLACES)) / 1.25, 7), layout="constrained")
+    columns = 2 + (len(PLACES) + 1) // 2
+    figure = Figure(figsize=(3.5 * columns, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2 + (len(PLACES) + 1) // 2)
+    axes = figure.subplots(2, columns)
     axes[0, 0].imshow(small.permute(1, 2, 0), interpolation="nearest")
     axes[0, 0].set_title(f"reference, {small.shape[-1]} px")
     axes[1, 0].imshow(picture.permute(1, 2, 0))
