@@ -44,12 +44,24 @@ def one_thread():
         yield
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
-        # Workers side by side take whole files, whose fixtures are shared; what docs/support.md shows is one piece.
-        file = item.path.name
-        shown = any(fnmatch(file, pattern) for pattern in (*support.FILES, "test_what_is_supported.py"))
-        item.add_marker(pytest.mark.xdist_group("support" if shown else file))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Workers side by side take whole files, whose fixtures are shared; what docs/support.md shows is one piece.
+
+    (A scheduler of our own: pytest 9.2 no longer looks where ``--dist loadgroup`` of xdist 3.8 writes its groups.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0].rsplit("/")[-1]
+            shown = any(fnmatch(file, pattern) for pattern in (*support.FILES, "test_what_is_supported.py"))
+            return "support" if shown else file
+
+    return Files(config, log)
