@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint bench docs clean
+.PHONY: demo test test-all lint bench bench-all docs clean
 
 demo: $(READY)
 	$(BIN)/i2am demo --out i2am-demo
@@ -19,9 +19,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(READY)
+bench bench-all: $(READY)
 	mkdir -p results
-	$(BIN)/python -m pytest benchmarks -m 'not slow' -o python_files='bench_*.py' --benchmark-json=results/bench.json
+	$(BIN)/python -m pytest benchmarks $(if $(filter bench,$@),-m 'not slow') -o python_files='bench_*.py' --benchmark-json=results/bench.json
 	$(BIN)/python -m benchmarks.static --arch sm_80,sm_90 > results/static.txt
 	$(BIN)/python -m benchmarks.report results/bench.json --static results/static.txt
 

@@ -155,11 +155,14 @@ def plot(measured: dict, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measured", type=Path, help="pytest-benchmark's JSON")
+    parser.add_argument("measured", type=Path, nargs="+", help="pytest-benchmark's JSON, of one machine")
     parser.add_argument("--static", type=Path, help="what benchmarks.static printed")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     options = parser.parse_args()
-    measured = json.loads(options.measured.read_text())
+    measured, *more = (json.loads(file.read_text(encoding="utf-8")) for file in options.measured)
+    if any(machine(other) != machine(measured) for other in more):
+        raise SystemExit("these were measured on different machines: one report a machine")
+    measured["benchmarks"] += [benchmark for other in more for benchmark in other["benchmarks"]]
     (options.docs / "images").mkdir(parents=True, exist_ok=True)
     write_csv(measured, options.docs / "benchmarks.csv")
     plot(measured, options.docs / "images" / "bench-growth.png")
