@@ -18,10 +18,7 @@ from i2am import ops, reference
 DEVICE, DTYPE = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}[DTYPE]  # of the peak; eager half precision rounds on the way
 EAGER = 1 << 29  # scores up to which the eager peers are run
-CROSS = [(8, 4096, Nk, d) for Nk in (1, 4, 16, 77, 257, 3072) for d in (40,)] + [
-    (8, 4096, 257, 80),
-    (8, 1024, 257, 160),
-]
+CROSS = [*((8, 4096, Nk, 40) for Nk in (1, 4, 16, 77, 257, 3072)), (8, 4096, 257, 80), (8, 1024, 257, 160)]
 JOINT = [(8, 256, 256, 160), (8, 1024, 1024, 80), (8, 4096, 4096, 40), (8, 4096, 4096, 64), (4, 4096, 4096, 128)]
 LARGE = [(1, 16384, 16384, 64)]
 

@@ -27,7 +27,6 @@ from i2am.zoo.encoder import centres
 from i2am.zoo.storage import read
 
 PHOTOGRAPH = "chelsea.png"  # held out in training
-PATCH = 2  # reference pixels a side
 SHARP = "up_blocks.1.attentions.1.*"  # the layers that localise (docs/evidence.md)
 # (y, x) shares of the picture
 PLACES = {"eye": (0.37, 0.32), "nose": (0.81, 0.64), "brow": (0.16, 0.5), "whiskers": (0.86, 0.16)}
@@ -89,11 +88,11 @@ def enlarge(size: int, steps: int, traced: bool, weights: Path | None, out: Path
 
 def aligned(size: int, weights: Path | None) -> float:
     """Share of the finest tokens whose strongest patch, in the last layer, is the one at their own place; one step."""
-    pipe = load(weights)
+    pipe, small = load(weights), photograph(size // data.FACTOR)
     with i2am.trace(pipe, record="qk", layers=f"{SHARP}attn2") as tracer:
-        pipe(photograph(size // data.FACTOR), num_inference_steps=1, generator=torch.Generator().manual_seed(0))
+        pipe(small, num_inference_steps=1, generator=torch.Generator().manual_seed(0))
     best = tracer.maps().match().best[0]  # [h, w, 2], in patches
-    truth = centres(best.shape[:2], size / data.FACTOR / PATCH / best.shape[0])
+    truth = centres(best.shape[:2], pipe.image_encoder.grid(*small.shape[-2:])[0] / best.shape[0])
     return float(((best - truth).abs().amax(-1) < 0.5).float().mean())
 
 

@@ -12,9 +12,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.evidence.localise import INPAINTING, box_of, r2g_maps
+from benchmarks.evidence.localise import INPAINTING, r2g_maps
 from benchmarks.evidence.subject import FINE, Setting, paint, tasks, traced, true_places
 from i2am.detect import detect_box
+from i2am.evaluate.scores import box_of
 
 
 def samples(setting: Setting, images: Path, names: Iterable[str]) -> None:

@@ -23,6 +23,7 @@ from benchmarks.evidence.subject import (
 )
 from i2am import metrics, zoo
 from i2am.detect import Box, detect_box
+from i2am.evaluate.scores import box_of
 from i2am.zoo import data
 
 INPAINTING = ("exemplar", "tryon")
@@ -101,11 +102,6 @@ def add_detection(table: Columns, maps, sample: zoo.Sample, rng: np.random.Gener
     table.add("another object's box, elsewhere", otsu=metrics.box_iou(others, truth))
     told = [box_of(mask) for mask in sample.mask[:, 0]]
     table.add("the mask's own box (the model is told)", otsu=metrics.box_iou(told, truth))
-
-
-def box_of(mask: Tensor) -> Box:
-    ys, xs = (mask > 0.5).nonzero(as_tuple=True)
-    return Box(int(ys.min()), int(xs.min()), int(ys.max()) + 1, int(xs.max()) + 1)
 
 
 def moved(box: Box, rng: np.random.Generator, size: int = data.SIZE) -> Box:
