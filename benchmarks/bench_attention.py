@@ -13,7 +13,8 @@ from peers import daam, materialise
 from torch.nn import functional as F
 
 import i2am
-from i2am import ops, reference
+from i2am import ops
+from i2am.ops import naive as reference
 
 DEVICE, DTYPE = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}[DTYPE]  # of the peak; eager half precision rounds on the way

@@ -6,9 +6,10 @@ from compare import compare, show
 from memory import Memory
 
 import i2am
-from i2am import sram
+from i2am._files import show_size
+from i2am.maps import sram
+from i2am.maps.entries import Entry
 from i2am.ops import Sums, accumulate
-from i2am.record import Entry, show_size
 
 
 @pytest.mark.parametrize(("Nk", "d"), [(257, 40), (4096, 40)])

@@ -9,7 +9,8 @@ Of each kernel's main loop it counts what one score element asks of every pipe, 
 8,192 scores (a tile of 128 × 64) on one processor. The largest of these bounds a kernel; a pass that waits for its
 pipes in turn is slower, none is faster. ``issue`` is the bound that instruction slots set.
 
-``benchmarks/static.json`` holds what was last shipped (``--update`` writes it); ``tests/test_static.py`` refuses worse.
+``benchmarks/static.json`` holds what was last shipped (``--update`` writes it); ``tests/kernels/test_static.py``
+refuses worse.
 """
 
 from __future__ import annotations

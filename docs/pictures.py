@@ -1,15 +1,15 @@
-"""The pictures of these pages: ``PYTHONPATH=tests python docs/pictures.py`` (the report's needs a Chromium)."""
+"""The pictures of these pages: ``python -m docs.pictures`` (the report's needs a Chromium)."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from browser import chromium
 from PIL import Image
 
 import i2am
 from i2am import compare, plot, zoo
 from i2am.evaluate import Sample, Store, Traced, evaluate, summarise
+from tests.helpers.browser import chromium
 
 IMAGES = Path(__file__).parent / "images"
 SHOWN = 8  # of the held-out samples

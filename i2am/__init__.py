@@ -12,11 +12,11 @@ import importlib
 from types import ModuleType
 
 from i2am.detect import Box, detect_box
-from i2am.layout import Banked, Concatenated, Reference
 from i2am.maps import AttributionMaps
 from i2am.metrics import imacs
 from i2am.ops import AttentionOutput, attention
-from i2am.patch import BlindLayerError, Tracer, patch_modules, patch_transformer, patch_unet, trace
+from i2am.references import Banked, Concatenated, Reference
+from i2am.tracing import BlindLayerError, Tracer, patch_modules, patch_transformer, patch_unet, trace
 
 __version__ = "0.1.0"
 ON_FIRST_USE = ("compare", "evaluate", "plot", "zoo")  # `i2am.plot.…` needs no import of its own, and none is paid for

@@ -9,7 +9,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
 
 import pytest
-import support
+
+from tests import support_table as support
 
 POISONED = ("empty", "empty_like", "empty_strided")
 
@@ -45,6 +46,7 @@ def one_thread():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name == "test_support_table.py")  # after the tests that it is about
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
@@ -60,8 +62,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file = nodeid.split("::")[0].rsplit("/")[-1]
-            shown = any(fnmatch(file, pattern) for pattern in (*support.FILES, "test_what_is_supported.py"))
+            file = nodeid.split("::")[0].removeprefix("tests/")
+            shown = any(fnmatch(file, pattern) for pattern in (*support.FILES, "test_support_table.py"))
             return "support" if shown else file
 
     return Files(config, log)

@@ -1,12 +1,12 @@
 """On hardware: what the interpreter and ahead-of-time compilation vouch for, seen to hold. Skipped without a GPU."""
 
-import pipelines
 import pytest
 import torch
 from torch.nn import functional as F
 
 import i2am
 from i2am.ops import Sums, accumulate
+from tests.helpers.tiny_models import unet as pipelines
 
 pytestmark = pytest.mark.gpu
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from i2am._files import write_atomically
 from i2am.evaluate.manifest import Sample
-from i2am.record import write_atomically
 
 SETTINGS = "i2am.json"
 FOLDERS = ("samples", "levels", "previews", "images", "maps")

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from i2am.layout import Grid
-from i2am.seam import Call, RunningLayer
+from i2am.references import Grid
+from i2am.tracing.intercept import Call, RunningLayer
 
 
 class Forward(NamedTuple):

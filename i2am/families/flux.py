@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from i2am.families.joint import JointTransformer, Positions, Segment, apart
-from i2am.layout import Carried, Reference
-from i2am.seam import eager, running_scope
+from i2am.references import Carried, Reference
+from i2am.tracing.intercept import eager, running_scope
 
 
 class Flux(JointTransformer):

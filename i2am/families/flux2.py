@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from i2am.families.joint import JointTransformer, Positions, Segment, apart
-from i2am.layout import Carried, Reference
+from i2am.references import Carried, Reference
 
 
 class Flux2(JointTransformer):

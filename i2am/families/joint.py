@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from i2am.families import Forward
 from i2am.families.arguments import named_arguments
-from i2am.layout import SELF, Carried, Grid, Reference
-from i2am.seam import RunningLayer
+from i2am.references import SELF, Carried, Grid, Reference
+from i2am.tracing.intercept import RunningLayer
 
 NO_REFERENCE = (
     "this call of the {model} has no reference image among its tokens, so no attention keys encode a reference: pass "

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from i2am.families.arguments import argument
 from i2am.families.unet import UNetFamily
-from i2am.layout import SELF, Carried, Reference
-from i2am.seam import RunningLayer
+from i2am.references import SELF, Carried, Reference
+from i2am.tracing.intercept import RunningLayer
 
 
 class AddedKeys(UNetFamily):

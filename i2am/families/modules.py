@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from i2am.families import Forward
 from i2am.families.arguments import named_arguments
-from i2am.layout import Carried, Grid, LayerFilter, Reference, choose_layers
-from i2am.seam import Call, RunningLayer, eager, running_scope
+from i2am.references import Carried, Grid, LayerFilter, Reference, choose_layers
+from i2am.tracing.intercept import Call, RunningLayer, eager, running_scope
 
 TIMESTEPS = ("timesteps", "timestep", "t", "time", "sigma", "sigmas", "noise_level")
 HEADS = ("heads", "num_heads", "n_heads")

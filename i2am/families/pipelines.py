@@ -13,7 +13,7 @@ from i2am.families.kandinsky import added_key_attentions
 from i2am.families.transformers import read_transformer
 from i2am.families.unet import channels_beside, has_ip_adapter, no_reference_keys, read_unet
 from i2am.families.wan import Wan
-from i2am.layout import Concatenated, Grid, Reference
+from i2am.references import Concatenated, Grid, Reference
 
 IN_CONTEXT = (
     "BriaFiboEdit*",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from i2am.families.joint import JointTransformer, Segment
-from i2am.layout import Carried
+from i2am.references import Carried
 
 
 class QwenImage(JointTransformer):

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from i2am.seam import eager, running_scope
+from i2am.tracing.intercept import eager, running_scope
 
 KINDS = ("IPAdapterPlusImageProjection", "IPAdapterTimeImageProjection")
 

@@ -17,8 +17,8 @@ from i2am.families import Forward
 from i2am.families.arguments import named_arguments
 from i2am.families.resampler import Rollout
 from i2am.families.unet import no_reference_keys
-from i2am.layout import SELF, Carried, Grid, Reference
-from i2am.seam import RunningLayer, eager, running_scope
+from i2am.references import SELF, Carried, Grid, Reference
+from i2am.tracing.intercept import RunningLayer, eager, running_scope
 
 
 class StableDiffusion3:

@@ -14,8 +14,8 @@ from torch import nn
 from i2am.families import Forward
 from i2am.families.joint import NO_REFERENCE, reference_names
 from i2am.families.unet import UNetFamily, attentions, grid_of
-from i2am.layout import SELF, Banked, Carried, Concatenated, Grid, Reference
-from i2am.seam import Call, RunningLayer
+from i2am.references import SELF, Banked, Carried, Concatenated, Grid, Reference
+from i2am.tracing.intercept import Call, RunningLayer
 
 
 class SelfAttention(UNetFamily):

@@ -12,8 +12,8 @@ from i2am.families.flux2 import Flux2
 from i2am.families.qwen import QwenImage
 from i2am.families.sd3 import StableDiffusion3
 from i2am.families.wan import Wan
-from i2am.layout import Reference
-from i2am.seam import refuse_compiled
+from i2am.references import Reference
+from i2am.tracing.intercept import refuse_compiled
 
 FAMILIES: dict[str, type[TransformerFamily]] = {
     "BriaFiboTransformer2DModel": Fibo,

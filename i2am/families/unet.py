@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from i2am.families import Forward
 from i2am.families.arguments import argument
 from i2am.families.resampler import KINDS, Rollout
-from i2am.layout import QUERIES, Banked, Carried, Concatenated, Grid, Reference
-from i2am.seam import RunningLayer, eager, refuse_compiled, running_scope
+from i2am.references import QUERIES, Banked, Carried, Concatenated, Grid, Reference
+from i2am.tracing.intercept import RunningLayer, eager, refuse_compiled, running_scope
 
 EXAMPLE = "i2am.patch_unet(unet, reference=i2am.Reference(grid=(16, 16), skip=1))  # 16×16 tokens after a class token"
 SELF_HINT = 'mode="self" gives maps of spatial self-attention instead, which are named "self"'

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from i2am.families import Forward
 from i2am.families.arguments import argument
 from i2am.families.unet import CrossAttention, read_grid
-from i2am.seam import eager
+from i2am.tracing.intercept import eager
 
 
 class StableVideo(CrossAttention):

@@ -17,8 +17,8 @@ from i2am.families import Forward
 from i2am.families.arguments import argument, named_arguments
 from i2am.families.joint import among, reference_names
 from i2am.families.unet import clip_tokens, no_reference_keys
-from i2am.layout import Carried, Grid, Reference
-from i2am.seam import RunningLayer
+from i2am.references import Carried, Grid, Reference
+from i2am.tracing.intercept import RunningLayer
 
 TEXT = 512  # text tokens, a constant of Wan's attention: what stands before them is the image
 

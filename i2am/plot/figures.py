@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from i2am.layout import SELF
 from i2am.maps import AttributionMaps
 from i2am.plot.arrays import as_map, as_picture, grey, limits_of, one_of, resized
 from i2am.plot.labels import LEVEL_NAMES, meaning, panel_labels, units, wrap
 from i2am.plot.panels import CMAP, SCALES, balanced, bare, colorbar_of, draw, grid, instead, note
+from i2am.references import SELF
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from i2am.layout import SELF, choose_layers
-from i2am.levels import pick
 from i2am.maps import AttributionMaps
+from i2am.maps.aggregate import pick
+from i2am.references import SELF, choose_layers
 
 MEANING = {
     "r2g": "R2G: which regions of the generated image the reference influenced",

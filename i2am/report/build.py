@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from i2am import plot
+from i2am._files import parse_size, show_size, write_atomically
 from i2am.detect import detect_box
 from i2am.evaluate.scores import MEANING, score
-from i2am.layout import Grid, LayerFilter
 from i2am.maps import AttributionMaps
-from i2am.record import parse_size, show_size, write_atomically
+from i2am.references import Grid, LayerFilter
 from i2am.report.data import Arrays, Axes, Plan, choose_plan, level_maps, picked, rows
 from i2am.report.data import key as key_of
 from i2am.versions import versions

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from i2am.layout import Grid, LayerFilter, choose_layers
 from i2am.maps import AttributionMaps
+from i2am.references import Grid, LayerFilter, choose_layers
 
 MAP_SIDE = 64  # tokens: finer maps are averaged, the picture shows no more
 

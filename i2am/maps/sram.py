@@ -1,0 +1,171 @@
+"""Regions, and the rows of attention behind them: SRAM (Park & Jang, ICLR 2025, section 3.3) and its reverse.
+
+``SRAM_w = Σ_i w[i]·P[i, :] / Σ_i w[i]`` for region weights ``w`` over the generated tokens. Registered regions are
+summed while the model runs; any other is answered from recorded queries and keys, in tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from i2am.maps.entries import Entry
+from i2am.references import Grid
+
+MAX_REGIONS = 64
+TILE = 1 << 21  # numbers in a tile of probabilities: 8 MiB in float32
+CHUNK = 1 << 22  # numbers in the sums over a chunk of heads
+
+Region = tuple[float, float] | Tensor | np.ndarray
+Weights = Callable[[Grid], Tensor]  # grid → [1 | B, R, h·w], each region summing to 1
+
+
+class Match(NamedTuple):
+    """For each generated token, where on the reference it looked. Coordinates are ``(y, x)`` in reference tokens: token
+    ``(i, j)`` is centred at ``(i + 0.5, j + 0.5)``; multiply by pixels per token for pixels.
+    """
+
+    expected: Tensor  # [B, h, w, 2] mean position under its SRAM
+    best: Tensor  # [B, h, w, 2] centre of the strongest reference token
+    confidence: Tensor  # [B, h, w] 1 - entropy / log(tokens): 1 when all on one token, 0 when even
+
+
+def region_weights(region: Region, canvas: Grid) -> Weights:
+    """Weights of one region on any grid of the picture.
+
+    Args:
+        region: a point ``(y, x)`` on the canvas: the token whose cell contains it; or a mask of the whole picture
+            ``[H, W]`` (``[B, H, W]``: one per image) of any resolution, area-averaged, soft values kept.
+        canvas: ``(height, width)`` in which points are given.
+
+    Raises:
+        IndexError: the point is outside the canvas.
+        ValueError: the mask is empty, negative, not finite or of wrong rank.
+    """
+    if isinstance(region, tuple) and len(region) == 2 and all(isinstance(c, (int, float)) for c in region):
+        return _point(region, canvas)
+    mask = torch.as_tensor(np.asarray(region) if not isinstance(region, Tensor) else region).detach().cpu().float()
+    if mask.ndim not in (2, 3):
+        raise ValueError(f"a region is a point (y, x) or a mask [H, W] or [B, H, W], got shape {tuple(mask.shape)}")
+    masks = mask if mask.ndim == 3 else mask[None]
+    if not masks.isfinite().all() or (masks < 0).any():
+        raise ValueError("a mask must be finite and not negative")
+    if (masks.flatten(1).sum(1) == 0).any():
+        raise ValueError("empty mask: no pixel of the region is set")
+    return lambda grid: _normalised(_area_average(masks, grid).flatten(1)[:, None])
+
+
+def _point(point: tuple[float, float], canvas: Grid) -> Weights:
+    (y, x), (height, width) = point, canvas
+    if not (0 <= y < height and 0 <= x < width):
+        raise IndexError(
+            f"point (y, x) = ({y:g}, {x:g}) is outside the picture: valid are 0 ≤ y < {height} and 0 ≤ x < {width}"
+        )
+
+    def weights(grid: Grid) -> Tensor:
+        w = torch.zeros(1, 1, grid[0] * grid[1])
+        w[0, 0, int(y * grid[0] / height) * grid[1] + int(x * grid[1] / width)] = 1.0
+        return w
+
+    return weights
+
+
+def several(parts: Sequence[Weights]) -> Weights:
+    """Many regions as one: their ``R`` axes follow each other."""
+
+    def weights(grid: Grid) -> Tensor:
+        each = [part(grid) for part in parts]
+        B = max(w.shape[0] for w in each)
+        return torch.cat([w.expand(B, -1, -1) for w in each], dim=1)
+
+    return weights
+
+
+def cells(count: Grid) -> Weights:
+    """Every cell of a ``count`` grid over the picture, row by row: pooled by area."""
+
+    def weights(grid: Grid) -> Tensor:
+        rows, columns = _overlap(count[0], grid[0]), _overlap(count[1], grid[1])
+        return torch.einsum("ay,bx->abyx", rows, columns).reshape(1, count[0] * count[1], grid[0] * grid[1])
+
+    return weights
+
+
+def _area_average(x: Tensor, grid: Grid) -> Tensor:
+    """``[B, H, W]`` → ``[B, h, w]``: the mean over each cell's exact area, also where cells cut pixels."""
+    return _overlap(grid[0], x.shape[1]) @ x @ _overlap(grid[1], x.shape[2]).T
+
+
+def _overlap(cells: int, pixels: int) -> Tensor:
+    """``[cells, pixels]``: which share of each cell lies on each pixel; rows sum to 1."""
+    edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
+    pixel = torch.arange(pixels, dtype=torch.float64)
+    shared = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
+    return (shared.clamp_min(0) * cells / pixels).float()
+
+
+def _normalised(w: Tensor) -> Tensor:
+    return w / w.sum(-1, keepdim=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+def pooled(entry: Entry, weights: Tensor, heads: list[int], *, reverse: bool = False) -> Tensor:
+    """Pooled probabilities of one recorded call, in tiles.
+
+    Args:
+        entry: the call.
+        weights: ``[1 | B, R, Q]`` over its queries, or ``[1 | B, R, K]`` over its reference keys when ``reverse``.
+        heads: which ones.
+        reverse: column probabilities: where each region of the reference went.
+
+    Returns: ``[B, R, heads, K]`` (``Q`` when reverse).
+    """
+    x = entry.read()
+    rows, others, lse, mask = x["q"], x["k"], x["row_lse"], x.get("mask")
+    if reverse:
+        rows, others, lse = x["k"], x["q"], x["col_lse"]
+        mask = None if mask is None else mask.transpose(-1, -2)
+    rows, others, lse = rows[:, heads], others[:, heads], lse[:, heads]
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    B, H, N = rows.shape[0], len(heads), others.shape[2]
+    others = others.to(dtype).transpose(-1, -2)
+    weights = weights.to(others)
+    total = others.new_zeros(B, H, weights.shape[1], N)
+    active = weights.flatten(0, 1).any(0).nonzero().squeeze(1)
+    for tokens in active.split(max(TILE // (B * H * N), 1)):
+        s = (rows[:, :, tokens].to(dtype) * entry.scale) @ others  # [B, H, tile, N]
+        if mask is not None:
+            s = _masked(s, mask, tokens, heads)
+        s -= lse[:, :, tokens, None].masked_fill(lse[:, :, tokens, None].isneginf(), math.inf)
+        total += weights[:, None, :, tokens] @ s.exp_()
+    return total.transpose(1, 2)
+
+
+def _masked(s: Tensor, mask: Tensor, tokens: Tensor, heads: list[int]) -> Tensor:
+    """A tile of logits with its part of a mask that broadcasts to ``[B, H, rows, N]``."""
+    mask = mask[:, heads] if mask.shape[1] > 1 else mask
+    mask = mask[:, :, tokens] if mask.shape[2] > 1 else mask
+    return s.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s + mask
+
+
+def heads_at_once(regions: int, batch: int, tokens: int) -> int:
+    """How many heads fit a chunk of sums."""
+    return max(CHUNK // (regions * batch * tokens), 1)
+
+
+def match(sram: Tensor) -> Match:
+    """Positions and confidence of SRAM maps ``[B, Q, h, w]``; of shape ``[B, Q, …]``."""
+    h, w = sram.shape[-2:]
+    p = sram.flatten(2)
+    p = p / p.sum(-1, keepdim=True)
+    y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    positions = torch.stack([y, x], dim=-1).reshape(h * w, 2)
+    entropy = torch.special.entr(p).sum(-1)
+    return Match(p @ positions, positions[p.argmax(-1)], 1 - entropy / math.log(h * w))

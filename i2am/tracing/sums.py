@@ -1,0 +1,107 @@
+"""Running sums of attribution: per layer, reference and time group, kept where the model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from i2am.ops import Sums
+from i2am.references import Carried, Grid, Reference
+
+
+@dataclass
+class Track:
+    """What one layer has seen of one reference. ``T`` time groups, ``Q`` generated queries, ``K`` reference keys."""
+
+    layer: str
+    reference: Reference
+    grid: Grid
+    keys: int  # all keys of the attention, of which K are the reference's; in proportion where these are rolled back
+    r2g: Tensor  # [T, B, H, Q]
+    g2r: Tensor  # [T, B, H, K]
+    mass: Tensor | None  # [T, B, H, Q]
+    sram: Tensor | None  # [T, B, H, R, K]
+    counts: list[int] = field(default_factory=list)  # [T] calls seen
+
+    def at(self, group: int) -> Sums:
+        return Sums(*(None if x is None else x[group] for x in (self.r2g, self.g2r, self.mass, self.sram)))
+
+
+class Recorder:
+    """Holds the tracks of a tracer, in the order in which layers first ran."""
+
+    def __init__(self, time_groups: int):
+        if isinstance(time_groups, bool) or not isinstance(time_groups, int) or time_groups < 1:
+            raise ValueError(f"time_groups must be a positive integer, got {time_groups!r}")
+        self.time_groups = time_groups
+        self.tracks: dict[tuple[str, str], Track] = {}
+
+    def clear(self) -> None:
+        self.tracks.clear()
+
+    def open(self, layer: str, carried: Carried, q: Tensor, k: Tensor, queries: int, regions: int = 0) -> list[Track]:
+        """The tracks that one attention call adds to, made on the first call.
+
+        Args:
+            layer: its name.
+            carried: which references are among the keys.
+            q: ``[B, H, Nq, d]`` conditional queries.
+            k: ``[B, H, Nk, d]`` conditional keys.
+            queries: number of generated ones among the queries.
+            regions: how many are registered.
+
+        Raises:
+            ValueError: the call does not look like the earlier ones of this layer (batch, heads, grids).
+        """
+        share = any(reference.count(k.shape[2]) < k.shape[2] for reference in carried.references)
+        rolls = carried.rolls or [None] * len(carried.references)
+        return [
+            self._track(layer, carried.grid, r, q, k, queries, share, regions, roll)
+            for r, roll in zip(carried.references, rolls, strict=True)
+        ]
+
+    def _track(
+        self,
+        layer: str,
+        grid: Grid,
+        reference: Reference,
+        q: Tensor,
+        k: Tensor,
+        queries: int,
+        share: bool,
+        regions: int,
+        roll: Tensor | None,
+    ) -> Track:
+        T, (B, H), K, keys = self.time_groups, q.shape[:2], reference.count(k.shape[2]), k.shape[2]
+        if roll is not None:
+            keys, K = round(keys * roll.shape[-1] / K), roll.shape[-1]
+        key = (layer, reference.name)
+        track = self.tracks.get(key)
+        if track is None:
+
+            def zeros(*shape: int) -> Tensor:
+                return torch.zeros(T, B, H, *shape, dtype=torch.float32, device=q.device)
+
+            track = self.tracks[key] = Track(
+                layer=layer,
+                reference=reference,
+                grid=grid,
+                keys=keys,
+                r2g=zeros(queries),
+                g2r=zeros(K),
+                mass=zeros(queries) if share else None,
+                sram=zeros(regions, K) if regions else None,
+                counts=[0] * T,
+            )
+        seen = (track.grid, tuple(track.r2g.shape[1:]), tuple(track.g2r.shape[1:]))
+        now = (grid, (B, H, queries), (B, H, K))
+        if seen != now:
+            raise ValueError(
+                f"layer {layer}: grid, [B, H, queries], [B, H, keys] of reference {reference.name!r} were {seen} and "
+                f"are now {now}; one set of maps needs the same batch and sizes: maps() then reset() between such runs"
+            )
+        if track.r2g.device != q.device:
+            raise ValueError(f"layer {layer} moved from {track.r2g.device} to {q.device}; reset() the tracer first")
+        return track

@@ -1,0 +1,502 @@
+"""The interactive report: what is in the file, and what a reader sees and does in a browser."""
+
+import base64
+import json
+import re
+import zlib
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import colormaps
+from scipy.spatial.distance import cdist
+
+import i2am
+from i2am.report.data import PLANS, Axes, choose_plan, fitted, key
+from tests.helpers.browser import chromium
+from tests.helpers.tiny_models import unet as pipelines
+
+GRID, LATENT = (4, 6), (16, 12)  # neither square: rows and columns can't be confused
+PICTURE, REFERENCE = (96, 128), (72, 48)  # width, height
+REGION = "corner </script>"
+
+
+@pytest.fixture(scope="module")
+def maps():
+    """A run of a narrow UNet with queries and keys kept, and one patch registered."""
+    torch.manual_seed(0)
+    unet, scheduler = pipelines.unet(), pipelines.ddim()
+    latents, context = torch.randn(1, 4, *LATENT), 3 * torch.randn(1, 1 + GRID[0] * GRID[1], pipelines.CONTEXT)
+    reference = i2am.Reference(grid=GRID, skip=1)
+    with i2am.patch_unet(
+        unet, reference=reference, scheduler=scheduler, time_groups=3, record="qk", sram={REGION: (0, 0)}
+    ) as tracer:
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps:
+            with torch.no_grad():
+                latents = scheduler.step(unet(latents, t, context).sample, t, latents).prev_sample
+    return tracer.maps()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return pipelines.image(PICTURE), pipelines.image(REFERENCE, seed=1)
+
+
+@pytest.fixture(scope="module")
+def masks():
+    mask = np.zeros(PICTURE[::-1], np.float32)
+    mask[30:90, 20:70] = 1
+    reference_mask = np.zeros(REFERENCE[::-1], np.float32)
+    reference_mask[:24, :36] = 1
+    return mask, reference_mask
+
+
+@pytest.fixture(scope="module")
+def report(maps, pictures, masks, tmp_path_factory):
+    mask, reference_mask = masks
+    settings = {"prompt": 'a "cat" & </script><script>alert(1)</script> {{bytes}}', "steps": 4}
+    return maps.report(
+        tmp_path_factory.mktemp("report") / "out.html",
+        *pictures,
+        mask=mask,
+        reference_mask=reference_mask,
+        settings=settings,
+        title="<b>Run</b> {{floats}}",
+        progress=False,
+    )
+
+
+def contents(path):
+    """(header, bytes, floats) of a report."""
+    text = path.read_text(encoding="utf-8")
+    part = {i: re.search(rf'id="{i}">(.*?)</script>', text, re.S)[1] for i in ("header", "bytes", "floats")}
+    raw = {i: zlib.decompress(base64.b64decode(part[i])) for i in ("bytes", "floats")}
+    return json.loads(part["header"]), np.frombuffer(raw["bytes"], np.uint8), np.frombuffer(raw["floats"], "<f4")
+
+
+# ----------------------------------------------------------------------------------------------------------- contents
+
+
+def stored_map(data, direction, pick):
+    header, values, _ = data
+    found = header["maps"][direction][pick]
+    size = found["grid"][0] * found["grid"][1]
+    scaled = values[found["at"] : found["at"] + size].astype(float) / 255
+    return (found["low"] + scaled * (found["high"] - found["low"])).reshape(found["grid"])
+
+
+def stored_row(data, slices, cell, pick):
+    _, values, floats = data
+    found = slices[pick]
+    size = found["grid"][0] * found["grid"][1]
+    row = values[found["at"] + cell * size : found["at"] + (cell + 1) * size].reshape(found["grid"])
+    return row * (floats[found["peaks"] + cell] / 255.0)
+
+
+@pytest.mark.parametrize("direction", ["r2g", "g2r"])
+@pytest.mark.parametrize("pick", [(None, None, None), (2, None, None), (None, 1, None), (None, None, 3), (1, 2, 0)])
+def test_maps_are_the_levels(maps, report, direction, pick):
+    t, h, i = pick
+    want = maps.ulam(direction, times=t, heads=h, layers=None if i is None else maps.layers[i])[0].numpy()
+    got = stored_map(contents(report), direction, key(pick))
+    np.testing.assert_allclose(got, want, atol=1.01 * np.ptp(want) / 510)
+
+
+@pytest.mark.parametrize("pick", [(None, None, None), (2, None, None), (None, 1, None), (None, None, 3), (1, 2, 0)])
+def test_rows_are_sram_and_its_reverse(maps, report, pick):
+    t, h, i = pick
+    options = dict(times=t, heads=h, layers=None if i is None else maps.layers[i])
+    data = contents(report)
+    rows, columns = data[0]["rows"]["generated"]["cells"]
+    assert (rows, columns) == (16, 12)
+    for y, x in [(0, 0), (5, 11), (15, 3)]:
+        mask = torch.zeros(rows, columns)
+        mask[y, x] = 1
+        want = maps.sram(mask, **options)[0].numpy()
+        got = stored_row(data, data[0]["rows"]["generated"]["slices"], y * columns + x, key(pick))
+        np.testing.assert_allclose(got, want, atol=1.01 * want.max() / 510)
+    assert data[0]["rows"]["reference"]["cells"] == list(GRID)
+    want = maps.where_did_it_go((3, 1), **options)[0].numpy()
+    got = stored_row(data, data[0]["rows"]["reference"]["slices"], 3 * GRID[1] + 1, key(pick))
+    np.testing.assert_allclose(got, want, atol=1.01 * want.max() / 510)
+
+
+def test_registered_patch(maps, report):
+    data = contents(report)
+    got = stored_row(data, data[0]["regions"][REGION], 0, "*,*,*")
+    np.testing.assert_allclose(got, maps.sram(REGION)[0].numpy(), atol=maps.sram(REGION).max().item() / 500)
+
+
+def test_scores_are_the_metrics(maps, report, masks):
+    scores = {name: float(value.replace("−", "-")) for name, value, _ in contents(report)[0]["scores"]}
+    mask, reference_mask = map(torch.from_numpy, masks)
+    assert scores["IMACS of R2G"] == pytest.approx(i2am.imacs(maps.ulam("r2g")[0], mask).item(), abs=5e-4)
+    assert scores["IMACS of G2R"] == pytest.approx(i2am.imacs(maps.ulam("g2r")[0], reference_mask).item(), abs=5e-4)
+    box = i2am.detect_box(maps.ulam("r2g")[0], size=tuple(mask.shape))
+    want = 0 if box is None else box.iou(i2am.Box(30, 20, 90, 70))
+    assert scores["Box IoU"] == pytest.approx(want, abs=5e-4)
+
+
+def test_file_is_self_contained_and_safe(report):
+    text = report.read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)\s*=\s*["']?(?!data:)[\w/.]""", text)
+    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
+    assert "default-src 'none'" in text
+    assert "<script>alert" not in text
+    assert "<b>Run" not in text
+    assert text.count("</script>") == 4  # the page's own
+
+
+def test_without_a_record_there_are_levels_only(maps, tmp_path):
+    bare = i2am.AttributionMaps.load(maps.save(tmp_path / "bare.safetensors", record=False))
+    assert not bare.recorded
+    header, *_ = contents(bare.report(tmp_path / "bare.html", progress=False))
+    assert header["rows"] == {}
+    assert any('record="qk"' in note for note in header["notes"])
+    assert header["order"] == 3
+    np.testing.assert_allclose(
+        stored_map(contents(tmp_path / "bare.html"), "g2r", "1,*,*"), maps.ulam("g2r", times=1)[0], atol=1e-3
+    )
+
+
+def test_reference_without_a_grid(tmp_path):
+    torch.manual_seed(0)
+    unet = pipelines.unet()
+    with i2am.patch_unet(unet, reference=i2am.Reference(), num_steps=1, record="qk") as tracer, torch.no_grad():
+        unet(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 1, pipelines.CONTEXT))
+    header, *_ = contents(tracer.maps().report(tmp_path / "one.html", progress=False))
+    assert set(header["maps"]) == {"r2g"}
+    assert "identically 1" in header["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "cells", "reference", "order"),
+    [
+        (15, 8, (64, 64), (16, 16), 1),  # Stable Diffusion 1.5 at 512 pixels, an image encoder's 257 tokens
+        (3, 4, (32, 32), (16, 16), 2),
+        (3, 4, (16, 16), (8, 8), 3),
+        (60, 0, (128, 128), (64, 64), 1),
+        (11, 8, (64, 48), (64, 48), 1),
+    ],
+)
+def test_plan_fits_the_limit(monkeypatch, layers, heads, cells, reference, order):
+    """By arithmetic, for sizes that tests can't run: raw bytes stay below the budget."""
+    monkeypatch.setattr("i2am.report.data._finest", lambda *_: (cells, reference))
+    axes = Axes(5, heads, tuple(map(str, range(layers))))
+    plan, sides = choose_plan(None, axes, "", 10e6, None, True)
+    row = np.prod(fitted(reference, plan.side)) * np.prod(sides["generated"])
+    row += np.prod(fitted(cells, plan.side)) * np.prod(sides["reference"])
+    assert row * axes.count(plan.order) < 10e6
+    assert plan.order == order
+    assert choose_plan(None, axes, "", 10e6, 0, True)[0].order == 0
+    assert all(a.order >= b.order for a, b in pairwise(PLANS))
+
+
+def test_limit_is_kept_or_refused(maps, pictures, tmp_path):
+    small = maps.report(tmp_path / "small.html", *pictures, limit="1MB", progress=False)
+    assert small.stat().st_size <= 1_000_000
+    assert contents(small)[0]["order"] < 3
+    with pytest.raises(ValueError, match=r"limit='20KB'"):
+        maps.report(tmp_path / "none.html", *pictures, limit="20KB", progress=False)
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_arguments_are_checked(maps, tmp_path):
+    for error, options in [
+        (ValueError, {"detail": 4}),
+        (IndexError, {"index": 1}),
+        (ValueError, {"reference_name": "other"}),
+        (ValueError, {"layers": "nothing.*"}),
+        (ValueError, {"mask": np.zeros((8, 8))}),
+    ]:
+        with pytest.raises(error):
+            maps.report(tmp_path / "x.html", progress=False, **options)
+        assert not (tmp_path / "x.html").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def opened(browser, report):
+    """The report, opened once; requests to the network, messages and errors are kept."""
+    context = browser.new_context(viewport={"width": 1100, "height": 1000}, has_touch=True, offline=True)
+    page, complaints = context.new_page(), []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on(
+        "request", lambda r: complaints.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None
+    )
+    page.goto(report.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    yield page, complaints
+    context.close()
+
+
+@pytest.fixture
+def page(opened):
+    """The report as it opens: nothing picked, nothing pointed at; a complaint of the browser fails the test."""
+    page, complaints = opened
+    page.evaluate(
+        """() => { Object.assign(state, {pick: {time: null, head: null, layer: null}, place: null, level: "time",
+        colours: "inferno", strip: null, outline: true});
+        syncTabs(); draw(); document.activeElement.blur(); scrollTo(0, 0); }"""
+    )
+    page.mouse.move(2, 2)
+    settle(page)
+    yield page
+    assert [text for text in complaints if "willReadFrequently" not in text] == []  # that one is about heat() below
+
+
+def heat(page, side):
+    """The map drawn on a side, ``[H', W']`` in 0…1 at every fourth pixel, read back from its colours; None: none."""
+    shot = page.evaluate(
+        """side => {
+          const c = document.querySelector(`#${side} .stage canvas`), found = [];
+          if (c.hidden) return null;
+          const pixels = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+          for (let y = 2; y < c.height; y += 4)
+            for (let x = 2, i = 4 * (y * c.width + x); x < c.width; x += 4, i += 16)
+              found.push(...pixels.subarray(i, i + 3));
+          return [c.width, c.height, found];
+        }""",
+        side,
+    )
+    if shot is None:
+        return None
+    width, height, pixels = shot
+    table = (colormaps["inferno"](np.linspace(0, 1, 256))[:, :3] * 255).round()
+    values = cdist(np.reshape(pixels, (-1, 3)), table).argmin(1) / 255
+    return values.reshape(len(range(2, height, 4)), -1), (height, width)
+
+
+def click(page, side, y, x, *, move=False):
+    """At a share of the picture's height and width."""
+    (page.mouse.move if move else page.mouse.click)(*spot(page, side, y, x))
+    settle(page)
+
+
+def spot(page, side, y, x):
+    """That place in the window, ``(x, y)``."""
+    page.evaluate("scrollTo(0, 0)")  # moving a slider may have scrolled
+    box = page.locator(f"#{side} .stage").bounding_box()
+    return box["x"] + x * box["width"], box["y"] + y * box["height"]
+
+
+def settle(page):
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def slide(page, kind, value):
+    page.locator(f"#pick-{kind}").fill(str(value))
+    settle(page)
+
+
+def assert_drawn(drawn, want):
+    """A drawn heat map is that map, at every pixel, from its minimum to its maximum; two roundings to 8 bits apart."""
+    values, size = drawn
+    want = want[None, None]
+    scaled = torch.nn.functional.interpolate(want, size, mode="bicubic", align_corners=False)[0, 0, 2::4, 2::4]
+    scaled = ((scaled - want.min()) / (want.max() - want.min())).clamp(0, 1)
+    np.testing.assert_allclose(values, scaled, atol=2.5 / 255)
+
+
+def test_opens_on_the_unified_maps(page, maps):
+    assert_drawn(heat(page, "generated"), maps.ulam("r2g")[0])
+    assert_drawn(heat(page, "reference"), maps.ulam("g2r")[0])
+    assert page.locator("#scores tbody tr").count() == 3
+    assert 'a "cat" & </script>' in page.locator(".facts").text_content()
+    assert i2am.__version__ in page.locator(".facts").text_content()
+
+
+def test_click_on_the_generated_image_shows_its_sram(page, maps):
+    click(page, "generated", 5.5 / 16, 10.5 / 12)
+    cell = torch.zeros(16, 12)
+    cell[5, 10] = 1
+    assert_drawn(heat(page, "reference"), maps.sram(cell)[0])
+    assert heat(page, "generated") is None
+    assert "row 6, column 11 → reference" in page.inner_text("#said")
+    click(page, "generated", 0.1, 0.1, move=True)
+    assert "row 6, column 11" in page.inner_text("#said")  # kept
+    page.keyboard.press("Escape")
+    settle(page)
+    assert_drawn(heat(page, "reference"), maps.ulam("g2r")[0])
+
+
+def test_click_on_the_reference_shows_where_it_went(page, maps):
+    click(page, "reference", 2.5 / 4, 4.5 / 6)
+    assert_drawn(heat(page, "generated"), maps.where_did_it_go((2, 4))[0])
+    assert heat(page, "reference") is None
+
+
+def test_hover_follows_and_lets_go(page, maps):
+    click(page, "generated", 0.5 / 16, 0.5 / 12, move=True)
+    cell = torch.zeros(16, 12)
+    cell[0, 0] = 1
+    assert_drawn(heat(page, "reference"), maps.sram(cell)[0])
+    page.mouse.move(2, 2)
+    settle(page)
+    assert page.inner_text("#said") == ""
+
+
+def test_sliders_pick_time_head_and_layer(page, maps):
+    slide(page, "time", 2)
+    assert_drawn(heat(page, "generated"), maps.ulam("r2g", times=1)[0])
+    slide(page, "head", 4)
+    assert_drawn(heat(page, "reference"), maps.ulam("g2r", times=1, heads=3)[0])
+    slide(page, "layer", 2)
+    assert_drawn(heat(page, "generated"), maps.ulam("r2g", times=1, heads=3, layers=maps.layers[1])[0])
+    assert maps.layers[1] in page.locator("#picks").inner_text()
+    click(page, "generated", 0.4, 0.6)
+    assert "row 7, column 8" in page.inner_text("#said")
+    cell = torch.zeros(16, 12)
+    cell[6, 7] = 1
+    assert_drawn(heat(page, "reference"), maps.sram(cell, times=1, heads=3, layers=maps.layers[1])[0])
+    page.click("#reset")
+    settle(page)
+    assert_drawn(heat(page, "generated"), maps.ulam("r2g")[0])
+
+
+def test_levels_strip(page, maps):
+    assert page.locator("#strip button").count() == 3
+    page.click("#tab-layer")
+    settle(page)
+    assert page.locator("#strip button").count() == len(maps.layers)
+    page.locator("#strip button").nth(2).click()
+    settle(page)
+    assert page.locator("#pick-layer").input_value() == "3"
+    assert_drawn(heat(page, "generated"), maps.ulam("r2g", layers=maps.layers[2])[0])
+    page.locator("#strip button").nth(2).click()
+    settle(page)
+    assert page.locator("#pick-layer").input_value() == "0"
+    page.keyboard.press("Tab")
+    page.focus("#tab-layer")
+    page.keyboard.press("ArrowLeft")
+    settle(page)
+    assert page.locator("#strip button").count() == 4  # heads
+
+
+def test_keyboard_alone(page, maps):
+    page.focus("#generated .stage")
+    page.keyboard.press("ArrowRight")  # the middle
+    for key_ in ("ArrowDown", "ArrowRight", "ArrowRight", "Enter"):
+        page.keyboard.press(key_)
+    settle(page)
+    assert "row 10, column 9" in page.inner_text("#said")
+    assert "kept" in page.inner_text("#said")
+    cell = torch.zeros(16, 12)
+    cell[9, 8] = 1
+    assert_drawn(heat(page, "reference"), maps.sram(cell)[0])
+
+
+def test_touch(page, maps):
+    page.touchscreen.tap(*spot(page, "reference", 3.5 / 4, 0.5 / 6))
+    page.wait_for_function("() => state.place?.kept")  # a tap arrives when the browser thinks so
+    settle(page)
+    assert_drawn(heat(page, "generated"), maps.where_did_it_go((3, 0))[0])
+
+
+def test_registered_patch_has_a_button(page, maps):
+    page.click("#regions button")
+    settle(page)
+    assert_drawn(heat(page, "reference"), maps.sram(REGION)[0])
+
+
+def test_colours_opacity_and_marks(page):
+    page.select_option("#colours", "jet")
+    settle(page)
+    pixel = page.evaluate(
+        "[...document.querySelector('#generated .scale canvas').getContext('2d').getImageData(0, 0, 1, 1).data]"
+    )
+    assert pixel[:3] == [0, 0, 128]  # jet's lowest
+    page.locator("#opacity").fill("20")
+    settle(page)
+    assert page.evaluate("getComputedStyle(document.querySelector('#generated .stage canvas')).opacity") == "0.2"
+    assert page.locator("#generated svg .outline").count() == 1
+    page.click("#outline")
+    settle(page)
+    assert page.locator("#generated svg .outline").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_theme_and_contrast(browser, report, scheme):
+    """The paper is light or dark as the system asks, the button turns it, and text stays readable (WCAG AAA: 7)."""
+    page = browser.new_page(color_scheme=scheme)
+    page.goto(report.as_uri())
+
+    def lightness(what):
+        numbers = page.evaluate(f"getComputedStyle(document.body).{what}.match(/\\d+/g).map(Number)")
+        channels = [c / 3294 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in numbers[:3]]
+        return 0.2126 * channels[0] + 0.7152 * channels[1] + 0.0722 * channels[2]
+
+    def contrast():
+        pair = sorted([lightness("backgroundColor"), lightness("color")])
+        return (pair[1] + 0.05) / (pair[0] + 0.05)
+
+    before = lightness("backgroundColor")
+    assert (before > 0.5) == (scheme == "light")
+    assert contrast() > 7
+    page.click("#theme")
+    assert (lightness("backgroundColor") > 0.5) != (before > 0.5)
+    assert contrast() > 7
+    page.close()
+
+
+def test_everything_has_a_name(page):
+    """Images have alternative texts, controls have labels."""
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("img, button, select, input, [tabindex='0']")]
+          .filter(e => !(e.alt || e.textContent.trim() || e.ariaLabel || e.labels?.[0]?.textContent.trim()))
+          .map(e => e.outerHTML)"""
+    )
+    assert nameless == []
+
+
+@pytest.mark.parametrize("detail", [0, 1])
+@pytest.mark.parametrize("kind", ["rows", "levels", "one token"])
+def test_every_kind_of_report_opens(browser, maps, pictures, tmp_path, kind, detail):
+    """Without rows, without G2R, with nothing to pick: what there is works, and nothing complains."""
+    if kind == "levels":
+        maps = i2am.AttributionMaps.load(maps.save(tmp_path / "bare.safetensors", record=False))
+    if kind == "one token":
+        unet = pipelines.unet()
+        with i2am.patch_unet(unet, reference=i2am.Reference(), num_steps=1, time_groups=1) as tracer, torch.no_grad():
+            unet(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 1, pipelines.CONTEXT))
+        maps = tracer.maps()
+    images = pictures if detail else ()
+    path, complaints = maps.report(tmp_path / "x.html", *images, detail=detail, progress=False), []
+    page = browser.new_page()
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(path.as_uri())
+    page.wait_for_selector("html[data-ready]", timeout=5000)
+    assert heat(page, "generated") is not None
+    assert (heat(page, "reference") is None) == (kind == "one token")
+    assert page.locator("#strip button").count() == (0 if not detail else 4 if kind == "one token" else 3)
+    click(page, "generated", 0.3, 0.3)
+    assert (heat(page, "generated") is None) == (kind == "rows")
+    if detail:
+        slide(page, "head", 1)
+        slide(page, "layer", 1)
+        assert page.locator("#pick-head").input_value() == "0"  # one at once: the head was let go
+        assert "let go" in page.inner_text("#dropped")
+    page.close()
+    assert [text for text in complaints if "willReadFrequently" not in text] == []
+
+
+def test_narrow_screen_does_not_scroll_sideways(browser, report):
+    page = browser.new_page(viewport={"width": 360, "height": 740})
+    page.goto(report.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    tops = "[...document.querySelectorAll('.scale')].map(s => ['.low', '.high'].map(e => s.querySelector(e).offsetTop))"
+    assert all(low == high for low, high in page.evaluate(tops))  # both ends beside the bar
+    page.close()

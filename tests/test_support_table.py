@@ -1,0 +1,38 @@
+"""docs/support.md is what the tests show. Runs after them (conftest.py puts it last)."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from tests import support_table as support
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def lines():
+    return support.PAGE.read_text(encoding="utf-8").splitlines()
+
+
+def test_the_page_names_what_the_tests_name(lines):
+    for pattern in support.FILES:
+        for path in HERE.glob(pattern):
+            importlib.import_module(".".join(("tests", *path.relative_to(HERE).with_suffix("").parts)))
+    named = {row.split(" | ")[0].removeprefix("| ") for row in lines if row.startswith("| ")}
+    missing = (support.FAMILIES.keys() | support.LIVING.keys()) - named
+    assert not missing, f"run python -m tests.support_table: docs/support.md lacks {missing}"
+    known = support.FAMILIES.keys() | support.LIVING.keys() | {"family", "pipeline", "with", "---"}
+    section = lines.index("## No reference keys"), lines.index("## Living with the rest")
+    refused = {row.split(" | ")[0].removeprefix("| ") for row in lines[slice(*section)] if row.startswith("| ")}
+    assert named - refused <= known, "run python -m tests.support_table: docs/support.md has rows that no test backs"
+
+
+def test_the_page_says_what_the_tests_have_shown(lines):
+    shown = [support.family_line(row) for row in support.FAMILIES.values() if row.passed and row.complete]
+    shown += [support.living_line(row) for row in support.LIVING.values() if row.passed and row.complete]
+    shown += [support.living_line(row) for row in support.REFUSED.values()]
+    if not shown:
+        pytest.skip("none of the tests behind the page ran in this session")
+    stale = [row for row in shown if row not in lines]
+    assert not stale, "run python -m tests.support_table; rows that differ:\n" + "\n".join(stale)
