@@ -14,27 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class AttentionOutput(NamedTuple):
-    """One attention call and what it says about the reference. ``Q`` generated queries, ``K`` reference keys.
-
-    Attributes:
-        out: ``[B, H, Nq, dv]`` attention output, in the dtype of the query.
-        r2g: ``[B, H, Q]`` mean over the reference keys of the column softmax (over the generated queries); sums to 1
-            (less where a key is masked for every query: such a column contributes nothing).
-        g2r: ``[B, H, K]`` mean over the generated queries of the row softmax; sums to 1 when ``keys`` is every key,
-            else to the share of attention spent on the reference.
-        mass: ``[B, H, Q]`` row probability on the reference keys; None when ``keys`` is every key (identically 1).
-        row_lse: ``[B, H, Nq]`` natural log-sum-exp of the logits over all keys; -inf for a fully masked row.
-        col_lse: ``[B, H, K]`` natural log-sum-exp of the logits over the generated queries; -inf if fully masked.
-    """
-
-    out: Tensor
-    r2g: Tensor
-    g2r: Tensor
-    mass: Tensor | None
-    row_lse: Tensor
-    col_lse: Tensor
+from i2am.ops.results import AttentionOutput
 
 
 def logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:

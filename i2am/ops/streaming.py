@@ -14,11 +14,14 @@ is compared with them are in units of :attr:`_Heads.unit`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from i2am.ops.results import Sums
+from i2am.ops.tokens import Span
 
 TILE = 5 << 18  # elements: 5 MiB of float32, small enough for the caches, large enough to hide the calls' overhead
 SMALL = 1 << 19  # heads share a tile up to this size; beyond it one head at a time has the faster products
@@ -28,8 +31,6 @@ HEAVY = 1 << 20  # multiply-adds per head from which oneDNN head by head beats o
 LOG2E = math.log2(math.e)  # torch's exp2 is 4× as fast as its exp on x86
 WEAK = 2.0**-80  # a column sum below this share of the strongest row may have lost terms that count to underflow
 TINY = 1e-30  # below any row sum: its largest term is 1
-
-Span = tuple[int, int]
 
 
 def attention(
@@ -41,16 +42,16 @@ def attention(
     mask: Tensor | None,
     regions: Tensor | None,
     queries: Span,
-    keys: list[Span],
-    r2g: list[Tensor],
-    g2r: list[Tensor],
-    mass: list[Tensor],
-    sram: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One attention call; adds to the running sums of every reference. See :func:`i2am.ops.accumulate`."""
+    keys: Sequence[Span],
+    sums: Sequence[Sums],
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Compute one attention call and add to the running sums of every reference; see :func:`i2am.ops.accumulate`.
+
+    ``mask`` is expanded to ``[B, H, Nq, Nk]``; spans are ``[start, stop)``; ``col_lse`` covers the hull of ``keys``.
+    """
     B, H, Nq, _ = q.shape
     hull = slice(min(a for a, _ in keys), max(b for _, b in keys))  # the columns whose statistics are kept
-    out = q.new_empty(0) if v is None else q.new_empty(B, Nq, H, v.shape[-1]).transpose(1, 2)
+    out = None if v is None else q.new_empty(B, Nq, H, v.shape[-1]).transpose(1, 2)
     row_lse = q.new_empty(B, H, Nq, dtype=torch.float32)
     col_lse = q.new_empty(B, H, hull.stop - hull.start, dtype=torch.float32)
     with torch.autocast(q.device.type, enabled=False):  # the model's own autocast must not reach the statistics
@@ -59,16 +60,16 @@ def attention(
             references = [
                 _Reference(
                     slice(*span),
-                    r2g[n][at],
-                    g2r[n][at],
-                    mass[n][at] if mass else None,
-                    sram[n][at] if regions is not None else None,
+                    s.r2g[at],
+                    s.g2r[at],
+                    None if s.mass is None else s.mass[at],
+                    None if s.sram is None else s.sram[at],
                 )
-                for n, span in enumerate(keys)
+                for span, s in zip(keys, sums, strict=True)
             ]
             columns = _Columns(heads, hull)
             weights = _query_weights(heads, None if regions is None else regions[at[0] % len(regions)])
-            whole = _first_sweep(heads, columns, references, weights, None if v is None else out[at], row_lse[at])
+            whole = _first_sweep(heads, columns, references, weights, None if out is None else out[at], row_lse[at])
             lse, repaired = _column_lse(heads, columns)
             col_lse[at] = lse / heads.unit
             for reference in references:
@@ -109,7 +110,16 @@ class _Heads(NamedTuple):
     unit: float  # logits are unit × the natural ones: LOG2E; 1 with an additive mask, whose finfo.min would overflow
 
     @classmethod
-    def of(cls, at, q, k, v, mask, scale, queries) -> _Heads:
+    def of(
+        cls,
+        at: tuple[int, slice],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+        queries: Span,
+    ) -> _Heads:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         unit = LOG2E if mask is None or mask.dtype == torch.bool else 1.0
         if v is not None:

@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 
 import i2am
-from i2am.ops import Selection, Sums, accumulate
+from i2am.ops import Sums, accumulate
 
 
 def qkv(B=2, H=3, Nq=10, Nk=7, d=16, dv=None, dtype=torch.float32):
@@ -88,7 +88,7 @@ def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         i2am.attention(*qkv(), backend="triton")
-    monkeypatch.setattr("i2am.ops.triton_available", lambda: False)
+    monkeypatch.setattr("i2am.ops.checks.triton_available", lambda: False)
     with pytest.raises(ValueError, match="triton is not installed"):
         i2am.attention(*qkv(), backend="triton")
 
@@ -111,21 +111,6 @@ def test_sums_that_do_not_fit_are_refused_before_anything_is_added(bad, message)
         accumulate(q, k, v, sums=sums, keys=keys)
     assert not s.r2g.any()
     assert not s.g2r.any()
-
-
-def test_selection_reads_every_form():
-    def of(selector):
-        s = Selection.of(selector, 8, "keys")
-        return (s.start, s.stop) if s.tokens is None else s.tokens.tolist()
-
-    assert of(None) == (0, 8)
-    assert of(slice(-3, None)) == (5, 8)
-    assert of(slice(0, 8, 3)) == [0, 3, 6]
-    assert of(slice(3, 0, -1)) == [3, 2, 1]
-    assert of([2, 3, 4]) == (2, 5)
-    assert of(torch.tensor([4, 2])) == [4, 2]
-    assert of(torch.arange(8) % 2 == 0) == [0, 2, 4, 6]
-    assert of(range(1, 3)) == (1, 3)
 
 
 @pytest.mark.parametrize("backend", ["streaming", "triton", "reference"])

@@ -470,10 +470,7 @@ def call(q, k, v, mask=None, n_references=1):
     edges = [Nk * n // n_references for n in range(n_references + 1)]
     spans = list(pairwise(edges))
     found = [sums(B, H, Nq, b - a) for a, b in spans]
-    kwargs = {name: [getattr(s, name) for s in found] for name in ("r2g", "g2r", "mass")}
-    return streaming.attention(
-        q, k, v, scale=0.3, mask=mask, regions=None, queries=(0, Nq), keys=spans, sram=[], **kwargs
-    )
+    return streaming.attention(q, k, v, scale=0.3, mask=mask, regions=None, queries=(0, Nq), keys=spans, sums=found)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -1,0 +1,160 @@
+"""What an attention call must satisfy before anything is computed: shapes, dtypes, strides, mask, backend, sums."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from i2am.ops.results import Sums
+from i2am.ops.tokens import TokenSet
+
+BACKENDS = ("triton", "streaming", "reference")
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_MAX_HEAD_DIM = 256
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looked for once: a search costs 50 µs
+
+
+def check_call(
+    q: Tensor, k: Tensor, v: Tensor | None, scale: float | None, attn_mask: Tensor | None, backend: str | None
+) -> tuple[float, Tensor | None, str]:
+    """Return the scale, the mask expanded to ``[B, H, Nq, Nk]`` and the backend of a call, or refuse it.
+
+    Raises:
+        ValueError: what does not fit, with its shape, dtype, device or strides.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x is not None or name != "v":
+            _check_tensor(name, x, q)
+    B, H, Nq, d = q.shape
+    if k.shape[:2] != (B, H) or k.shape[3] != d:
+        raise ValueError(f"k {tuple(k.shape)} does not fit q {tuple(q.shape)}: batch, heads and head dim must agree")
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v {tuple(v.shape)} does not fit k {tuple(k.shape)}: batch, heads and length must agree")
+    if scale is None:
+        scale = 1.0 / math.sqrt(d)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    mask = None if attn_mask is None else _check_mask(attn_mask, q.device, (B, H, Nq, k.shape[2]))
+    return float(scale), mask, choose_backend(q, v, backend)
+
+
+def _check_tensor(name: str, x: object, q: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        raise ValueError(f"{name} must be a [B, H, N, d] tensor, got {describe(x)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {describe(x)}")
+    if x.device != q.device or x.dtype != q.dtype:
+        raise ValueError(
+            f"q, k and v must share device and dtype: q is {q.dtype} on {q.device}, {name} is {x.dtype} on {x.device}"
+        )
+    if 0 in x.shape:
+        raise ValueError(f"{name} is empty: shape {tuple(x.shape)}")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(
+            f"{name} has stride {x.stride(-1)} along the head dimension (strides {x.stride()}); it must be 1. "
+            f"Copy it yourself with {name}.contiguous() if that is meant"
+        )
+
+
+def _check_mask(mask: Tensor, device: torch.device, full: tuple[int, int, int, int]) -> Tensor:
+    if mask.device != device:
+        raise ValueError(f"attn_mask is on {mask.device}, q on {device}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"attn_mask must be bool (True = take part) or additive floating point, got {mask.dtype}")
+    try:
+        return mask.expand(full)
+    except RuntimeError:
+        raise ValueError(f"attn_mask {tuple(mask.shape)} does not broadcast to [B, H, Nq, Nk] = {full}") from None
+
+
+def choose_backend(q: Tensor, v: Tensor | None, backend: str | None) -> str:
+    """Return the backend's name: ``backend`` if it can run this call, Triton on a GPU, streaming elsewhere.
+
+    Raises:
+        ValueError: the backend is unknown or cannot run this call; the message says why and names one that can.
+    """
+    if backend is None:
+        fits = q.is_cuda and q.dtype in TRITON_DTYPES and q.shape[-1] <= TRITON_MAX_HEAD_DIM
+        fits = fits and (v is None or v.shape[-1] == q.shape[-1])
+        return "triton" if fits and triton_available() else "streaming"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if backend == "triton":
+        _check_triton(q, v)
+    return backend
+
+
+def _check_triton(q: Tensor, v: Tensor | None) -> None:
+    if not triton_available():
+        raise ValueError("backend='triton', but triton is not installed (it exists for Linux only)")
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend='triton' needs GPU tensors, got {q.device}; set TRITON_INTERPRET=1 before the first import "
+            "of triton to interpret the kernels on CPU (slow), or use backend='streaming'"
+        )
+    if q.dtype not in TRITON_DTYPES:
+        raise ValueError(f"backend='triton' takes float16, bfloat16 or float32, got {q.dtype}; use 'streaming'")
+    if q.shape[-1] > TRITON_MAX_HEAD_DIM or (v is not None and v.shape[-1] != q.shape[-1]):
+        dims = f"q {q.shape[-1]}" + ("" if v is None else f", v {v.shape[-1]}")
+        raise ValueError(
+            f"backend='triton' takes one head dim for q, k and v, at most {TRITON_MAX_HEAD_DIM}; got {dims}; "
+            "use 'streaming'"
+        )
+
+
+def triton_available() -> bool:
+    """Return whether the Triton package is installed (it is published for Linux only)."""
+    return _TRITON_INSTALLED
+
+
+def check_sums(
+    q: Tensor, queries: TokenSet, keys: Sequence[TokenSet], sums: Sequence[Sums], regions: Tensor | None
+) -> None:
+    """Refuse running sums or regions that do not fit a call.
+
+    Raises:
+        ValueError: which of them, and the shape, dtype and device that is wanted.
+    """
+    if not keys:
+        raise ValueError("keys names no reference: pass one selector per reference")
+    if len(sums) != len(keys):
+        raise ValueError(f"one Sums per reference is needed: {len(keys)} key selectors, {len(sums)} sums")
+    if len(sums) > 1 and len({s.mass is None for s in sums}) > 1:
+        raise ValueError("mass is kept for every reference or for none")
+    (B, H), Q = q.shape[:2], queries.count
+    R = 0 if regions is None else _check_regions(regions, B, Q)
+    for K, s in zip(keys, sums, strict=True):
+        _check_sum("r2g", s.r2g, (B, H, Q), q.device)
+        _check_sum("g2r", s.g2r, (B, H, K.count), q.device)
+        if s.mass is not None:
+            _check_sum("mass", s.mass, (B, H, Q), q.device)
+        if regions is not None:
+            _check_sum("sram", s.sram, (B, H, R, K.count), q.device)
+        elif s.sram is not None:
+            raise ValueError(f"sums.sram is kept, but no regions are given; it is {describe(s.sram)}")
+
+
+def _check_regions(regions: Tensor, B: int, Q: int) -> int:
+    if regions.ndim != 3 or regions.shape[0] not in (1, B) or regions.shape[2] != Q:
+        raise ValueError(
+            f"regions must be [1 or {B}, R, {Q}] weights over the generated queries, got {describe(regions)}"
+        )
+    return regions.shape[1]
+
+
+def _check_sum(name: str, x: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+    if x is None or x.shape != shape or x.dtype != torch.float32 or x.device != device:
+        got = "None" if x is None else describe(x)
+        raise ValueError(f"sums.{name} must be float32 {shape} on {device}, got {got}")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"sums.{name} must have stride 1 along its last axis, got strides {x.stride()}")
+
+
+def describe(x: object) -> str:
+    """Return what an argument is, for a message: dtype, shape and device of a tensor, else type and beginning."""
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"{type(x).__name__}: {x!r:.80}"
