@@ -100,6 +100,9 @@ def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
         (lambda q, s: ([s], (None, slice(0, 2))), "2 key selectors, 1 sums"),
         (lambda q, s: ([s._replace(r2g=s.r2g[:, :, :5])], (None,)), r"sums.r2g must be float32 \(2, 3, 10\)"),
         (lambda q, s: ([s._replace(g2r=s.g2r.double())], (None,)), "sums.g2r must be float32"),
+        (lambda q, s: ([s._replace(g2r=s.g2r.to("meta"))], (None,)), "sums.g2r must be float32 .* on cpu, got .* meta"),
+        (lambda q, s: ([s._replace(r2g=torch.zeros(2, 3, 20)[..., ::2])], (None,)), "sums.r2g must have stride 1"),
+        (lambda q, s: ([s._replace(sram=torch.zeros(2, 3, 1, 7))], (None,)), "sums.sram is kept, but no regions"),
         (lambda q, s: ([s, s._replace(mass=s.r2g)], (None, None)), "for every reference or for none"),
     ],
 )
@@ -110,6 +113,17 @@ def test_sums_that_do_not_fit_are_refused_before_anything_is_added(bad, message)
     with pytest.raises(ValueError, match=message):
         accumulate(q, k, v, sums=sums, keys=keys)
     assert not s.r2g.any()
+    assert not s.g2r.any()
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 9), (3, 2, 10), (2, 10)])
+def test_regions_that_do_not_fit_are_refused(shape):
+    q, k, v = qkv()
+    s = new_sums(q, 7, regions=2)
+    with pytest.raises(ValueError, match=r"regions must be \[1 or 2, R, 10\] weights over the generated queries"):
+        accumulate(q, k, v, sums=[s], regions=torch.rand(shape))
+    with pytest.raises(ValueError, match=r"sums.sram must be float32 \(2, 3, 2, 7\) on cpu, got None"):
+        accumulate(q, k, v, sums=[s._replace(sram=None)], regions=torch.rand(1, 2, 10))
     assert not s.g2r.any()
 
 
