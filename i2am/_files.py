@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of "2GB", "500 MB" or a number of bytes (decimal units)."""
+    """Read "2GB", "500 MB" or a number of bytes (decimal units) as bytes."""
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?B)\s*", size, re.IGNORECASE) if isinstance(size, str) else None
@@ -20,13 +21,13 @@ def parse_size(size: str | int) -> int:
 
 
 def show_size(nbytes: float) -> str:
-    """A size as people write it: 1.2 GB."""
-    unit = max((u for u in UNITS if nbytes >= UNITS[u]), key=UNITS.get, default="B")
+    """Write a size as people do: 1.2 GB."""
+    unit = max((u for u in UNITS if nbytes >= UNITS[u]), key=UNITS.__getitem__, default="B")
     return f"{nbytes / UNITS[unit]:.3g} {unit}"
 
 
-def write_atomically(path: Path, write) -> None:
-    """``write(unfinished)`` makes the file beside ``path``; it takes its name only when whole."""
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write(unfinished)`` for a file beside ``path``, which takes its name only when whole."""
     unfinished = path.with_name(path.name + ".part")
     try:
         write(unfinished)

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, Python and what decides over a model's arithmetic."""
+    """Return the versions of this package, Python and what decides over a model's arithmetic."""
     import i2am
 
     installed = {package: version(package) for package in ("torch", "diffusers", "transformers")}

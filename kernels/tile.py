@@ -35,7 +35,10 @@ def dot(b_x, b_y, b_acc, UPCAST: tl.constexpr):
     """``x @ y + acc``; the interpreter multiplies the raw bits of bfloat16, hence UPCAST there."""
     if UPCAST:
         b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
-    return tl.dot(b_x, b_y, b_acc, input_precision="ieee")
+    if b_acc is None:  # Triton 3.3 takes no None for the accumulator, and compiles what follows a return in an `if`
+        return tl.dot(b_x, b_y, input_precision="ieee")
+    else:
+        return tl.dot(b_x, b_y, b_acc, input_precision="ieee")
 
 
 @triton.jit

@@ -3,18 +3,24 @@
 Another package of that name is imported by transformers and diffusers where it is installed; a stub stands in for it.
 """
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import i2am
+
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("benchmarks", "docs", "i2am", "kernels", "notebooks", "tests")
 STUB = """
 STUB, __version__ = True, "0.18.2"
 def __getattr__(name):
@@ -37,12 +43,13 @@ print(attention.__name__, attention.__file__)
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A copy of the sources, as a fresh clone has them."""
-    target = tmp_path_factory.mktemp("src") / "repo"
+    target = tmp_path_factory.mktemp("src") / "i2am"
     target.mkdir()
-    for name in ("i2am", "kernels"):
+    for name in FOLDERS:
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, target / name)
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name not in (".git", ".gitignore"):
+            shutil.copy(path, target / path.name)
     return target
 
 
@@ -86,6 +93,67 @@ def test_the_wheel_holds_one_top_level_name(wheel):
     assert sources - {"i2am/kernels/__init__.py"} <= set(names)
 
 
+def test_the_wheel_promises_what_the_metadata_says(wheel):
+    """Floors are the versions of `make test-lowest`; type checkers find the annotations; no test is installed."""
+    with zipfile.ZipFile(wheel) as z:
+        (metadata,) = [n for n in z.namelist() if n.endswith(".dist-info/METADATA")]
+        found = email.message_from_bytes(z.read(metadata))
+        assert "i2am/py.typed" in z.namelist()
+    assert found["Version"] == i2am.__version__
+    assert found["Requires-Python"] == ">=3.10"
+    assert {line.split(",")[0] for line in found.get_all("Project-URL")} >= {"Homepage", "Issues", "Changelog"}
+    floors = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints-lowest.txt").read_text(), re.M))
+    required = [re.match(r"([\w-]+)>=([\w.]+)", line) for line in found.get_all("Requires-Dist") if "extra" not in line]
+    assert len(required) >= 10
+    for requirement in required:
+        name, floor = requirement.groups()
+        assert f"{floors[name]}.0.0".startswith(floor), f"{name}: make test-lowest runs {floors[name]}, not {floor}"
+
+
+def test_hints_name_extras_that_exist():
+    """`pip install i2am[...]`, wherever a message or a page says it."""
+    extras = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.S)[1]
+    known = set(re.findall(r"^(\w+) = \[", extras, re.M))
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
+    texts = [path.read_text(encoding="utf-8") for path in [*(ROOT / "i2am").rglob("*.py"), *pages]]
+    hints = {
+        name for text in texts for group in re.findall(r"(?:i2am|\.)\[([\w, ]+)\]", text) for name in group.split(",")
+    }
+    assert hints & known
+    assert {name.strip() for name in hints if not name.strip().isdigit()} - known == set()
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout, tmp_path_factory):
+    """The unpacked source distribution."""
+    out = tmp_path_factory.mktemp("sdist")
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    run([sys.executable, "-c", build, out], checkout)
+    (path,) = out.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        archive.extractall(out, filter="data")
+    (folder,) = (p for p in out.iterdir() if p.is_dir())
+    return folder
+
+
+def test_the_sdist_holds_everything(checkout, sdist):
+    def files(folder):
+        generated = {"__pycache__", "i2am.egg-info", "build", "PKG-INFO", "setup.cfg"}
+        paths = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+        return {p.as_posix() for p in paths if not generated & set(p.parts)}
+
+    assert files(checkout) == files(sdist)
+
+
+@pytest.mark.slow
+def test_the_sdists_own_tests_run(sdist):
+    """All are collected, and those of one room pass, with the sdist's files and no others."""
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--strict-markers"]
+    assert str(sdist) in run([sys.executable, "-c", "import i2am; print(i2am.__file__)"], sdist)
+    run([*tests, "--collect-only"], sdist)
+    assert " passed" in run([*tests, "tests/ops", "tests/maps/test_maps.py", "-m", "not slow"], sdist)
+
+
 def test_kernels_has_no_init():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
@@ -102,12 +170,25 @@ def test_bare_checkout_beside_the_other_package(checkout, stub):
     assert str(checkout / "kernels") in run([sys.executable, "-c", CHECK], checkout, checkout, stub)
 
 
-def test_editable_install_beside_the_other_package(checkout, stub, tmp_path):
-    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
-    python = tmp_path / "env" / "bin" / "python"
-    site = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], tmp_path).strip())
+@pytest.fixture(scope="module")
+def editable(checkout, tmp_path_factory):
+    """The Python of an environment into which the checkout was installed with ``pip install -e``."""
+    folder = tmp_path_factory.mktemp("editable")
+    venv.create(folder / "env", with_pip=False, symlinks=True)
+    python = folder / "env" / "bin" / "python"
+    site = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder).strip())
     install = ["install", "-e", checkout, "--no-deps", "--no-build-isolation"]
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    run([sys.executable, "-m", "pip", "--python", python, *install], tmp_path)
-    shutil.copytree(stub, site, dirs_exist_ok=True)
-    assert str(checkout / "kernels") in run([python, "-c", CHECK], tmp_path)
+    run([sys.executable, "-m", "pip", "--python", python, *install], folder)
+    return python
+
+
+def test_editable_install_beside_the_other_package(checkout, stub, editable, tmp_path):
+    path = stub, Path(sysconfig.get_path("purelib"))
+    assert str(checkout / "kernels") in run([editable, "-c", CHECK], tmp_path, *path)
+
+
+def test_editable_install_from_the_folder_above_the_clone(checkout, editable):
+    """A script there has a folder named i2am beside it, the clone, which is no package."""
+    (checkout.parent / "script.py").write_text("import i2am, i2am.kernels.attention; print(i2am.trace, i2am.__file__)")
+    assert str(checkout / "i2am" / "__init__.py") in run([editable, "script.py"], checkout.parent)
