@@ -8,7 +8,7 @@ from memory import Memory
 import i2am
 from i2am._files import show_size
 from i2am.maps import sram
-from i2am.maps.entries import Entry
+from i2am.maps.entries import QKEntry
 from i2am.ops import Sums, accumulate
 
 
@@ -34,7 +34,7 @@ def recorded(N, H=1, d=64):
     sums = Sums(torch.zeros(1, H, N), torch.zeros(1, H, N))
     _, row_lse, (col_lse,) = accumulate(q, k, None, sums=[sums])
     tensors = {"q": q, "k": k, "row_lse": row_lse, "col_lse": col_lse}
-    return Entry("layer", "reference", 0, d**-0.5, tensors=tensors)
+    return QKEntry("layer", "reference", 0, d**-0.5, tensors=tensors)
 
 
 @pytest.mark.parametrize("what", ["point", "mask of a quarter", "256 cells", "where a point went"])
@@ -47,12 +47,12 @@ def test_answers_at_16384(benchmark, what, capsys):
     weights = {
         "point": sram.region_weights((5, 7), grid),
         "mask of a quarter": sram.region_weights(quarter, grid),
-        "256 cells": sram.cells((16, 16)),
+        "256 cells": sram.grid_cells((16, 16)),
         "where a point went": sram.region_weights((5, 7), grid),
     }[what](grid)
 
     def answer():
-        return sram.pooled(entry, weights, [0], reverse=what.startswith("where"))
+        return sram.region_rows(entry, weights, [0], reverse=what.startswith("where"))
 
     answer()
     with Memory() as memory:

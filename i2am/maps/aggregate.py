@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from i2am.maps.entries import Entry
-from i2am.maps.sram import Weights, heads_at_once, pooled
+from i2am.maps.entries import QKEntry
+from i2am.maps.names import Axis, Direction
+from i2am.maps.sram import RegionOnGrid, heads_at_once, region_rows
 from i2am.references import Grid
 
 Picks = int | slice | Sequence[int] | None
+STORED = ("r2g", "g2r", "mass", "sram")  # the tensors of LayerSums
 
 
 @dataclass(frozen=True)
@@ -44,29 +47,70 @@ class LayerSums:
         return self.r2g.shape[2]
 
 
+def check_sums(sums: Sequence[LayerSums], regions: Sequence[str]) -> None:
+    """Refuse sums that no level could read: shapes against grids, counts, time groups, images and regions.
+
+    Raises:
+        ValueError: names the layer and the field.
+    """
+    seen: set[tuple[str, str]] = set()
+    T, B = sums[0].r2g.shape[:2] if sums[0].r2g.ndim == 4 else (0, 0)
+    for s in sums:
+        where = f"layer {s.layer!r}, reference {s.reference!r}"
+        if (s.layer, s.reference) in seen:
+            raise ValueError(f"{where}: listed twice")
+        seen.add((s.layer, s.reference))
+        H, K = (s.r2g.shape[2] if s.r2g.ndim == 4 else 0), s.g2r.shape[-1] if s.g2r.ndim else 0
+        expected: dict[str, tuple[int, ...]] = {
+            "r2g": (T, B, H, area(s.grid)),
+            "g2r": (T, B, H, K if s.reference_grid is None else s.skip + area(s.reference_grid)),
+            "mass": (T, B, H, area(s.grid)),
+            "sram": (T, B, H, len(regions), K),
+        }
+        for name in STORED:
+            x: Tensor | None = getattr(s, name)
+            if x is None and name == "sram" and regions:
+                raise ValueError(f"{where}: no sram, although {len(regions)} regions are registered")
+            if x is not None and (tuple(x.shape) != expected[name] or min(expected[name]) < 1):
+                raise ValueError(
+                    f"{where}: {name} has shape {tuple(x.shape)}, but grid {s.grid}, reference_grid "
+                    f"{s.reference_grid}, skip {s.skip}, {T} time groups, {B} images, {H} heads and {len(regions)} "
+                    f"regions make {expected[name]}"
+                )
+            if x is not None and not x.is_floating_point():
+                raise ValueError(f"{where}: {name} must be floating point, got {x.dtype}")
+        if len(s.counts) != T:
+            raise ValueError(f"{where}: counts has {len(s.counts)} entries for {T} time groups")
+        if K - s.skip < 1:
+            raise ValueError(f"{where}: skip is {s.skip} of {K} reference tokens, which leaves none")
+
+
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
 class Source(Protocol):
     """Where a level's token values come from."""
 
-    name: str  # for errors
+    @property
+    def name(self) -> str:
+        """What errors call it."""
 
     def values(self, s: LayerSums, heads: list[int], times: list[int]) -> tuple[Tensor, Tensor]:
-        """``(sums [T', X, heads, N], counts [T'])`` of one layer, for the chosen time groups; ``X`` maps a head."""
+        """Return ``(sums [T', X, heads, N], counts [T'])`` of a layer's chosen time groups; ``X`` maps a head."""
 
     def heads_at_once(self, s: LayerSums) -> int:
-        """How many heads to ask for at once, so that answers stay small."""
+        """Return how many heads to ask for at once, so that answers stay small."""
 
 
 @dataclass(frozen=True)
 class RunningSums:
     """The running sums of a direction."""
 
-    name: str
+    name: Direction
 
     def values(self, s: LayerSums, heads: list[int], times: list[int]) -> tuple[Tensor, Tensor]:
-        return getattr(s, self.name)[times][:, :, heads], torch.tensor([s.counts[t] for t in times])
+        x: Tensor = getattr(s, self.name)
+        return x[times][:, :, heads], torch.tensor([s.counts[t] for t in times])
 
     def heads_at_once(self, s: LayerSums) -> int:
         return s.heads
@@ -80,6 +124,7 @@ class RegisteredRegion:
     name: str = "SRAM"
 
     def values(self, s: LayerSums, heads: list[int], times: list[int]) -> tuple[Tensor, Tensor]:
+        assert s.sram is not None, "check_sums refuses regions without their sums"
         return s.sram[times][:, :, heads, self.region], torch.tensor([s.counts[t] for t in times])
 
     def heads_at_once(self, s: LayerSums) -> int:
@@ -88,17 +133,19 @@ class RegisteredRegion:
 
 @dataclass(frozen=True)
 class RecordedRegions:
-    """Recomputed from recorded queries and keys; ``X = B·R`` for ``R`` regions."""
+    """Rows recomputed from recorded queries and keys; ``X = B·R`` for ``R`` regions."""
 
-    entries: list[Entry]
-    weights: Weights
+    entries: Sequence[QKEntry]
+    weights: RegionOnGrid
     count: int
     reverse: bool = False
     name: str = "SRAM"
 
     def values(self, s: LayerSums, heads: list[int], times: list[int]) -> tuple[Tensor, Tensor]:
         B, N = s.r2g.shape[1], s.r2g.shape[-1] if self.reverse else s.g2r.shape[-1]
-        weights = self.weights(s.reference_grid if self.reverse else s.grid)
+        grid = s.reference_grid if self.reverse else s.grid
+        assert grid is not None, "check_reference_grid refuses a reference without one"
+        weights = self.weights(grid)
         if self.reverse:  # tokens off the grid have no weight
             weights = F.pad(weights, (s.skip, 0))
         if weights.shape[0] not in (1, B):
@@ -107,7 +154,7 @@ class RecordedRegions:
         for entry in self.entries:
             if (entry.layer, entry.reference) == (s.layer, s.reference) and entry.group in times:
                 t = times.index(entry.group)
-                sums[t] += pooled(entry, weights, heads, reverse=self.reverse).cpu()
+                sums[t] += region_rows(entry, weights, heads, reverse=self.reverse).cpu()
                 counts[t] += 1
         return sums.flatten(1, 2), counts
 
@@ -116,18 +163,18 @@ class RecordedRegions:
 
 
 @dataclass
-class Remembered:
-    """A source that remembers its answer for the last layer, for all heads and times."""
+class CachedSource:
+    """A source that keeps its answer for the last layer, for all heads and times."""
 
     source: Source
-    _last: tuple[LayerSums | None, Tensor | None, Tensor | None] = (None, None, None)
+    _last: tuple[LayerSums, Tensor, Tensor] | None = None
 
     @property
     def name(self) -> str:
         return self.source.name
 
     def values(self, s: LayerSums, heads: list[int], times: list[int]) -> tuple[Tensor, Tensor]:
-        if self._last[0] is not s:
+        if self._last is None or self._last[0] is not s:
             self._last = (s, *self.source.values(s, list(range(s.heads)), list(range(len(s.counts)))))
         _, sums, counts = self._last
         return sums[times][:, :, heads], counts[times]
@@ -136,23 +183,29 @@ class Remembered:
         return s.heads
 
 
+# ----------------------------------------------------------------------------------------------------------- levels
+
+
 @dataclass(frozen=True)
-class Levels:
+class Aggregation:
     """The chosen maps, layer by layer on the common grid: what a level is a mean of."""
 
-    direction: str
-    sums: list[LayerSums]
+    direction: Direction
+    sums: Sequence[LayerSums]
     source: Source
     times: list[int]
     heads: Picks
     size: Grid
     lift: bool
-    level: str | None
+    axis: Axis | None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """``(maps [X, G, h, w], seen [G])`` a layer; ``G`` time groups or heads at these levels, else 1.
+        """Yield ``(maps [X, G, h, w], seen [G])`` a layer; ``G`` time groups or heads at these levels, else 1.
 
         A map without any call is NaN, and ``seen`` is False there.
+
+        Raises:
+            ValueError: the sums of calls that ran are not finite; names layer and time groups.
         """
         for s in self.sums:
             heads = pick(self.heads, s.heads, f"heads of {s.layer}")
@@ -160,28 +213,29 @@ class Levels:
             parts = []
             for start in range(0, len(heads), step):
                 sums, counts = self.source.values(s, heads[start : start + step], self.times)  # [G, X, H', N], [G]
-                if self.level != "time":
+                self._check_finite(s, sums)
+                if self.axis != "time":
                     sums, counts = sums.sum(0, keepdim=True), counts.sum(0, keepdim=True)
-                maps = self.ongrid_of(s, sums / counts[:, None, None, None])  # [G, X, H', h, w]; 0 / 0 is NaN
-                parts.append(maps if self.level == "head" else maps.sum(2, keepdim=True))
-            if self.level == "head":
+                maps = self.on_grid(s, sums / counts[:, None, None, None])  # [G, X, H', h, w]; 0 / 0 is NaN
+                parts.append(maps if self.axis == "head" else maps.sum(2, keepdim=True))
+            if self.axis == "head":
                 yield torch.cat(parts, dim=2)[0], (counts > 0).expand(len(heads))
             else:
-                yield (sum(parts) / len(heads))[:, :, 0].transpose(0, 1), counts > 0
+                yield (reduce(torch.add, parts) / len(heads))[:, :, 0].transpose(0, 1), counts > 0
 
     def mean_layers(self) -> Tensor:
-        """``[X, G, h, w]``: the mean over the layers that ran."""
-        total, ran = 0.0, 0
+        """Return ``[X, G, h, w]``: the mean over the layers that ran."""
+        total, ran = torch.zeros(()), torch.zeros((), dtype=torch.int64)
         for maps, seen in self:
             total = total + torch.where(seen[:, None, None], maps, 0.0)
             ran = ran + seen
         return total / ran[:, None, None]
 
-    def ongrid_of(self, s: LayerSums, x: Tensor) -> Tensor:
-        """``[..., N]`` token values → ``[..., h, w]`` on the common grid, not negative."""
+    def on_grid(self, s: LayerSums, x: Tensor) -> Tensor:
+        """Lay ``[..., N]`` token values on the common grid: ``[..., h, w]``, not negative."""
         h, w = grid_of(s, self.direction)
         if self.direction == "g2r":
-            scale, x = s.keys, x[..., s.skip :]
+            scale, x = float(s.keys), x[..., s.skip :]
         else:
             scale = x.shape[-1] if self.direction == "r2g" else s.keys / s.g2r.shape[-1]
         x = x * scale if self.lift else x
@@ -190,45 +244,85 @@ class Levels:
             grids = F.interpolate(grids, self.size, mode="bicubic", align_corners=False)
         return grids.clamp_min(0).reshape(*x.shape[:-1], *self.size)
 
+    def _check_finite(self, s: LayerSums, sums: Tensor) -> None:
+        """Refuse ``sums [G, X, H', N]`` that are NaN or infinite: a mean over them says nothing."""
+        broken = [t for t, x in zip(self.times, sums, strict=True) if not x.isfinite().all()]
+        if broken:
+            raise ValueError(not_finite_message({s.layer: broken}, s.reference, self.source.name))
 
-def grid_of(s: LayerSums, direction: str) -> Grid:
-    return s.reference_grid if direction == "g2r" else s.grid
+
+def not_finite(sums: Sequence[LayerSums]) -> dict[str, list[int]]:
+    """Return the time groups of each layer in which a running sum is NaN or infinite: ``{layer: [group, …]}``."""
+    found: dict[str, list[int]] = {}
+    for s in sums:
+        kept = [x for x in (s.r2g, s.g2r, s.mass, s.sram) if x is not None]
+        finite = torch.stack([x.flatten(1).isfinite().all(1) for x in kept]).all(0)
+        if not finite.all():
+            found[s.layer] = (~finite).nonzero().flatten().tolist()
+    return found
+
+
+def not_finite_message(broken: dict[str, list[int]], reference: str, what: str = "attribution") -> str:
+    """Say which layers' sums are not finite, why that happens, and what to do."""
+    listing = ", ".join(f"{layer} (time groups {', '.join(map(str, t))})" for layer, t in list(broken.items())[:3])
+    more = f" and {len(broken) - 3} more layers" if len(broken) > 3 else ""
+    name = what.upper() if what in ("r2g", "g2r") else what
+    return (
+        f"the {name} sums of reference {reference!r} are not finite (NaN or infinite) in {listing}{more}: queries or "
+        "keys of the model were not finite there, in float16 most often by overflow. Run the model in bfloat16 or "
+        "float32, or leave these out with layers= or times="
+    )
+
+
+def grid_of(s: LayerSums, direction: Direction) -> Grid:
+    """Return the grid that a direction's maps of a layer lie on."""
+    if direction != "g2r":
+        return s.grid
+    assert s.reference_grid is not None, "check_reference_grid refuses a reference without one"
+    return s.reference_grid
 
 
 def area(grid: Grid) -> int:
     return grid[0] * grid[1]
 
 
-def check_direction(direction: str, sums: list[LayerSums], source: Source | None) -> None:
+def check_direction(direction: Direction, sums: Sequence[LayerSums], source: Source | None) -> None:
+    """Refuse a direction of which a reference has no map; the message says why."""
     if direction == "g2r":
-        check_reference_grid(sums[0], "G2R" if source is None else source.name)
+        check_reference_grid(sums, "G2R" if source is None else source.name)
     if direction == "mass" and any(s.mass is None for s in sums):
         raise ValueError(
             f"no mass for reference {sums[0].reference!r}: its tokens are all the keys there are, so it is 1"
         )
 
 
-def check_reference_grid(s: LayerSums, what: str) -> None:
-    if s.g2r.shape[-1] == 1:
-        raise ValueError(
-            f"no {what} for reference {s.reference!r}: it is one token, and a softmax over one key is identically 1. "
-            "R2G, which normalises over the generated tokens, is still a map: use 'r2g'"
-        )
-    if s.reference_grid is None:
-        raise ValueError(
-            f"no {what} for reference {s.reference!r}: its {s.g2r.shape[-1]} tokens have no 2-D layout (pooled or "
-            "resampled); pass Reference(grid=(h, w)) if they do, or use 'r2g'"
-        )
+def check_reference_grid(sums: Sequence[LayerSums], what: str) -> None:
+    """Refuse a map on a reference of one token, or of tokens without rows and columns."""
+    for s in sums:
+        if s.g2r.shape[-1] == 1:
+            raise ValueError(
+                f"no {what} for reference {s.reference!r}: it is one token, and a softmax over one key is identically "
+                "1. R2G, which normalises over the generated tokens, is still a map: use 'r2g'"
+            )
+        if s.reference_grid is None:
+            raise ValueError(
+                f"no {what} for reference {s.reference!r}: its {s.g2r.shape[-1]} tokens have no 2-D layout (pooled or "
+                "resampled); pass Reference(grid=(h, w)) if they do, or use 'r2g'"
+            )
 
 
-def check_heads(sums: list[LayerSums]) -> None:
+def check_heads(sums: Sequence[LayerSums]) -> None:
     if len({s.heads for s in sums}) > 1:
         listing = ", ".join(f"{s.layer}: {s.heads}" for s in sums)
         raise ValueError(f"head maps need layers of equal head count, choose with layers=; there are {listing}")
 
 
 def pick(picks: Picks, length: int, name: str) -> list[int]:
-    """Chosen indices as a list; refuses what is outside."""
+    """Return the chosen indices as a list.
+
+    Raises:
+        IndexError: one is outside, or none is chosen.
+    """
     if picks is None:
         return list(range(length))
     if isinstance(picks, slice):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from i2am._files import write_atomically
 
 
 @dataclass(frozen=True)
-class Entry:
+class QKEntry:
     """One recorded attention call of one layer and reference. ``Q`` generated queries, ``K`` reference keys.
 
     ``tensors`` holds ``q [B, H, Q, d], k [B, H, K, d], row_lse [B, H, Q], col_lse [B, H, K]`` and perhaps
@@ -24,34 +25,51 @@ class Entry:
     scale: float
     tensors: dict[str, Tensor] = field(default_factory=dict)
     file: Path | None = None
-    keys: dict[str, str] = field(default_factory=dict)  # tensor → its name in the file
+    tensor_names: dict[str, str] = field(default_factory=dict)  # tensor → its name in the file
 
     def read(self) -> dict[str, Tensor]:
-        """The tensors, as they were kept."""
+        """Return the tensors, as they were kept.
+
+        Raises:
+            FileNotFoundError: the file that held them has gone.
+            ValueError: it is damaged, or no longer the file that was written.
+        """
         if self.file is None:
             return self.tensors
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(self.file, framework="pt") as file:
-            return {name: file.get_tensor(key) for name, key in self.keys.items()}
+        if not self.file.is_file():
+            raise FileNotFoundError(f"the record {self.file} is not there any more")
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                return {name: file.get_tensor(stored) for name, stored in self.tensor_names.items()}
+        except SafetensorError as error:
+            raise ValueError(f"the record {self.file} is damaged or was replaced: {error}") from error
 
 
-def pack(entries: list[Entry], prefix: str = "") -> tuple[dict[str, Tensor], list[dict[str, str]]]:
-    """Entries in memory as the contents of a file: ``(name → tensor, tensor → name per entry)``; shared ones once."""
-    names: dict[int, str] = {}
-    contents, keys = {}, []
+def pack(entries: Sequence[QKEntry], prefix: str = "") -> tuple[dict[str, Tensor], list[dict[str, str]]]:
+    """Lay entries in memory out as the contents of a file, a tensor that several share once.
+
+    Returns: ``(stored name → tensor, tensor → stored name of each entry)``.
+    """
+    stored: dict[int, str] = {}
+    contents: dict[str, Tensor] = {}
+    tensor_names = []
     for entry in entries:
         for x in entry.tensors.values():
-            name = names.setdefault(id(x), f"{prefix}{len(names)}")
+            name = stored.setdefault(id(x), f"{prefix}{len(stored)}")
             contents[name] = x
-        keys.append({n: names[id(x)] for n, x in entry.tensors.items()})
-    return contents, keys
+        tensor_names.append({n: stored[id(x)] for n, x in entry.tensors.items()})
+    return contents, tensor_names
 
 
-def write_entries(path: Path, entries: list[Entry]) -> list[Entry]:
-    """Writes entries into one safetensors file; returns them as entries of that file."""
+def write_entries(path: Path, entries: Sequence[QKEntry]) -> list[QKEntry]:
+    """Write entries into one safetensors file; return them as entries of that file."""
     from safetensors.torch import save_file
 
-    contents, keys = pack(entries)
+    contents, tensor_names = pack(entries)
     write_atomically(path, lambda unfinished: save_file(contents, unfinished))
-    return [replace(e, tensors={}, file=path, keys=k) for e, k in zip(entries, keys, strict=True)]
+    return [replace(e, tensors={}, file=path, tensor_names=n) for e, n in zip(entries, tensor_names, strict=True)]
+
+
+Entry = QKEntry  # the name that i2am.tracing still imports

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from i2am.maps.entries import Entry
+from i2am.maps.entries import QKEntry
 from i2am.references import Grid
 
 MAX_REGIONS = 64
@@ -22,7 +22,7 @@ TILE = 1 << 21  # numbers in a tile of probabilities: 8 MiB in float32
 CHUNK = 1 << 22  # numbers in the sums over a chunk of heads
 
 Region = tuple[float, float] | Tensor | np.ndarray
-Weights = Callable[[Grid], Tensor]  # grid → [1 | B, R, h·w], each region summing to 1
+RegionOnGrid = Callable[[Grid], Tensor]  # grid → [1 | B, R, h·w], each region summing to 1
 
 
 class Match(NamedTuple):
@@ -35,8 +35,8 @@ class Match(NamedTuple):
     confidence: Tensor  # [B, h, w] 1 - entropy / log(tokens): 1 when all on one token, 0 when even
 
 
-def region_weights(region: Region, canvas: Grid) -> Weights:
-    """Weights of one region on any grid of the picture.
+def region_weights(region: Region, canvas: Grid) -> RegionOnGrid:
+    """Return one region's weights on any grid of the picture.
 
     Args:
         region: a point ``(y, x)`` on the canvas: the token whose cell contains it; or a mask of the whole picture
@@ -60,7 +60,7 @@ def region_weights(region: Region, canvas: Grid) -> Weights:
     return lambda grid: _normalised(_area_average(masks, grid).flatten(1)[:, None])
 
 
-def _point(point: tuple[float, float], canvas: Grid) -> Weights:
+def _point(point: tuple[float, float], canvas: Grid) -> RegionOnGrid:
     (y, x), (height, width) = point, canvas
     if not (0 <= y < height and 0 <= x < width):
         raise IndexError(
@@ -75,8 +75,8 @@ def _point(point: tuple[float, float], canvas: Grid) -> Weights:
     return weights
 
 
-def several(parts: Sequence[Weights]) -> Weights:
-    """Many regions as one: their ``R`` axes follow each other."""
+def stack_regions(parts: Sequence[RegionOnGrid]) -> RegionOnGrid:
+    """Join regions into one function of the grid: their ``R`` axes follow each other."""
 
     def weights(grid: Grid) -> Tensor:
         each = [part(grid) for part in parts]
@@ -86,8 +86,8 @@ def several(parts: Sequence[Weights]) -> Weights:
     return weights
 
 
-def cells(count: Grid) -> Weights:
-    """Every cell of a ``count`` grid over the picture, row by row: pooled by area."""
+def grid_cells(count: Grid) -> RegionOnGrid:
+    """Return every cell of a ``count`` grid over the picture as a region, row by row: pooled by area."""
 
     def weights(grid: Grid) -> Tensor:
         rows, columns = _overlap(count[0], grid[0]), _overlap(count[1], grid[1])
@@ -97,12 +97,12 @@ def cells(count: Grid) -> Weights:
 
 
 def _area_average(x: Tensor, grid: Grid) -> Tensor:
-    """``[B, H, W]`` → ``[B, h, w]``: the mean over each cell's exact area, also where cells cut pixels."""
+    """Average ``[B, H, W]`` to ``[B, h, w]``: over each cell's exact area, also where cells cut pixels."""
     return _overlap(grid[0], x.shape[1]) @ x @ _overlap(grid[1], x.shape[2]).T
 
 
 def _overlap(cells: int, pixels: int) -> Tensor:
-    """``[cells, pixels]``: which share of each cell lies on each pixel; rows sum to 1."""
+    """Return ``[cells, pixels]``: which share of each cell lies on each pixel; rows sum to 1."""
     edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
     pixel = torch.arange(pixels, dtype=torch.float64)
     shared = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
@@ -116,8 +116,8 @@ def _normalised(w: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- rows
 
 
-def pooled(entry: Entry, weights: Tensor, heads: list[int], *, reverse: bool = False) -> Tensor:
-    """Pooled probabilities of one recorded call, in tiles.
+def region_rows(entry: QKEntry, weights: Tensor, heads: list[int], *, reverse: bool = False) -> Tensor:
+    """Pool rows of probabilities of one recorded call over regions, in tiles.
 
     Args:
         entry: the call.
@@ -139,7 +139,7 @@ def pooled(entry: Entry, weights: Tensor, heads: list[int], *, reverse: bool = F
     weights = weights.to(others)
     total = others.new_zeros(B, H, weights.shape[1], N)
     active = weights.flatten(0, 1).any(0).nonzero().squeeze(1)
-    for tokens in active.split(max(TILE // (B * H * N), 1)):
+    for tokens in torch.split(active, max(TILE // (B * H * N), 1)):
         s = (rows[:, :, tokens].to(dtype) * entry.scale) @ others  # [B, H, tile, N]
         if mask is not None:
             s = _masked(s, mask, tokens, heads)
@@ -149,19 +149,19 @@ def pooled(entry: Entry, weights: Tensor, heads: list[int], *, reverse: bool = F
 
 
 def _masked(s: Tensor, mask: Tensor, tokens: Tensor, heads: list[int]) -> Tensor:
-    """A tile of logits with its part of a mask that broadcasts to ``[B, H, rows, N]``."""
+    """Apply to a tile of logits its part of a mask that broadcasts to ``[B, H, rows, N]``."""
     mask = mask[:, heads] if mask.shape[1] > 1 else mask
     mask = mask[:, :, tokens] if mask.shape[2] > 1 else mask
     return s.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s + mask
 
 
 def heads_at_once(regions: int, batch: int, tokens: int) -> int:
-    """How many heads fit a chunk of sums."""
+    """Return how many heads fit a chunk of sums."""
     return max(CHUNK // (regions * batch * tokens), 1)
 
 
 def match(sram: Tensor) -> Match:
-    """Positions and confidence of SRAM maps ``[B, Q, h, w]``; of shape ``[B, Q, …]``."""
+    """Return positions and confidence of SRAM maps ``[B, Q, h, w]``; of shape ``[B, Q, …]``."""
     h, w = sram.shape[-2:]
     p = sram.flatten(2)
     p = p / p.sum(-1, keepdim=True)
@@ -169,3 +169,7 @@ def match(sram: Tensor) -> Match:
     positions = torch.stack([y, x], dim=-1).reshape(h * w, 2)
     entropy = torch.special.entr(p).sum(-1)
     return Match(p @ positions, positions[p.argmax(-1)], 1 - entropy / math.log(h * w))
+
+
+# Names that i2am.tracing still imports.
+Weights, several, cells, pooled = RegionOnGrid, stack_regions, grid_cells, region_rows

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import i2am
-from i2am.maps.entries import Entry
-from i2am.maps.sram import cells, match, pooled, region_weights
+from i2am.maps.entries import QKEntry
+from i2am.maps.sram import grid_cells, match, region_rows, region_weights
 from tests.helpers.tiny_models import unet as pipelines
 from tests.helpers.truth import Truth, assert_peak, capture
 from tests.tracing.test_trace import GUIDED, PROMPT, denoise, run
@@ -180,7 +180,7 @@ def test_area_average_is_exact():
     torch.testing.assert_close(odd.flatten(), torch.tensor([1.0, 0.0]))
     odd = region_weights(torch.tensor([[0.0, 1.0, 0.0]]), (1, 1))((1, 2))
     torch.testing.assert_close(odd.flatten(), torch.tensor([0.5, 0.5]))
-    torch.testing.assert_close(cells((2, 3))((4, 5)).sum(-1), torch.ones(1, 6))
+    torch.testing.assert_close(grid_cells((2, 3))((4, 5)).sum(-1), torch.ones(1, 6))
 
 
 def test_a_point_is_the_token_whose_cell_holds_it():
@@ -384,7 +384,7 @@ def test_masked_rows_have_no_probabilities():
     x["row_lse"][..., 1] = -torch.inf
     x["mask"] = torch.ones(1, 1, 3, 5, dtype=torch.bool)
     x["mask"][:, :, 1] = False
-    got = pooled(Entry("a", "r", 0, 1.0, tensors=x), torch.eye(3)[None], [0])
+    got = region_rows(QKEntry("a", "r", 0, 1.0, tensors=x), torch.eye(3)[None], [0])
     want = s.softmax(-1)
     want[:, :, 1] = 0
     torch.testing.assert_close(got[:, :, 0], want[:, 0])
