@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from i2am.ops import naive, streaming
-from i2am.ops.checks import BACKENDS, check_call, check_sums, triton_available
+from i2am.ops.checks import BACKENDS, check_call, check_sums, runs_eagerly, triton_available
 from i2am.ops.results import AttentionOutput, Sums
 from i2am.ops.tokens import Selector, Span, TokenSet, gather, inverse, on_device
 
@@ -144,24 +144,27 @@ def _dispatch(
         order = on_device(key_order, q.device)
         k, v = k[:, :, order], (None if v is None else v[:, :, order])
         mask = None if mask is None else mask[..., order]
-    out, row_lse, col_lse = torch.ops.i2am.attention(
-        q,
-        k,
-        v,
-        mask,
-        regions,
-        scale,
-        list(query_span),
-        [edge for span in key_spans for edge in span],
-        [s.r2g for s in sums],
-        [s.g2r for s in sums],
-        [s.mass for s in sums if s.mass is not None],
-        [s.sram for s in sums if s.sram is not None],
-        backend,
-    )
+    if runs_eagerly(q, k, v, mask, regions):
+        out, row_lse, col_lse = _run(q, k, v, mask, regions, scale, query_span, key_spans, sums, backend)
+    else:
+        out, row_lse, col_lse = _custom_op(
+            q,
+            k,
+            v,
+            mask,
+            regions,
+            scale,
+            list(query_span),
+            [edge for span in key_spans for edge in span],
+            [s.r2g for s in sums],
+            [s.g2r for s in sums],
+            [s.mass for s in sums if s.mass is not None],
+            [s.sram for s in sums if s.sram is not None],
+            backend,
+        )
     if query_order is not None:
         back = on_device(inverse(query_order), q.device)
-        out, row_lse = (out if v is None else out[:, :, back]), row_lse[:, :, back]
+        out, row_lse = (None if v is None or out is None else out[:, :, back]), row_lse[:, :, back]
     first = min(start for start, _ in key_spans)
     return (None if v is None else out), row_lse, [col_lse[..., a - first : b - first] for a, b in key_spans]
 
@@ -188,7 +191,7 @@ def _accumulate_naive(
         if s.sram is not None and regions is not None:
             s.sram.add_(naive.sram(spent, regions))
         lse.append(p.col_lse)
-    out = None if v is None else (p.rows @ v.double()).to(q.dtype)
+    out = None if v is None else naive.output(p.rows, v, mask).to(q.dtype)
     return out, p.row_lse, lse
 
 
@@ -251,6 +254,9 @@ def _run(
         sram=[s.sram for s in sums if s.sram is not None],
     )
     return found
+
+
+_custom_op = torch.ops.i2am.attention
 
 
 @_attention.register_fake

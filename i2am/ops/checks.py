@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from i2am.ops.results import Sums
 from i2am.ops.tokens import TokenSet
@@ -16,6 +17,7 @@ from i2am.ops.tokens import TokenSet
 BACKENDS = ("triton", "streaming", "reference")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_MAX_HEAD_DIM = 256
+PLAIN = (Tensor, torch.nn.Parameter)  # not a subclass, which may have dispatch of its own
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looked for once: a search costs 50 µs
 
 
@@ -41,6 +43,19 @@ def check_call(
         raise ValueError(f"scale must be finite, got {scale}")
     mask = None if attn_mask is None else _check_mask(attn_mask, q.device, (B, H, Nq, k.shape[2]))
     return float(scale), mask, choose_backend(q, v, backend)
+
+
+def runs_eagerly(*tensors: Tensor | None) -> bool:
+    """Return whether nobody compiles, fakes, watches, transforms or differentiates a call on these tensors.
+
+    Then the implementation may be called as it is; else it must go by the custom op, which costs 100 µs a call.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    graded = torch.is_grad_enabled()
+    return all(x is None or (type(x) in PLAIN and not (graded and x.requires_grad)) for x in tensors)
 
 
 def _check_tensor(name: str, x: object, q: Tensor) -> None:

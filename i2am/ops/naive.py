@@ -18,11 +18,34 @@ from i2am.ops.results import AttentionOutput
 
 
 def logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """``scale * Q K^T + bias`` in float64, ``[B, H, Nq, Nk]``; a False in a bool mask is a bias of -inf."""
+    """Return ``scale * Q K^T + bias`` in float64, ``[B, H, Nq, Nk]``; -inf where masked, whatever q and k hold there.
+
+    Masked is a False of a bool mask and a -inf of an additive one. A product that overflows to -inf is NaN, not masked.
+    """
     s = q.double() @ k.double().transpose(-1, -2) * scale  # [B, H, Nq, Nk]
+    s = s.masked_fill(s.isneginf(), float("nan"))
     if mask is None:
         return s
-    return s.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else s + mask.double()
+    s = s if mask.dtype == torch.bool else s + mask.double()
+    return s.masked_fill(~takes_part(mask), float("-inf"))
+
+
+def takes_part(mask: Tensor) -> Tensor:
+    """Return which pairs take part in the softmaxes, as bools of the shape of ``mask``."""
+    return mask if mask.dtype == torch.bool else ~mask.isneginf()
+
+
+def output(rows: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Return ``P V [B, H, Nq, dv]`` in float64, in which a masked key takes no part even where its value is NaN or inf.
+
+    Where a value that is not finite does take part, the output is NaN.
+    """
+    v = v.double()
+    if mask is None:
+        return rows @ v
+    finite = v.isfinite()
+    spoiled = takes_part(mask).to(v).expand(rows.shape) @ (~finite).to(v) > 0  # [B, H, Nq, dv]
+    return (rows @ v.masked_fill(~finite, 0.0)).masked_fill(spoiled, float("nan"))
 
 
 def _softmax(s: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +97,7 @@ def attention(
     p = probabilities(q, k, scale=scale, mask=mask, queries=queries, keys=keys)
     spent = p.rows[:, :, queries][..., keys]  # [B, H, Q, K]
     return AttentionOutput(
-        out=p.rows @ v.double(),
+        out=output(p.rows, v, mask),
         r2g=p.columns.mean(-1),
         g2r=spent.mean(-2),
         mass=None if spent.shape[-1] == k.shape[-2] else spent.sum(-1),

@@ -206,3 +206,34 @@ def test_gradients_are_refused_not_wrong():
     out = i2am.attention(q.requires_grad_(), k, v).out
     with pytest.raises(RuntimeError, match=r"autograd|does not require grad"):
         out.sum().backward()
+
+
+def test_eager_calls_pass_the_custom_op_by(monkeypatch):
+    """It costs more than cross-attention does on a GPU; who compiles, fakes, watches or differentiates needs it."""
+    called = []
+
+    def custom_op(*args):
+        called.append(args)
+        return torch.zeros(2, 3, 10, 16), torch.zeros(2, 3, 10), torch.zeros(2, 3, 7)
+
+    monkeypatch.setattr("i2am.ops._custom_op", custom_op)
+    q, k, v = qkv()
+
+    def by_op(*args, **kwargs):
+        called.clear()
+        i2am.attention(*args, **kwargs)
+        return len(called) == 1
+
+    assert not by_op(q, k, v)
+    trained = torch.nn.Parameter(k)
+    assert by_op(q, trained, v)
+    assert by_op(q, k, v, attn_mask=torch.zeros(10, 7, requires_grad=True))
+    with torch.no_grad():
+        assert not by_op(q, trained, v)
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert by_op(q, k, v)
+    with torch.autograd.forward_ad.dual_level():
+        assert by_op(q, k, v)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (q, k, v)]
+    assert by_op(*fake)
