@@ -7,9 +7,9 @@
     with i2am.trace(pipe) as tracer:
         picture = pipe(task.picture, task.mask, task.reference).images[0]
 
-The shipped weights were made with ``python -m i2am.zoo.train NAME --minutes 46 --seed 0``, beside other work on two
-cores, in 1,575 and 1,601 steps; superres with ``--minutes 62``, 6,789 steps, of which the last 17 minutes were resumed
-with more tokens from elsewhere (``train.ELSEWHERE``) than planned at first. A run is bounded by time, so another
+The shipped weights were made by the trainer of version 0.1, ``python -m i2am.zoo.train NAME --minutes 46 --seed 0``,
+beside other work on two cores, in 1,575 and 1,601 steps; superres with ``--minutes 62``, 6,789 steps, of which the last
+17 minutes were resumed with more tokens from elsewhere than planned at first. A run is bounded by time, so another
 machine ends a little elsewhere.
 """
 

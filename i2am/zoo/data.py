@@ -175,15 +175,15 @@ def shirt(rng: np.random.Generator) -> Silhouette:
 # ------------------------------------------------------------------------------------------------------------ tasks
 
 
-def exemplar(cutter: Cutter, batch: int) -> Sample:
+def exemplar(cutter: Cutter, batch: int, size: int = SIZE) -> Sample:
     """A reference object put into a scene: moved, and scaled each way."""
-    sample = _inserted(cutter, batch, blob, lambda rng, points: points, MARGIN["exemplar"], (13.0, 25.0))
+    sample = _inserted(cutter, batch, blob, lambda rng, points: points, MARGIN["exemplar"], (13.0, 25.0), size)
     return sample._replace(pose=None)
 
 
-def tryon(cutter: Cutter, batch: int) -> Sample:
+def tryon(cutter: Cutter, batch: int, size: int = SIZE) -> Sample:
     """A garment put into a scene: moved, scaled, turned and bent."""
-    return _inserted(cutter, batch, shirt, _bent, MARGIN["tryon"], (18.0, 28.0))
+    return _inserted(cutter, batch, shirt, _bent, MARGIN["tryon"], (18.0, 28.0), size)
 
 
 def _bent(rng: np.random.Generator, points: Tensor) -> Tensor:
@@ -193,21 +193,21 @@ def _bent(rng: np.random.Generator, points: Tensor) -> Tensor:
     return torch.stack([y + bends[0] * x**2 + bends[1] * x * y, x + bends[2] * y**2 + bends[3] * torch.sin(2 * y)], -1)
 
 
-def _inserted(cutter: Cutter, batch: int, outline, warp, margin: int, halves: tuple[float, float]) -> Sample:
-    samples = [_insert(cutter, outline(cutter.rng), warp, margin, halves) for _ in range(batch)]
+def _inserted(cutter: Cutter, batch: int, outline, warp, margin: int, halves: tuple[float, float], size: int) -> Sample:
+    samples = [_insert(cutter, outline(cutter.rng), warp, margin, halves, size) for _ in range(batch)]
     return Sample(*(torch.stack(x) for x in zip(*samples, strict=True)))
 
 
-def _insert(cutter: Cutter, inside: Silhouette, warp, margin: int, halves: tuple[float, float]) -> Sample:
-    rng, pixels = cutter.rng, centres((SIZE, SIZE), 1.0)
-    half = rng.uniform(*halves, 2)
+def _insert(cutter: Cutter, inside: Silhouette, warp, margin: int, halves: tuple[float, float], size: int) -> Sample:
+    rng, pixels = cutter.rng, centres((size, size), 1.0)
+    half = rng.uniform(*halves, 2) * (size / SIZE)
     room = half + margin + 1
-    centre = rng.uniform(room, np.maximum(SIZE - room, room + 1e-3))
+    centre = rng.uniform(room, np.maximum(size - room, room + 1e-3))
     points = warp(rng, (pixels - torch.from_numpy(centre).float()) / torch.from_numpy(half).float())
-    source = SIZE / 2 * (1 + FILL * points)  # in reference pixels
-    scene, texture = cutter.pair()
+    source = size / 2 * (1 + FILL * points)  # in reference pixels
+    scene, texture = cutter.pair(size)
     there = inside(points)[None]
-    here = inside((pixels / (SIZE / 2) - 1) / FILL)[None]
+    here = inside((pixels / (size / 2) - 1) / FILL)[None]
     background = torch.from_numpy(rng.uniform(-1, 1, (3, 1, 1))).float()
     moved = look_up(texture[None], source[None])[0]
     mask = (there > 0.5).float()

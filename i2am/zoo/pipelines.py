@@ -24,6 +24,24 @@ WAVELENGTHS = (128.0, 64.0, 32.0, 16.0, 8.0)  # pixels; of places on a 64-px ref
 # All of these tell neighbours apart, and within 1024 px no two places on an 8-px lattice agree in all of them, so no
 # far place passes for the right one. Powers of two do not work: a model trained on them saw the same every 32 px.
 FAR_WAVELENGTHS = (61.0, 53.0, 43.0, 37.0, 31.0, 17.0)  # pixels; of places in a picture of up to 1024 px
+# UNets: three levels with attention from 4-px and 8-px cells; and two, which copy single pixels.
+COARSE = dict(
+    block_out_channels=(48, 96, 96),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=96,
+    attention_head_dim=4,  # this is the number of heads
+)
+SUPERRES = COARSE | dict(mid_block_type="UNetMidBlock2D", only_cross_attention=True)
+FINE = dict(
+    block_out_channels=(48, 64),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    mid_block_type="UNetMidBlock2D",
+    only_cross_attention=(True, False),
+    cross_attention_dim=64,
+    attention_head_dim=2,
+)
 Pictures = Image.Image | list[Image.Image] | Tensor
 
 
@@ -51,7 +69,7 @@ class ZooPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def denoise(self, prepared: Prepared, steps: int, generator=None, callback_on_step_end=None) -> Tensor:
-        """From noise to pictures ``[B, 3, H, W]`` in [-1, 1]."""
+        """Turn noise into ``[B, 3, H, W]`` of what is diffused: pictures in about [-1, 1], or their details."""
         channels = prepared.channels
         shape = (len(channels), COLOURS, *channels.shape[-2:])
         latents = randn_tensor(shape, generator=generator, device=channels.device, dtype=channels.dtype)
@@ -62,12 +80,12 @@ class ZooPipeline(DiffusionPipeline):
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, step, timestep, {"latents": latents}).get("latents", latents)
-        return F.pixel_shuffle(latents, FOLD).clamp(-1, 1)
+        return F.pixel_shuffle(latents, FOLD)
 
     def _output(self, pictures: Tensor, output_type: str, return_dict: bool):
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be pil, np or pt, got {output_type!r}")
-        images = (pictures + 1) / 2
+        images = (pictures.clamp(-1, 1) + 1) / 2
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).float().cpu().numpy()
         if output_type == "pil":
@@ -121,21 +139,38 @@ class ReferenceInpaintingPipeline(ZooPipeline):
             ValueError: sizes that don't fit, an empty mask, or an unknown output_type.
         """
         scene, reference = self._read(image, "image"), self._read(reference, "reference")
+        size = self.image_encoder.config.image_size
+        if tuple(reference.shape[-2:]) != (size, size):
+            raise ValueError(f"the reference must be {size}×{size} px, got {tuple(reference.shape[-2:])}")
         mask = self._read_mask(mask_image, scene)
         prepared = self.prepare(scene, mask, reference, pose)
         pictures = self.denoise(prepared, num_inference_steps, generator, callback_on_step_end)
         return self._output(torch.where(mask > 0, pictures, scene), output_type, return_dict)
 
-    def prepare(self, scene: Tensor, mask: Tensor, reference: Tensor, pose: Tensor | None = None) -> Prepared:
-        """Tokens and channels for ``scene, reference [B, 3, H, W]`` and ``mask [B, 1, H, W]``."""
-        size = self.image_encoder.config.image_size
-        if tuple(reference.shape[-2:]) != (size, size):
-            raise ValueError(f"the reference must be {size}×{size} px, got {tuple(reference.shape[-2:])}")
-        pose = frame_of_mask(mask, size) if pose is None else pose.to(scene)
+    def prepare(
+        self,
+        scene: Tensor,
+        mask: Tensor,
+        reference: Tensor,
+        pose: Tensor | None = None,
+        origin: Tensor | None = None,
+    ) -> Prepared:
+        """Tokens and channels for ``scene, reference [B, 3, H, W]`` and ``mask [B, 1, H, W]``.
+
+        Args:
+            origin: ``[B, 2]`` where ``(y, x)`` the references lie in larger ones, in pixels. None: they are all of it.
+        """
+        pose = frame_of_mask(mask, reference.shape[-1]) if pose is None else pose.to(scene)
+        patches = None
+        if origin is not None:
+            pose = pose + origin[:, None, None]
+            grid = self.image_encoder.grid(*reference.shape[-2:])
+            patches = (origin[:, None, None] + centres(grid, self.image_encoder.config.patch_size)).flatten(1, 2)
         places = fourier(pose.unfold(1, FOLD, FOLD).unfold(2, FOLD, FOLD).mean((-2, -1)), WAVELENGTHS)
         inside = F.avg_pool2d(mask, FOLD)
-        channels = [F.pixel_unshuffle(scene * (1 - mask), FOLD), F.pixel_unshuffle(mask, FOLD)]
-        return Prepared(self.image_encoder(reference), torch.cat([*channels, places.permute(0, 3, 1, 2) * inside], 1))
+        places = places.permute(0, 3, 1, 2) * inside
+        channels = [F.pixel_unshuffle(scene * (1 - mask), FOLD), F.pixel_unshuffle(mask, FOLD), places]
+        return Prepared(self.image_encoder(reference, patches), torch.cat(channels, 1))
 
     def _read_mask(self, mask: Image.Image | list[Image.Image] | Tensor, scene: Tensor) -> Tensor:
         if not isinstance(mask, Tensor):
@@ -153,7 +188,20 @@ class SuperResolutionPipeline(ZooPipeline):
     """Four times as many pixels each way; the small picture is seen through attention alone: ``superres``.
 
     Runs at any size up to 1024 px, though trained on 128: every place has its own sines.
+
+    Args:
+        detail: of weights that diffuse what a bicubic enlargement lacks: its gain. None: they diffuse the picture.
     """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: DDIMScheduler,
+        image_encoder: PatchEncoder,
+        detail: float | None = None,
+    ):
+        super().__init__(unet, scheduler, image_encoder)
+        self.register_to_config(detail=detail)
 
     def __call__(
         self,
@@ -170,8 +218,20 @@ class SuperResolutionPipeline(ZooPipeline):
             num_inference_steps, generator, output_type, return_dict, callback_on_step_end: as in diffusers' own.
         """
         reference = self._read(image, "image")
-        pictures = self.denoise(self.prepare(reference), num_inference_steps, generator, callback_on_step_end)
-        return self._output(pictures, output_type, return_dict)
+        diffused = self.denoise(self.prepare(reference), num_inference_steps, generator, callback_on_step_end)
+        return self._output(self.picture(diffused, reference), output_type, return_dict)
+
+    def picture(self, diffused: Tensor, reference: Tensor) -> Tensor:
+        """Return pictures ``[B, 3, H, W]`` of what was diffused: details go onto the bicubic enlargement."""
+        if self.config.detail is None:
+            return diffused
+        return bicubic(reference, diffused.shape[-2:]) + diffused / self.config.detail
+
+    def diffused(self, picture: Tensor, reference: Tensor) -> Tensor:
+        """Return what is to be diffused so that ``picture [B, 3, H, W]`` comes out: the inverse of :meth:`picture`."""
+        if self.config.detail is None:
+            return picture
+        return (picture - bicubic(reference, picture.shape[-2:])) * self.config.detail
 
     def prepare(self, reference: Tensor, origin: Tensor | None = None) -> Prepared:
         """Tokens and channels for small pictures ``[B, 3, H, W]``.
@@ -190,6 +250,11 @@ class SuperResolutionPipeline(ZooPipeline):
         return Prepared(self.image_encoder(reference, patches), channels)
 
 
+def bicubic(reference: Tensor, size: tuple[int, int]) -> Tensor:
+    """Enlarge ``reference [B, 3, h, w]`` to ``size``, without any model."""
+    return F.interpolate(reference, tuple(size), mode="bicubic", align_corners=False)
+
+
 def frame_of_mask(mask: Tensor, size: int) -> Tensor:
     """``[B, H, W, 2]``: places of a reference of ``size`` px, where each mask's box is its frame."""
     pixels = centres(tuple(mask.shape[-2:]), 1.0).to(mask)
@@ -202,36 +267,34 @@ def frame_of_mask(mask: Tensor, size: int) -> Tensor:
     return torch.stack(frames)
 
 
-def build(name: str, seed: int = 0, mixing: int = 0) -> ZooPipeline:
-    """An untrained pipeline of the zoo.
+def build(name: str, seed: int = 0, mixing: int = 0, detail: float | None = None, fine: bool = False) -> ZooPipeline:
+    """Build an untrained pipeline of the zoo.
 
     Args:
         name: exemplar, tryon or superres.
         seed: of the weights.
         mixing: transformer layers over the reference tokens, for the ablation.
+        detail: see :class:`SuperResolutionPipeline`.
+        fine: of exemplar and tryon: attention to 2-px patches from 2-px cells, in a UNet of two levels.
     """
     superres = name == "superres"
     places = 4 * len(FAR_WAVELENGTHS if superres else WAVELENGTHS)
-    middle = dict(mid_block_type="UNetMidBlock2D", only_cross_attention=True) if superres else {}
+    shape = FINE if fine else SUPERRES if superres else COARSE
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
             sample_size=32,
             in_channels=COLOURS + places + (0 if superres else COLOURS + FOLD * FOLD),
             out_channels=COLOURS,
-            block_out_channels=(48, 96, 96),
             layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=96,
-            attention_head_dim=4,  # this is the number of heads
             norm_num_groups=16,
-            **middle,
+            **shape,
         )
         if superres:
             encoder = PatchEncoder(patch_size=2, wavelengths=FAR_WAVELENGTHS, stride=4, image_size=None, mixing=mixing)
         else:
-            encoder = PatchEncoder(patch_size=4, wavelengths=WAVELENGTHS, mixing=mixing)
+            patch, width = (2, 64) if fine else (4, 96)
+            encoder = PatchEncoder(patch, width, WAVELENGTHS, mixing=mixing)
     scheduler = DDIMScheduler(
         beta_schedule="linear",
         prediction_type="v_prediction",
@@ -240,8 +303,7 @@ def build(name: str, seed: int = 0, mixing: int = 0) -> ZooPipeline:
         set_alpha_to_one=True,
         steps_offset=0,
     )
-    pipe = (SuperResolutionPipeline if superres else ReferenceInpaintingPipeline)(
-        unet.eval(), scheduler, encoder.eval()
-    )
+    parts = (unet.eval(), scheduler, encoder.eval())
+    pipe = SuperResolutionPipeline(*parts, detail=detail) if superres else ReferenceInpaintingPipeline(*parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe

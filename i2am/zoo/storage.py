@@ -43,7 +43,7 @@ def read(file: Path) -> tuple[ZooPipeline, dict[str, object]]:
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
     facts = json.loads(metadata["facts"])
-    pipe = build(metadata["name"], mixing=facts["mixing"])
+    pipe = build(metadata["name"], mixing=facts["mixing"], detail=facts.get("detail"), fine=facts.get("fine", False))
     for part in ("unet", "image_encoder"):
         of_part = {n.removeprefix(f"{part}."): x for n, x in weights.items() if n.startswith(f"{part}.")}
         getattr(pipe, part).load_state_dict(of_part)

@@ -1,7 +1,8 @@
 """``python -m i2am.zoo.train NAME --minutes M --seed S``: trains a model of the zoo, on a CPU if need be.
 
 Progress is shown; a checkpoint is written every minute, and the same command goes on from it. The folder ends up with
-``NAME.safetensors`` (averaged weights in float16), ``loss.csv`` and ``loss.png``, and snapshots along the way.
+``NAME.safetensors`` (averaged weights in float16), ``loss.csv`` and ``loss.png``, ``heldout.csv`` (error on held-out
+tasks against time) and snapshots along the way. ``--start FILE`` goes on from another run's weights.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from i2am.zoo import data
-from i2am.zoo.pipelines import FOLD, Prepared, SuperResolutionPipeline, ZooPipeline, build
-from i2am.zoo.storage import save
+from i2am.zoo.flow import FlowSupervision
+from i2am.zoo.pipelines import FOLD, Prepared, SuperResolutionPipeline, ZooPipeline, bicubic, build
+from i2am.zoo.storage import read, save
 
 LEARNING_RATE = 1e-3
 WARM_UP = 60  # steps
@@ -29,47 +31,60 @@ KNOWN = 0.1  # weight of the loss where the picture is given
 CANVAS = 1024  # pixels: places that a super-resolution must tell apart
 # Tokens from other places that a super-resolution must not confuse with its own, by share of the run: none while it
 # learns to look, in the end a quarter of those that fill the canvas.
-ELSEWHERE = ((0.3, 0), (0.5, 192), (0.7, 192), (0.75, 4096))
-# Of a super-resolution: (share of the run, pixels a side). Small pictures have few places, so looking at the right one
-# is learned in minutes; but group norms see the whole picture, so a model of small ones alone is lost in a large one.
-GROWTH = ((0.0, 32), (0.12, 64), (0.5, 128))
-NOISY = 2.0  # a super-resolution draws its noise levels from 1 - u², since without noise it needs no reference
+ELSEWHERE = ((0.3, 0), (0.5, 192), (0.85, 192), (0.9, 1024))
+# Pictures grow with the run: (share of it, pixels a side). Small ones have few places, so looking at the right one is
+# learned in minutes; but group norms see the whole picture, so a model of small ones alone is lost in a large one.
+GROWTH = {"superres": ((0.0, 32), (0.12, 64), (0.6, 128)), "inpainting": ((0.0, 32), (0.7, 64))}
+SHRINK = {"superres": 2, "inpainting": 1}  # by which power of their side pictures get fewer per step
+TOGETHER = {"inpainting": ("exemplar", "tryon")}  # one model for both tasks, to be tuned to each of them
+NOISY = 2.0  # noise levels are drawn from 1 - u², since without noise a model needs no reference
+DETAIL = 4.0  # gain of the details that a super-resolution diffuses: their standard deviation is 0.14 in pictures
+FLOW = (0.1, 0.4)  # weight of the flow supervision at first, and the share of the run at which it has faded out
+DRAWS = {"superres": 1, "inpainting": 2}  # noise levels per task: cutting one costs a fifth of a step
+STARTED = {"superres": 0.2, "inpainting": 0.7}  # share of it that a run from another's weights leaves out
+HELD_OUT = 16  # tasks of heldout.csv
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m i2am.zoo.train", description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=list(data.TASKS))
+    parser.add_argument("name", choices=[*data.TASKS, *TOGETHER])
     parser.add_argument("--minutes", type=float, default=30, help="of training, over all resumptions (default 30)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--mixing", type=int, default=0, help="transformer layers over the reference (an ablation)")
+    parser.add_argument("--rate", type=float, default=LEARNING_RATE, help=f"learning rate (default {LEARNING_RATE})")
+    parser.add_argument("--start", type=Path, help="weights to go on from (default: random ones)")
     parser.add_argument("--snapshots", type=int, default=12, help="averaged weights to keep along the way")
     parser.add_argument("--out", type=Path, help="folder (default zoo-training/NAME)")
     args = parser.parse_args(argv)
     out = args.out or Path("zoo-training") / args.name
-    print(f"written to {train(args.name, args.minutes, args.seed, args.batch, args.mixing, args.snapshots, out)}")
+    torch.set_num_threads(1)  # models this small lose more to threads that wait for each other
+    out.mkdir(parents=True, exist_ok=True)
+    run = Run(args.name, args.seed, args.mixing, out, rate=args.rate, start=args.start)
+    print(f"written to {train(run, args.minutes, args.batch, args.snapshots)}")
 
 
-def train(name: str, minutes: float, seed: int, batch: int, mixing: int, snapshots: int, out: Path) -> Path:
-    """Trains for ``minutes`` and returns the weights' file; goes on where ``out`` holds a checkpoint."""
+def train(run: Run, minutes: float, batch: int, snapshots: int) -> Path:
+    """Train until ``minutes`` are over, all resumptions together, and return the weights' file."""
     from tqdm import tqdm
 
-    out.mkdir(parents=True, exist_ok=True)
-    run = Run(name, seed, mixing, out)
+    name, out = run.name, run.out
     due = [(i + 1) / snapshots for i in range(snapshots)]
     due = due[sum(run.elapsed / (60 * minutes) >= share for share in due) :]
-    last, saved = time.perf_counter(), time.perf_counter()
+    last, last_cpu, saved = time.perf_counter(), time.process_time(), time.perf_counter()
     with tqdm(total=100, initial=round(100 * min(run.elapsed / 60 / minutes, 1)), unit="%", desc=name) as bar:
         while run.elapsed < 60 * minutes:
             run.step(batch, run.elapsed / (60 * minutes))
             now = time.perf_counter()
             run.elapsed, last = run.elapsed + now - last, now
+            run.cpu, last_cpu = run.cpu + time.process_time() - last_cpu, time.process_time()
             done = run.elapsed / (60 * minutes)
             bar.n = round(100 * min(done, 1))
             bar.set_postfix_str(f"step {len(run.losses)}, loss {np.mean(run.losses[-50:]):.4f}")
             if due and done >= due[0]:
                 run.save(out / f"snapshot-{snapshots - len(due) + 1:02d}.safetensors")
                 due.pop(0)
+                run.test()
             if now - saved > 60:
                 run.checkpoint()
                 saved = now
@@ -81,35 +96,43 @@ def train(name: str, minutes: float, seed: int, batch: int, mixing: int, snapsho
 class Run:
     """A training run: the model, its averaged weights, the optimiser, and what was seen."""
 
-    def __init__(self, name: str, seed: int, mixing: int, out: Path):
-        self.name, self.seed, self.mixing, self.out = name, seed, mixing, out
-        self.pipe: ZooPipeline = build(name, seed, mixing)
+    def __init__(
+        self, name: str, seed: int, mixing: int, out: Path, rate: float = LEARNING_RATE, start: Path | None = None
+    ):
+        self.name, self.seed, self.mixing, self.out, self.rate = name, seed, mixing, out, rate
+        self.kind = "superres" if name == "superres" else "inpainting"
+        self.tasks = TOGETHER.get(name, (name,))
+        self.shape = dict(detail=DETAIL) if name == "superres" else dict(fine=True)  # of the model
+        self.pipe: ZooPipeline = build(name, seed, mixing, **self.shape)
+        self.started_from: dict[str, object] | None = None
+        if start is not None:
+            self._start(start)
         self.model = nn.ModuleDict({"unet": self.pipe.unet, "image_encoder": self.pipe.image_encoder}).train()
         self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.01)
         self.cutter = data.Cutter("train", np.random.default_rng(seed))
         self.noise = torch.Generator().manual_seed(seed)
+        self.flow = FlowSupervision(self.pipe, self.noise)
         self.losses: list[float] = []
-        self.elapsed = 0.0  # seconds
-        self.done = 0.0  # share of the run that is over
+        self.elapsed = self.cpu = 0.0  # seconds
+        self.done = 0.0  # share of the curriculum that is over
         if self._file.is_file():
             self._resume()
 
     def step(self, batch: int, done: float) -> None:
-        """One optimiser step; ``done`` is the share of the run that is over."""
-        rate = LEARNING_RATE * min(1, (len(self.losses) + 1) / WARM_UP) * (0.02 + 0.98 * math.cos(done * math.pi / 2))
+        """Take one optimiser step; ``done`` is the share of the run that is over."""
+        rate = self.rate * min(1, (len(self.losses) + 1) / WARM_UP) * (0.02 + 0.98 * math.cos(done * math.pi / 2))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        self.done = done
-        if self.name == "superres":
-            size = max(size for start, size in GROWTH if start <= done)
-            sample = data.superres(self.cutter, max(batch * data.SIZE**2 // (2 * size**2), 1), size)
-        else:
-            sample = data.TASKS[self.name](self.cutter, batch)
-        with torch.autocast("cpu", torch.bfloat16):
+        skipped = 0.0 if self.started_from is None else STARTED[self.kind]
+        self.done = skipped + (1 - skipped) * done
+        sample = self._draw(batch)
+        weight = FLOW[0] * max(0.0, 1 - self.done / FLOW[1])
+        with self.flow:
             loss = self.loss(sample)
+            total = loss + weight * self.flow.loss(sample) if weight > 0 else loss
         self.optimiser.zero_grad()
-        loss.backward()
+        total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self.losses.append(loss.item())
@@ -118,24 +141,37 @@ class Run:
             for n, p in self.model.named_parameters():
                 self.average[n].lerp_(p, 1 - decay)
 
+    def _draw(self, batch: int) -> data.Sample:
+        """Cut ``batch / DRAWS`` tasks, each of them DRAWS times in a row; fewer large pictures than small ones."""
+        draws = DRAWS[self.kind]
+        size = max(size for start, size in GROWTH[self.kind] if start <= self.done)
+        count = max(round(batch / draws * (32 / size) ** SHRINK[self.kind]), 1)
+        task = self.tasks[len(self.losses) % len(self.tasks)]
+        sample = data.TASKS[task](self.cutter, count, size)
+        return data.Sample(*(x if x is None else x.repeat_interleave(draws, 0) for x in sample))
+
     def loss(self, sample: data.Sample) -> Tensor:
         """Squared error of the velocity at random noise levels, mostly of what is to be painted."""
-        clean = F.pixel_unshuffle(sample.picture, FOLD)
+        wanted = sample.picture
+        if isinstance(self.pipe, SuperResolutionPipeline):
+            wanted = self.pipe.diffused(sample.picture, sample.reference)
+        clean = F.pixel_unshuffle(wanted, FOLD)
         noise = torch.randn(clean.shape, generator=self.noise)
-        level = torch.rand(len(clean), generator=self.noise)
-        level = 1 - level**NOISY if self.name == "superres" else level
+        level = 1 - torch.rand(len(clean), generator=self.noise) ** NOISY
         steps = self.pipe.scheduler.config.num_train_timesteps
         timestep = (level * steps).long().clamp_max(steps - 1)
         noisy = self.pipe.scheduler.add_noise(clean, noise, timestep)
         velocity = self.pipe.scheduler.get_velocity(clean, noise, timestep)
-        error = (self.pipe.predict(noisy, timestep, self.prepare(sample)).float() - velocity).square()
+        error = (self.pipe.predict(noisy, timestep, self.prepare(sample)) - velocity).square()
         weight = KNOWN + (1 - KNOWN) * F.avg_pool2d(sample.mask, FOLD)
         return (error * weight).sum() / (weight.sum() * error.shape[1])
 
     def prepare(self, sample: data.Sample) -> Prepared:
-        if not isinstance(self.pipe, SuperResolutionPipeline):
-            return self.pipe.prepare(sample.scene, sample.mask, sample.reference, sample.pose)
         batch, size = len(sample.picture), sample.picture.shape[-1]
+        if not isinstance(self.pipe, SuperResolutionPipeline):
+            room = data.SIZE - size
+            origin = torch.rand((batch, 2), generator=self.noise) * room if room else None
+            return self.pipe.prepare(sample.scene, sample.mask, sample.reference, sample.pose, origin)
         origin = torch.randint(CANVAS - size, (batch, 2), generator=self.noise).float()
         prepared = self.pipe.prepare(sample.reference, origin)
         count = round(np.interp(self.done, *zip(*ELSEWHERE, strict=True)))
@@ -164,6 +200,49 @@ class Run:
         row = chosen.permute(0, 1, 3, 2, 4).flatten(3)  # one row of patches: [B, 3, p, count·p]
         return self.pipe.image_encoder(row, places)[:, 1:]
 
+    def test(self) -> None:
+        """Append the averaged weights' error on held-out tasks to heldout.csv, against time."""
+        model, pipe = self.model, self.pipe
+        trained = {n: p.detach().clone() for n, p in model.named_parameters()}
+        self._load(self.average)
+        row = {"minutes": self.elapsed / 60, "cpu minutes": self.cpu / 60, "steps": len(self.losses)}
+        options = dict(output_type="pt", generator=torch.Generator().manual_seed(0))
+        for name in self.tasks:
+            task = data.samples(name, HELD_OUT, seed=20_000)
+            if isinstance(pipe, SuperResolutionPipeline):
+                drawn = [pipe(task.reference, num_inference_steps=5, **options).images * 2 - 1 for _ in range(2)]
+                plain = bicubic(task.reference, task.picture.shape[-2:]).clamp(-1, 1)
+                row |= {"mean of 2": _error(torch.stack(drawn).mean(0), task), "bicubic": _error(plain, task)}
+            else:
+                scene = (task.picture, task.mask, task.reference, task.pose)
+                drawn = [pipe(*scene, num_inference_steps=4, **options).images * 2 - 1]
+            row[name] = _error(drawn[0], task)
+        self._load(trained)
+        file = self.out / "heldout.csv"
+        new = not file.is_file()
+        with file.open("a", newline="") as rows:
+            writer = csv.writer(rows)
+            if new:
+                writer.writerow(row)
+            writer.writerow([round(x, 5) for x in row.values()])
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for n, p in self.model.named_parameters():
+                p.copy_(weights[n])
+
+    def _start(self, file: Path) -> None:
+        """Take over another run's weights: how it was trained becomes part of this one's facts."""
+        pipe, facts = read(file)
+        if (pipe.unet.config.block_out_channels, facts["mixing"]) != (
+            self.pipe.unet.config.block_out_channels,
+            self.mixing,
+        ):
+            raise SystemExit(f"{file} has another architecture than a new {self.name}")
+        for part in ("unet", "image_encoder"):
+            getattr(self.pipe, part).load_state_dict(getattr(pipe, part).state_dict())
+        self.started_from = facts
+
     # -------------------------------------------------------------------------------------------------------- files
 
     @property
@@ -180,6 +259,7 @@ class Run:
             "noise": self.noise.get_state(),
             "losses": self.losses,
             "elapsed": self.elapsed,
+            "cpu": self.cpu,
         }
         partial = self._file.with_suffix(".partial")
         torch.save(state, partial)
@@ -194,7 +274,7 @@ class Run:
         self.optimiser.load_state_dict(state["optimiser"])
         self.cutter.rng.bit_generator.state = state["cutter"]
         self.noise.set_state(state["noise"])
-        self.losses, self.elapsed = state["losses"], state["elapsed"]
+        self.losses, self.elapsed, self.cpu = state["losses"], state["elapsed"], state["cpu"]
 
     def save(self, file: Path) -> Path:
         """The averaged weights, as :func:`i2am.zoo.load` reads them."""
@@ -203,7 +283,11 @@ class Run:
             "steps": len(self.losses),
             "minutes": round(self.elapsed / 60, 1),
             "mixing": self.mixing,
+            "rate": self.rate,
         }
+        facts |= self.shape
+        if self.started_from is not None:
+            facts["started from"] = self.started_from
         return save(self.name, self.average, file, facts)
 
     def draw(self) -> None:
@@ -221,6 +305,12 @@ class Run:
         axes.set(xlabel="step", ylabel=f"loss, mean of {window} steps", yscale="log", title=self.name)
         FigureCanvasAgg(figure)
         figure.savefig(self.out / "loss.png", dpi=120)
+
+
+def _error(pictures: Tensor, task: data.Sample) -> float:
+    """Mean squared error on the objects, colours in [-1, 1], averaged over tasks."""
+    squares = ((pictures - task.picture).square() * task.object).sum((1, 2, 3))
+    return (squares / (3 * task.object.sum((1, 2, 3)))).mean().item()
 
 
 if __name__ == "__main__":

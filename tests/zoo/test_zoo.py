@@ -11,6 +11,7 @@ import i2am
 from i2am import metrics, zoo
 from i2am.zoo import data, train
 from i2am.zoo.encoder import PatchEncoder, centres, fourier
+from i2am.zoo.flow import FlowSupervision, true_places
 from i2am.zoo.pipelines import ReferenceInpaintingPipeline, build, frame_of_mask
 from i2am.zoo.storage import read, save
 
@@ -178,6 +179,28 @@ def test_pipeline_refusals(arguments, message):
         build("exemplar")(**(good | arguments), num_inference_steps=1)
 
 
+def test_details_go_onto_the_bicubic_enlargement():
+    pipe, task = build("superres", detail=4.0), zoo.samples("superres", 2)
+    details = pipe.diffused(task.picture, task.reference)
+    assert 0.2 < details.std() < 1
+    assert torch.allclose(pipe.picture(details, task.reference), task.picture, atol=1e-5)
+    smooth = torch.nn.functional.interpolate(task.reference, scale_factor=4, mode="bicubic")
+    assert torch.equal(pipe.picture(torch.zeros_like(details), task.reference), smooth)
+    plain = build("superres")
+    assert plain.diffused(task.picture, task.reference) is task.picture
+
+
+def test_a_part_of_a_reference_has_the_places_of_the_whole():
+    pipe, task = build("tryon", fine=True), data.tryon(data.Cutter("held-out", np.random.default_rng(0)), 1, 32)
+    origin = torch.tensor([[20.0, 8.0]])
+    moved = pipe.prepare(task.scene, task.mask, task.reference, task.pose, origin)
+    told = pipe.prepare(task.scene, task.mask, task.reference, task.pose + origin[:, None, None])
+    assert torch.allclose(moved.channels, told.channels, atol=1e-5)
+    patches = centres((16, 16), 2.0).reshape(1, -1, 2) + origin[:, None]
+    assert torch.allclose(moved.tokens, pipe.image_encoder(task.reference, patches), atol=1e-5)
+    assert not torch.allclose(moved.tokens, pipe.image_encoder(task.reference), atol=1e-2)
+
+
 def test_callback_sees_and_replaces_latents():
     pipe, task, seen = build("tryon"), zoo.samples("tryon", 1), []
 
@@ -289,7 +312,7 @@ def test_trained_attention_finds_object_and_source(name):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", [*zoo.NAMES, "inpainting"])
 def test_training_learns(name, tmp_path):
     run = train.Run(name, 0, 0, tmp_path)
     before = run.average["unet.conv_in.weight"].clone()
@@ -298,6 +321,18 @@ def test_training_learns(name, tmp_path):
     assert all(np.isfinite(run.losses))
     assert not torch.equal(before, run.average["unet.conv_in.weight"])
     assert all(p.grad is not None for n, p in run.model.named_parameters() if "mid_block" not in n)
+
+
+def test_one_model_for_both_tasks_meets_them_in_turn(tmp_path, monkeypatch):
+    run, seen = train.Run("inpainting", 0, 0, tmp_path), []
+    for name in INPAINTING:
+        task = data.TASKS[name]
+        monkeypatch.setitem(
+            data.TASKS, name, lambda *args, n=name, task=task: (seen.append((n, args[2])), task(*args))[1]
+        )
+    for done in (0.0, 0.1, 0.9, 0.95):
+        run.step(2, done)
+    assert seen == [("exemplar", 32), ("tryon", 32), ("exemplar", 64), ("tryon", 64)]  # small pictures at first
 
 
 def test_training_goes_on_where_it_was(tmp_path):
@@ -318,11 +353,107 @@ def test_training_goes_on_where_it_was(tmp_path):
         train.Run("exemplar", 1, 0, tmp_path / "parts")
 
 
-def test_train_command(tmp_path, capsys):
+def test_training_goes_on_from_another_models_weights(tmp_path):
+    base = train.Run("inpainting", 3, 0, tmp_path / "base")
+    (tmp_path / "base").mkdir()
+    base.step(2, 0.1)
+    file = base.save(tmp_path / "base" / "inpainting.safetensors")
+    tuned = train.Run("tryon", 0, 0, tmp_path, start=file)
+    for n, p in tuned.model.named_parameters():
+        assert torch.equal(p, tuned.average[n])
+        assert torch.allclose(p, base.average[n], atol=1e-3)
+    tuned.step(2, 0.0)
+    assert tuned.done == train.STARTED["inpainting"]  # the first part of the curriculum is left out
+    _, facts = read(tuned.save(tmp_path / "tryon.safetensors"))
+    assert facts["started from"]["seed"] == 3
+    with pytest.raises(SystemExit, match="another architecture"):
+        train.Run("superres", 0, 0, tmp_path, start=file)
+
+
+@pytest.mark.parametrize("name", ["superres", "inpainting"])
+def test_held_out_errors_are_of_the_averaged_weights(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "HELD_OUT", 1)
+    run = train.Run(name, 0, 0, tmp_path)
+    for p in run.model.parameters():
+        p.data.fill_(float("nan"))
+    run.test()
+    run.test()
+    assert all(p.isnan().all() for p in run.model.parameters())
+    header, first, second = [line.split(",") for line in (tmp_path / "heldout.csv").read_text().splitlines()]
+    assert first == second
+    row = dict(zip(header, map(float, first), strict=True))
+    assert row.keys() >= {"minutes", "cpu minutes", "steps", *run.tasks}
+    assert all(0.01 < row[task] < 3 for task in run.tasks)
+
+
+# -------------------------------------------------------------------------------------------------- flow supervision
+
+
+def test_true_places_are_means_over_cells():
+    task = zoo.samples("exemplar", 1, seed=2)
+    places, inside = true_places(task, 4)
+    assert places.shape == (1, 256, 2)
+    cell = int(inside[0].argmax())
+    y, x = cell // 16 * 4, cell % 16 * 4
+    here = task.source[0, y : y + 4, x : x + 4].flatten(0, 1)
+    assert torch.allclose(places[0, cell], here[~here.isnan().any(-1)].mean(0), atol=1e-4)
+    assert inside.sum() < task.object.sum() / 16 + 40
+
+
+@pytest.mark.parametrize("name", ["tryon", "superres"])
+def test_flow_supervision_is_least_where_attention_looks_at_the_source(name):
+    """Queries and keys are set so that attention is a bell around a place: the true one, then one that is off."""
+    pipe, task = build(name, fine=name == "tryon"), zoo.samples(name, 2, seed=4)
+    flow = FlowSupervision(pipe, torch.Generator().manual_seed(0))
+    patch = pipe.image_encoder.config.patch_size
+    cell = 4
+    places, _ = true_places(task, cell)
+    grid = pipe.image_encoder.grid(*task.reference.shape[-2:])
+    patches = centres(grid, patch).reshape(-1, 2)
+
+    class Bell(torch.nn.Module):
+        heads, scale = 1, 1 / (0.7 * patch) ** 2
+
+        def to_q(self, x):
+            return torch.cat([x, torch.ones_like(x[..., :1])], -1)
+
+        def to_k(self, x):
+            return torch.cat([x, -x.square().sum(-1, keepdim=True) / 2], -1)
+
+    tokens = torch.cat([torch.full((1, 1, 2), 1e3), patches[None]], 1).expand(2, -1, -1)  # "nothing" is far away
+    losses = []
+    for off in (0.0, 2.0, 6.0):
+        with flow:
+            flow.seen.append((Bell(), places + off, tokens))
+            losses.append(flow.loss(task).item())
+    assert losses[0] == pytest.approx(0, abs=1e-4)
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_flow_supervision_teaches_where_to_look(tmp_path):
+    run = train.Run("tryon", 0, 0, tmp_path)
+    sample = run._draw(8)
+    with run.flow:
+        run.loss(sample)
+        before = run.flow.loss(sample)
+        assert {x[2].shape[-1] for x in run.flow.seen} == {64}  # cross-attention alone: the tokens' width
+        before.backward()
+    assert not run.flow.watching
+    run.loss(sample)
+    assert run.flow.seen == []  # nothing is kept unless it is asked for
+    assert run.pipe.image_encoder.place.weight.grad.abs().sum() > 0
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def test_train_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "HELD_OUT", 1)
     arguments = ["exemplar", "--minutes", "0.02", "--batch", "1", "--snapshots", "2", "--seed", "4"]
     train.main([*arguments, "--out", str(tmp_path)])
     there = {p.name for p in tmp_path.iterdir()}
-    assert there >= {"exemplar.safetensors", "checkpoint.pt", "loss.csv", "loss.png", "snapshot-02.safetensors"}
+    files = {"exemplar.safetensors", "checkpoint.pt", "loss.csv", "loss.png", "snapshot-02.safetensors", "heldout.csv"}
+    assert there >= files
     pipe, facts = read(tmp_path / "exemplar.safetensors")
     assert facts["seed"] == 4
     assert facts["steps"] == len((tmp_path / "loss.csv").read_text().splitlines()) - 1
