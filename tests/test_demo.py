@@ -13,6 +13,7 @@ from i2am import cli, demo, metrics
 from i2am.zoo import data
 
 PICTURES = {
+    "demo.png",
     "generated.png",
     "reference.png",
     "summary.png",
@@ -40,13 +41,15 @@ def offline(monkeypatch):
 
 def test_demo_writes_everything(tmp_path, capsys, offline):
     assert cli.main(["demo", "--out", str(tmp_path), "--steps", "3"]) == 0
-    assert {p.name for p in tmp_path.iterdir()} >= PICTURES | {"maps.safetensors", "i2am.json"}
+    assert {p.name for p in tmp_path.iterdir()} >= PICTURES | {"maps.safetensors", "i2am.json", "report.html"}
     for name in PICTURES:
         pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
         assert pixels.std() > 10  # not a blank page
     assert Image.open(tmp_path / "generated.png").size == (demo.SIZE, demo.SIZE)
     printed = capsys.readouterr().out
     assert demo.NOTE in printed
+    for promised in ("IMACS +", "true source", "report.html", "i2am trace --help"):
+        assert promised in printed
     assert "summary.png" in printed
     assert str(tmp_path) in printed
 
@@ -68,6 +71,37 @@ def test_demo_maps_mean_something():
     assert error < 0.5 * (task.picture[0] - task.picture[0][:, ~inside].mean(1)[:, None, None]).abs()[:, inside].mean()
 
 
+def test_demo_knows_where_its_patch_came_from():
+    maps, generated, reference = demo.run(steps=2)
+    found, true = demo.source(maps)
+    assert np.hypot(*np.subtract(found, true)) < 8  # px; at random it is above 20
+    eye = np.asarray(reference, dtype=float)[round(true[0] * 4) - 8 :, round(true[1] * 4) - 8 :][:16, :16].mean((0, 1))
+    assert eye[2] < eye[1] - 40  # the greenish yellow of the cat's iris
+    figure = demo.story(maps, generated, reference)
+    labels = [ax.get_ylabel() for ax in figure.axes]
+    assert labels.count("attention, times its average") == 3  # every colour bar says what it shows
+    assert len(demo.findings(maps)) == 4
+
+
+def test_demo_says_when_the_map_misses(monkeypatch):
+    maps, _, _ = demo.run(steps=1)
+    task = demo.task()
+    assert "on the painted garment" in demo.findings(maps)[0]
+    monkeypatch.setattr(demo, "task", lambda: task._replace(object=0 * task.object, mask=1 - task.mask))
+    assert "beside the painted garment" in demo.findings(maps)[0]
+    assert "IMACS -" in demo.findings(maps)[1]
+
+
+def test_reference_is_shown_as_a_cutout():
+    task = demo.task()
+    shown = np.asarray(demo.on_white(task).resize((64, 64), Image.BOX))
+    outside = torch.nn.functional.max_pool2d(task.reference_object, 5, 1, 2)[0, 0].numpy() == 0
+    assert (shown[outside] > 250).all()
+    inside = torch.nn.functional.max_pool2d(1 - task.reference_object, 7, 1, 3)[0, 0].numpy() == 0
+    there = (task.reference[0].permute(1, 2, 0).numpy() + 1) * 127.5
+    assert np.abs(shown - there)[inside].mean() < 8
+
+
 def test_demo_keeps_the_photograph_outside_the_mask():
     task = demo.task()
     _, generated, _ = demo.run(steps=1)
@@ -86,7 +120,7 @@ def test_demo_is_the_same_for_the_same_seed():
 def test_demo_looks_at_the_reference(monkeypatch):
     maps, picture, shown = demo.run(1)
     task = demo.task()
-    assert shown.tobytes() == demo.enlarged(task.reference[0]).tobytes()
+    assert shown.tobytes() == demo.on_white(task).tobytes()
     monkeypatch.setattr(demo, "task", lambda: task._replace(reference=task.reference.flip(1)))
     turned_maps, turned, _ = demo.run(1)
     assert not torch.allclose(turned_maps.ulam("g2r"), maps.ulam("g2r"), rtol=0.01)

@@ -17,18 +17,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed, default=0, metavar="S", help="of the initial noise (default: 0)")
 
 
+# What to try next; each works as it stands, in the folder that the demo wrote.
+NEXT = (
+    ("another noise, and what it changes", "i2am demo --seed 1 --out {out}-1"),
+    ("a model and photographs of yours", "i2am trace --help"),
+    ("two folders of maps, side by side", "i2am compare --help"),
+)
+
+
 def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     claim(args.out)
+    print("Loading PyTorch, diffusers and a small trained model …", flush=True)
     hush(warnings_too=True)  # they would be about the demo's own parts
     from i2am import demo
 
-    print(demo.NOTE)
+    print(f"{demo.NOTE}\nTracing {args.steps} denoising steps …", flush=True)
     settings = {"command": "demo", "model": demo.MODEL, "steps": args.steps, "seed": args.seed}
     with demo.one_thread():
         try:
             maps, generated, reference = demo.run(args.steps, args.seed)
         except demo.MissingPhotographs as error:
             raise UserError(str(error)) from error
-        write_results(args.out, maps, generated, reference, settings, footer=demo.NOTE)
-    print(f"{time.perf_counter() - start:.0f} s")
+        print("Drawing …", flush=True)
+        write_results(
+            args.out,
+            maps,
+            generated,
+            reference,
+            settings,
+            footer=demo.NOTE,
+            masks=demo.masks(),
+            story=lambda: demo.story(maps, generated, reference),
+        )
+        print(*demo.findings(maps), sep="\n")
+    print(f"\n{time.perf_counter() - start:.0f} s. Open:")
+    print(f"  {args.out / 'demo.png'}: all of it in six panels")
+    print(f"  {args.out / 'report.html'}: point at the picture, and see where that patch came from")
+    print("Then try:")
+    for what, command in NEXT:
+        print(f"  {command.format(out=args.out):40} # {what}")

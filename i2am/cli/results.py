@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SETTINGS = "i2am.json"  # lists the files of a run, by which a later one knows its own
 OWN_FILES = re.compile(
-    r"(generated|reference|summary|[utlh]lam_(r2g|g2r)(_\d+_heads)?)\.png|maps\.safetensors|i2am\.json|report\.html"
+    r"(demo|generated|reference|summary|[utlh]lam_(r2g|g2r)(_\d+_heads)?)\.png|maps\.safetensors|i2am\.json|report\.html"
 )
 REPORT = "report.html"
 DPI = 150
@@ -35,6 +35,7 @@ def write_results(
     settings: dict[str, Any],
     footer: str | None = None,
     masks: dict[str, Image | None] | None = None,
+    story: Callable[[], Figure] | None = None,
 ) -> None:
     """Writes a run: its images, figures of every level in both directions, maps, and settings with versions.
 
@@ -48,6 +49,7 @@ def write_results(
         settings: JSON values; versions are added.
         footer: a note below every figure.
         masks: ``mask`` and ``reference_mask`` of an interactive report; None: no report is written.
+        story: draws ``demo.png``; None: there is none.
     """
     for name in _written_before(out):
         (out / name).unlink(missing_ok=True)
@@ -59,6 +61,8 @@ def write_results(
         print(error)
         del directions["g2r"]
     figures = {f"{name}.png": draw for name, draw in _figures(maps, generated, reference, directions, footer)}
+    if story is not None:
+        figures = {"demo.png": story, **figures}
     names = [*files, *figures, *([] if masks is None else [REPORT]), "maps.safetensors"]
     document = {
         **settings,
