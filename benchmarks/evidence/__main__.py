@@ -16,11 +16,12 @@ import diffusers
 import torch
 from tqdm import tqdm
 
-from benchmarks.evidence import figures, localise, report, transfer
+from benchmarks.evidence import enlarge, figures, localise, report, transfer
 from benchmarks.evidence.subject import Setting
 from i2am import zoo
 
 PARTS = {name: partial(localise.model, name) for name in zoo.NAMES} | {
+    "enlargement": enlarge.enlargement,
     "faithfulness": transfer.faithfulness,
     "levels": transfer.levels,
     "stereo": localise.stereo,
@@ -62,7 +63,8 @@ def measure(setting: Setting, parts: list[str], state: Path, docs: Path, fresh: 
                 start = time.perf_counter()
                 found = PARTS[part](setting)
                 seconds = time.perf_counter() - start
-                part_of = {"found": found, "seconds": seconds, "samples": setting.batches * setting.batch}
+                count = found.pop("n", setting.batches * setting.batch)
+                part_of = {"found": found, "seconds": seconds, "samples": count}
                 file.write_text(json.dumps(part_of, indent=1), encoding="utf-8")
     stored = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in state.glob("*.json")}
     results = gathered({part: x["found"] for part, x in stored.items()})

@@ -102,11 +102,14 @@ class Run:
         self.name, self.seed, self.mixing, self.out, self.rate = name, seed, mixing, out, rate
         self.kind = "superres" if name == "superres" else "inpainting"
         self.tasks = TOGETHER.get(name, (name,))
-        self.shape = dict(detail=DETAIL) if name == "superres" else dict(fine=True)  # of the model
-        self.pipe: ZooPipeline = build(name, seed, mixing, **self.shape)
+        self.shape: dict[str, object] = dict(detail=DETAIL) if name == "superres" else dict(fine=True)  # of the model
         self.started_from: dict[str, object] | None = None
         if start is not None:
-            self._start(start)
+            weights, self.started_from = read(start)
+            self.mixing, self.shape["fine"] = self.started_from["mixing"], self.started_from.get("fine", False)
+        self.pipe: ZooPipeline = build(name, seed, self.mixing, **self.shape)
+        if start is not None:
+            self._take_over(weights, start)
         self.model = nn.ModuleDict({"unet": self.pipe.unet, "image_encoder": self.pipe.image_encoder}).train()
         self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.optimiser = torch.optim.AdamW(self.model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -127,7 +130,7 @@ class Run:
         skipped = 0.0 if self.started_from is None else STARTED[self.kind]
         self.done = skipped + (1 - skipped) * done
         sample = self._draw(batch)
-        weight = FLOW[0] * max(0.0, 1 - self.done / FLOW[1])
+        weight = FLOW[0] * max(0.0, 1 - done / FLOW[1])
         with self.flow:
             loss = self.loss(sample)
             total = loss + weight * self.flow.loss(sample) if weight > 0 else loss
@@ -231,17 +234,12 @@ class Run:
             for n, p in self.model.named_parameters():
                 p.copy_(weights[n])
 
-    def _start(self, file: Path) -> None:
-        """Take over another run's weights: how it was trained becomes part of this one's facts."""
-        pipe, facts = read(file)
-        if (pipe.unet.config.block_out_channels, facts["mixing"]) != (
-            self.pipe.unet.config.block_out_channels,
-            self.mixing,
-        ):
-            raise SystemExit(f"{file} has another architecture than a new {self.name}")
-        for part in ("unet", "image_encoder"):
-            getattr(self.pipe, part).load_state_dict(getattr(pipe, part).state_dict())
-        self.started_from = facts
+    def _take_over(self, other: ZooPipeline, file: Path) -> None:
+        try:
+            for part in ("unet", "image_encoder"):
+                getattr(self.pipe, part).load_state_dict(getattr(other, part).state_dict())
+        except RuntimeError as error:
+            raise SystemExit(f"{file} has another architecture than a new {self.name}") from error
 
     # -------------------------------------------------------------------------------------------------------- files
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.evidence import __main__ as command
-from benchmarks.evidence import localise, report, subject, transfer
+from benchmarks.evidence import enlarge, localise, report, subject, transfer
 from i2am import zoo
 from i2am.detect import Box
 from i2am.zoo import data
@@ -50,6 +50,49 @@ def test_verdicts_need_intervals_that_are_apart():
 
 
 # ------------------------------------------------------------------------------------------------------- measurements
+
+
+def test_psnr():
+    truth = torch.zeros(2, 3, 8, 8)
+    off = torch.stack([truth[0] + 0.2, truth[1] + 0.02])
+    assert enlarge.psnr(off, truth).tolist() == pytest.approx([20, 40], abs=1e-4)  # 2 is the range
+
+
+def test_fine_power_is_what_is_above_a_quarter_of_the_sampling_rate():
+    x = torch.arange(64.0)
+    slow, fast = (a * torch.cos(2 * torch.pi * f * x).expand(1, 3, 64, 64) for f, a in ((8 / 64, 1.0), (20 / 64, 0.5)))
+    assert enlarge.fine_power(slow).item() < 1e-9
+    assert enlarge.fine_power(fast).item() == pytest.approx(0.5**2 / 2)
+    assert enlarge.fine_power(slow + fast).item() == pytest.approx(0.5**2 / 2)
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert enlarge.fine_power(noise).item() == pytest.approx(1 - torch.pi / 16, abs=0.05)  # outside a disc
+
+
+def test_pieces_are_of_held_out_photographs_as_they_are():
+    found = enlarge.pieces(2)
+    assert found.picture.shape == (6, 3, 128, 128)
+    cat = data.photograph("chelsea.png")
+    windows = cat.unfold(1, 128, 1).unfold(2, 128, 1)  # [3, y, x, 128, 128]
+    assert (windows[:, :, :, 0, 0] == found.picture[0, :, None, None, 0, 0]).all(0).any()
+    assert torch.allclose(found.reference, torch.nn.functional.avg_pool2d(found.picture, 4))
+
+
+def test_enlargements_are_scored_against_bicubic(monkeypatch):
+    """A model that paints the truth plus fine noise: the mean of eight has an eighth of the noise's power."""
+
+    def noisy(pipe, sample, steps, generator):
+        return sample.picture + 0.1 * torch.randn(sample.picture.shape, generator=generator)
+
+    monkeypatch.setattr(enlarge, "paint", noisy)
+    sample = zoo.samples("superres", 2, seed=1)
+    truth = enlarge.fine_power(sample.picture).mean().item()
+    rows = enlarge._scores(None, [sample])
+    assert rows["one sample"]["psnr"][0] == pytest.approx(10 * np.log10(4 / 0.01), abs=0.1)
+    assert rows["mean of 8"]["psnr"][0] - rows["one sample"]["psnr"][0] == pytest.approx(10 * np.log10(8), abs=0.1)
+    assert rows["bicubic"]["gain"] == [0, 0, 0]
+    assert rows["one sample"]["gain"][0] > 3
+    assert rows["one sample"]["fine"][0] == pytest.approx(1 + 0.01 * (1 - np.pi / 16) / truth, rel=0.05)
+    assert rows["bicubic"]["fine"][0] < 0.3
 
 
 def test_masked_error_looks_at_the_object_only():
