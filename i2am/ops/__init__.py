@@ -3,36 +3,42 @@
 ``attention`` is for model authors; ``accumulate`` is what a tracer calls in place of a model's attention. Both go the
 one way: check → token sets become spans → ``streaming`` (torch ops, any device) or the Triton kernels; under
 ``torch.compile`` by way of ``torch.ops.i2am.attention``. ``backend="reference"`` is the float64 twin of
-:mod:`i2am.ops.naive`.
+:mod:`i2am.ops.naive`. Where a gradient is asked for, :mod:`i2am.ops.gradients` calls the same implementations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from i2am.ops import naive, streaming
 from i2am.ops.checks import BACKENDS, check_call, check_sums, runs_eagerly, triton_available
-from i2am.ops.results import AttentionOutput, Sums
+from i2am.ops.readouts import READS, readouts, refuse_undifferentiable, wants_gradient
+from i2am.ops.results import AttentionOutput, Readouts, Sums
 from i2am.ops.tokens import Selector, Span, TokenSet, gather, inverse, on_device
 
 Selection = TokenSet  # its name until 0.1
 
 __all__ = [
     "BACKENDS",
+    "READS",
     "AttentionOutput",
+    "Readouts",
     "Selection",
     "Selector",
     "Sums",
     "TokenSet",
     "accumulate",
     "attention",
+    "readouts",
     "triton_available",
 ]
 
 
+@overload
 def attention(
     q: Tensor,
     k: Tensor,
@@ -43,32 +49,113 @@ def attention(
     queries: Selector = None,
     keys: Selector = None,
     backend: str | None = None,
-) -> AttentionOutput:
+    read: None = None,
+) -> AttentionOutput: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    *,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    queries: Selector = None,
+    keys: Selector = None,
+    backend: str | None = None,
+    read: Sequence[str],
+    regions: Tensor | None = None,
+    key_coordinates: Tensor | None = None,
+    query_coordinates: Tensor | None = None,
+    columns: Selector = None,
+    pairs: Tensor | None = None,
+) -> Readouts: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    *,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    queries: Selector = None,
+    keys: Selector = None,
+    backend: str | None = None,
+    read: Sequence[str] | None = None,
+    regions: Tensor | None = None,
+    key_coordinates: Tensor | None = None,
+    query_coordinates: Tensor | None = None,
+    columns: Selector = None,
+    pairs: Tensor | None = None,
+) -> AttentionOutput | Readouts:
     """Scaled dot-product attention with the bidirectional attribution of I2AM, without the ``Nq × Nk`` tensor.
+
+    Everything that it returns is differentiable in q, k and v, and that in O(N) memory, too.
 
     Args:
         q: ``[B, H, Nq, d]``; any strides whose last is 1. float16, bfloat16, float32 (float64 off the GPU kernels).
         k: ``[B, H, Nk, d]``.
-        v: ``[B, H, Nk, dv]``.
+        v: ``[B, H, Nk, dv]``; with ``read`` also None: then no output is computed.
         scale: multiplies ``Q K^T``; default ``1/sqrt(d)``.
         attn_mask: broadcasts to ``[B, H, Nq, Nk]`` as in ``scaled_dot_product_attention``: bool (True = take part) or
             additive. Masked pairs take part in neither softmax.
         queries: the generated tokens among the queries: slice, bool mask or indices. Default: all.
         keys: the reference tokens among the keys, likewise.
         backend: "triton", "streaming", "reference"; None chooses Triton on a GPU and streaming elsewhere.
+        read: what to read, and nothing else is computed: names of ``i2am.ops.READS``.
+        regions: ``[R, Q]`` or ``[1 | B, R, Q]`` weights over the generated queries, for "sram".
+        key_coordinates: ``[K, c]`` or ``[1 | B, K, c]`` numbers per reference key, for "expected".
+        query_coordinates: ``[Q, c]`` or ``[1 | B, Q, c]`` numbers per generated query, for "landing".
+        columns: a few of the reference keys, for "columns".
+        pairs: ``[M, 2]`` or ``[1 | B, M, 2]`` of (generated query, reference key), for "log_p" and "log_c".
 
     Returns:
-        :class:`AttentionOutput` with ``out, r2g, g2r, mass, row_lse, col_lse``; float32 statistics (float64 from
-        ``backend="reference"``). Not differentiable.
+        :class:`AttentionOutput` with ``out, r2g, g2r, mass, row_lse, col_lse``; with ``read``, :class:`Readouts`.
+        Statistics are float32; float64 from ``backend="reference"`` and for float64 inputs with ``read`` or gradients.
 
     Raises:
         ValueError: rank, shape, dtype, device, stride, mask or selector does not fit; the message says which.
+        NotImplementedError: a derivative is asked for that is not given: forward mode, or of anything but q, k and v.
     """
+    if read is not None:
+        return readouts(
+            q,
+            k,
+            v,
+            read=read,
+            queries=queries,
+            keys=[keys],
+            scale=scale,
+            attn_mask=attn_mask,
+            regions=regions,
+            key_coordinates=None if key_coordinates is None else [key_coordinates],
+            query_coordinates=query_coordinates,
+            columns=None if columns is None else [columns],
+            pairs=None if pairs is None else [pairs],
+            backend=backend,
+        )[0]
+    for name, x in zip(
+        ("regions", "key_coordinates", "query_coordinates", "columns", "pairs"),
+        (regions, key_coordinates, query_coordinates, columns, pairs),
+        strict=True,
+    ):
+        if x is not None:
+            raise ValueError(f"{name}= is given, but read= names nothing that needs it")
+    if v is None:
+        raise ValueError("v is None: attention without an output needs read=, the names of what to read")
     scale, mask, backend = check_call(q, k, v, scale, attn_mask, backend)
     Q, K = TokenSet.of(queries, q.shape[2], "queries"), TokenSet.of(keys, k.shape[2], "keys")
     if backend == "reference":
         truth = naive.attention(q, k, v, scale=scale, mask=mask, queries=Q.index, keys=K.index)
         return truth._replace(out=truth.out.to(q.dtype))
+    refuse_undifferentiable(q, k, v, attn_mask)
+    if wants_gradient(q, k, v):
+        asked = ("r2g", "g2r", "col_lse") if K.count == k.shape[2] else ("r2g", "g2r", "col_lse", "mass")
+        (one,) = readouts(q, k, v, read=asked, queries=Q, keys=[K], scale=scale, attn_mask=attn_mask, backend=backend)
+        assert one.out is not None  # there are values
+        return AttentionOutput(one.out, *(getattr(one, name) for name in AttentionOutput._fields[1:]))
     B, H = q.shape[:2]
     sums = Sums(
         r2g=_zeros(q, B, H, Q.count),
@@ -107,7 +194,14 @@ def accumulate(
 
     Raises:
         ValueError: as :func:`attention`; also when the sums do not fit. Nothing has been added then.
+        NotImplementedError: autograd records and q, k or v requires a gradient, or carries a forward-mode tangent.
     """
+    if wants_gradient(q, k, v):
+        raise NotImplementedError(
+            "running sums carry no gradient, and q, k or v requires one: call accumulate() under torch.no_grad(), or "
+            "i2am.attention(..., read=) for read-outs with gradients"
+        )
+    refuse_undifferentiable(q, k, v, attn_mask)
     scale, mask, backend = check_call(q, k, v, scale, attn_mask, backend)
     Q = TokenSet.of(queries, q.shape[2], "queries")
     Ks = [TokenSet.of(selector, k.shape[2], "keys") for selector in keys]

@@ -1,4 +1,4 @@
-"""Read-outs of one attention call, each a vector per query or key, with gradients: what ``attention(..., read=)`` gives.
+"""Read-outs of one attention call, vectors per query or key, with gradients: what ``attention(..., read=)`` gives.
 
 The front door of :mod:`i2am.ops.gradients`: selectors and coordinates are read, what has no gradient is refused, token
 sets with gaps are brought together. ``backend="reference"`` is the float64 twin, by plain autograd.
@@ -15,6 +15,9 @@ from torch.autograd import forward_ad
 
 from i2am.ops import gradients, naive
 from i2am.ops.checks import check_call
+from i2am.ops.forward import READS as STREAMED
+from i2am.ops.forward import Outputs
+from i2am.ops.results import Readouts
 from i2am.ops.tokens import Selector, TokenSet, gather, inverse, on_device
 
 READS = ("r2g", "g2r", "mass", "col_lse", "sram", "expected", "landing", "entropy", "columns", "log_p", "log_c")
@@ -26,44 +29,6 @@ NEEDS = {  # which argument a read-out needs
     "log_p": "pairs",
     "log_c": "pairs",
 }
-
-
-class Readouts(NamedTuple):
-    """What was read of one attention call about one reference; None where it was not asked for.
-
-    ``Q`` generated queries, ``K`` reference keys, P the softmax over all keys, C the one over the generated queries.
-    Statistics are float32; float64 for float64 inputs and from ``backend="reference"``.
-
-    Attributes:
-        out: ``[B, H, Nq, dv]`` attention output, in the dtype of the query; None without values.
-        row_lse: ``[B, H, Nq]`` natural log-sum-exp over all keys.
-        col_lse: ``[B, H, K]`` natural log-sum-exp over the generated queries.
-        r2g: ``[B, H, Q]`` mean over the reference keys of C.
-        g2r: ``[B, H, K]`` mean over the generated queries of P.
-        mass: ``[B, H, Q]`` ``Σ_j P`` over the reference keys; 1 (without a gradient) where these are all keys.
-        sram: ``[B, H, R, K]`` ``Σ_i w_i P`` per region w.
-        expected: ``[B, H, Q, c]`` ``Σ_j P x_j`` over the reference keys at coordinates x: where in the reference a query
-            looks, times its ``mass``.
-        landing: ``[B, H, K, c]`` ``Σ_i C y_i`` for queries at coordinates y: where in the picture a key went.
-        entropy: ``[B, H, Q]`` ``−Σ_j P ln P`` over all keys, in nats.
-        columns: ``[B, H, Q, n]`` P of a few reference keys.
-        log_p: ``[B, H, M]`` ``ln P_ij`` of pairs (i, j).
-        log_c: ``[B, H, M]`` ``ln C_ij`` of pairs (i, j).
-    """
-
-    out: Tensor | None
-    row_lse: Tensor
-    col_lse: Tensor | None = None
-    r2g: Tensor | None = None
-    g2r: Tensor | None = None
-    mass: Tensor | None = None
-    sram: Tensor | None = None
-    expected: Tensor | None = None
-    landing: Tensor | None = None
-    entropy: Tensor | None = None
-    columns: Tensor | None = None
-    log_p: Tensor | None = None
-    log_c: Tensor | None = None
 
 
 class _Asked(NamedTuple):
@@ -166,7 +131,7 @@ def refuse_undifferentiable(q: Tensor, k: Tensor, v: Tensor | None, mask: Tensor
     if forward_ad._current_level < 0:
         return
     for name, x in (("q", q), ("k", k), ("v", v), ("attn_mask", mask)):
-        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
             raise NotImplementedError(
                 f"{name} carries a forward-mode tangent (torch.func.jvp, jacfwd, forward_ad), and i2am's attention has "
                 "reverse-mode gradients only: use backward(), torch.func.vjp or jacrev, or backend='reference'"
@@ -273,10 +238,13 @@ def _streamed(q: Tensor, k: Tensor, v: Tensor | None, asked: _Asked, backend: st
         k, v = k[:, :, order], None if v is None else v[:, :, order]
         mask = None if mask is None else mask[..., order]
     first, last = min(a for a, _ in spans), max(b for _, b in spans)
-    wanted = [name for name in gradients.READS if name in asked.read]
+    wanted = [name for name in STREAMED if name in asked.read]
+    everything = spans == [(0, k.shape[2])]
+    if everything and "mass" in wanted:
+        wanted.remove("mass")
     if "log_c" in asked.read and "col_lse" not in wanted:
         wanted.append("col_lse")
-    got = gradients.Outputs(
+    got = Outputs(
         *gradients.attention_maps(
             q,
             k,
@@ -302,12 +270,14 @@ def _streamed(q: Tensor, k: Tensor, v: Tensor | None, asked: _Asked, backend: st
             col_lse=got.col_lse[..., at] if "col_lse" in wanted else None,
             r2g=got.r2g[n] if "r2g" in asked.read else None,
             g2r=got.g2r[..., at] if "g2r" in asked.read else None,
-            mass=got.mass[n] if "mass" in asked.read else None,
+            mass=got.mass[n] if "mass" in wanted else None,
             sram=got.sram[..., at] if "sram" in asked.read else None,
             expected=got.expected[n] if "expected" in asked.read else None,
             landing=got.landing[:, :, at] if "landing" in asked.read else None,
             entropy=got.entropy if "entropy" in asked.read else None,
         )
+        if everything and "mass" in asked.read:  # 1, and 0 where a row is fully masked
+            one = one._replace(mass=(~got.row_lse.detach()[:, :, generated].isneginf()).to(got.row_lse.dtype))
         between = None if mask is None else mask[:, :, generated, few]
         one = _with_few(one, q[:, :, generated], k[:, :, few], between, one.row_lse[:, :, generated], asked, n)
         found.append(one if "col_lse" in asked.read else one._replace(col_lse=None))
@@ -386,9 +356,7 @@ def _naive(q: Tensor, k: Tensor, v: Tensor | None, asked: _Asked) -> list[Readou
     """Read by definition, in float64, from materialised probabilities."""
     found = []
     for n, K in enumerate(asked.keys):
-        p = naive.probabilities(
-            q, k, scale=asked.scale, mask=asked.mask, queries=asked.queries.index, keys=K.index
-        )
+        p = naive.probabilities(q, k, scale=asked.scale, mask=asked.mask, queries=asked.queries.index, keys=K.index)
         rows = p.rows[:, :, asked.queries.index]  # [B, H, Q, Nk]
         spent = rows[..., K.index]  # [B, H, Q, K]
         one = Readouts(None if v is None else (p.rows @ v.double()).to(q.dtype), p.row_lse, p.col_lse)

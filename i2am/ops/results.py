@@ -30,6 +30,44 @@ class AttentionOutput(NamedTuple):
     col_lse: Tensor
 
 
+class Readouts(NamedTuple):
+    """What was read of one attention call about one reference; None where it was not asked for.
+
+    ``Q`` generated queries, ``K`` reference keys, P the softmax over all keys, C the one over the generated queries.
+    Statistics are float32; float64 for float64 inputs and from ``backend="reference"``.
+
+    Attributes:
+        out: ``[B, H, Nq, dv]`` attention output, in the dtype of the query; None without values.
+        row_lse: ``[B, H, Nq]`` natural log-sum-exp over all keys.
+        col_lse: ``[B, H, K]`` natural log-sum-exp over the generated queries.
+        r2g: ``[B, H, Q]`` mean over the reference keys of C.
+        g2r: ``[B, H, K]`` mean over the generated queries of P.
+        mass: ``[B, H, Q]`` ``Σ_j P`` over the reference keys; 1 (without a gradient) where these are all keys.
+        sram: ``[B, H, R, K]`` ``Σ_i w_i P`` per region w.
+        expected: ``[B, H, Q, c]`` ``Σ_j P x_j`` over the reference keys at coordinates x: where in the reference a
+            query looks, times its ``mass``.
+        landing: ``[B, H, K, c]`` ``Σ_i C y_i`` for queries at coordinates y: where in the picture a key went.
+        entropy: ``[B, H, Q]`` ``−Σ_j P ln P`` over all keys, in nats.
+        columns: ``[B, H, Q, n]`` P of a few reference keys.
+        log_p: ``[B, H, M]`` ``ln P_ij`` of pairs (i, j).
+        log_c: ``[B, H, M]`` ``ln C_ij`` of pairs (i, j).
+    """
+
+    out: Tensor | None
+    row_lse: Tensor
+    col_lse: Tensor | None = None
+    r2g: Tensor | None = None
+    g2r: Tensor | None = None
+    mass: Tensor | None = None
+    sram: Tensor | None = None
+    expected: Tensor | None = None
+    landing: Tensor | None = None
+    entropy: Tensor | None = None
+    columns: Tensor | None = None
+    log_p: Tensor | None = None
+    log_c: Tensor | None = None
+
+
 class Sums(NamedTuple):
     """Running sums of one reference, added into in place; float32, last stride 1.
 
