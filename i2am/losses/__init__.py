@@ -149,9 +149,9 @@ def variation(
 def matches(log_p: Tensor, log_c: Tensor | None = None, *, weight: Tensor | None = None) -> Tensor:
     """Raise the probability of known matches: cross entropy of pairs (query, key).
 
-    ``−mean_m w_m ln P(m)``: one-sided, as SIFT-VTON (2026, arXiv 2605.01296) and CORAL (2026, arXiv
-    2602.17636) supervise attention with another detector's matches. With ``log_c`` the dual softmax of LoFTR (Sun et al., CVPR 2021, arXiv 2104.00680):
-    ``−mean_m w_m ln (P(m) C(m))``.
+    ``−mean_m w_m ln P(m)``: one-sided, as SIFT-VTON (2026, arXiv 2605.01296) and CORAL (2026, arXiv 2602.17636)
+    supervise attention with another detector's matches. With ``log_c`` the dual softmax of LoFTR (Sun et al., CVPR
+    2021, arXiv 2104.00680): ``−mean_m w_m ln (P(m) C(m))``.
 
     Args:
         log_p: ``[B, H, M]`` read-out of ``pairs``.

@@ -92,11 +92,14 @@ def forward(
     reads: Sequence[str],
     backend: str,
 ) -> Outputs:
-    """Return what ``reads`` names, and ``out`` and ``row_lse``. Shapes: :class:`Outputs`, :func:`attention_maps`."""
+    """Return what ``reads`` names, and ``out`` and ``row_lse``; no two share memory.
+
+    Shapes: :class:`Outputs`, and :func:`i2am.ops.gradients.attention_maps` for the arguments.
+    """
     B, H = q.shape[:2]
     dtype = sweeps.statistic(q.dtype)
-    none, fused = q.new_empty(0, dtype=dtype), bool(BASE & set(reads))
-    asked = Outputs(q.new_empty(0), none, none, none, none, none, none, none, none, none)
+    fused = bool(BASE & set(reads))
+    asked = Outputs(q.new_empty(0), *(q.new_empty(0, dtype=dtype) for _ in Outputs._fields[1:]))
     if fused and dtype == torch.float32:
         asked = _fused(q, k, v, mask, regions, setting, reads, backend, asked)
         v = None
@@ -112,12 +115,13 @@ def forward(
         )
         asked = _split(wide, v, x, setting, reads, asked)
         asked = asked._replace(row_lse=row_lse if asked.row_lse.numel() == 0 else asked.row_lse)
-        asked = asked._replace(entropy=none if entropy is None else entropy[:, :, setting.generated].contiguous())
+        if entropy is not None:
+            asked = asked._replace(entropy=entropy[:, :, setting.generated].clone())
     if "landing" in reads or ((fused or "col_lse" in reads) and asked.col_lse.numel() == 0):
         values = q.new_empty(B, H, setting.queries[1] - setting.queries[0], 0, dtype=dtype)
         values = values if y is None else y.to(dtype).unsqueeze(1).expand(B, H, -1, -1)
         landing, col_lse, _ = sweeps.attend(values=values, **setting.exchanged(q, k, mask))
-        asked = asked._replace(landing=none if y is None else landing.contiguous())
+        asked = asked if y is None else asked._replace(landing=landing.clone(memory_format=torch.contiguous_format))
         asked = asked._replace(col_lse=col_lse if asked.col_lse.numel() == 0 else asked.col_lse)
     return asked if asked.r2g.numel() or not fused else _crossed(q, k, mask, regions, setting, asked)
 
@@ -140,8 +144,14 @@ def _crossed(
     _, r2g = sweeps.weigh(lse=asked.col_lse, weights=shares, **setting.exchanged(q, k, mask))
     if spent is None or r2g is None:
         raise AssertionError("weigh was given weights")
-    asked = asked._replace(r2g=r2g.permute(3, 0, 1, 2).contiguous(), g2r=spent[..., 0].contiguous())
-    return asked if regions is None else asked._replace(sram=spent[..., 1:].transpose(2, 3).contiguous())
+    asked = asked._replace(
+        r2g=r2g.permute(3, 0, 1, 2).clone(memory_format=torch.contiguous_format), g2r=spent[..., 0].clone()
+    )
+    return (
+        asked
+        if regions is None
+        else asked._replace(sram=spent[..., 1:].transpose(2, 3).clone(memory_format=torch.contiguous_format))
+    )
 
 
 def _fused(
@@ -229,9 +239,14 @@ def _split(
     wide = wide[:, :, setting.generated]
     if x is not None:
         places = wide[..., at : at + n * x.shape[2]].reshape(*wide.shape[:3], n, x.shape[2])  # [B, H, Q, n, c]
-        asked, at = asked._replace(expected=places.permute(3, 0, 1, 2, 4).contiguous()), at + n * x.shape[2]
+        asked, at = (
+            asked._replace(expected=places.permute(3, 0, 1, 2, 4).clone(memory_format=torch.contiguous_format)),
+            at + n * x.shape[2],
+        )
     if "mass" in reads and asked.mass.numel() == 0:
-        asked = asked._replace(mass=wide[..., at : at + n].permute(3, 0, 1, 2).contiguous())
+        asked = asked._replace(
+            mass=wide[..., at : at + n].permute(3, 0, 1, 2).clone(memory_format=torch.contiguous_format)
+        )
     return asked
 
 

@@ -62,7 +62,8 @@ def attention_maps(
         reads: names of :data:`READS`, with commas between (custom ops take no list of strings).
         backend: of the fused op.
     """
-    return forward(q, k, v, mask, regions, x, y, Setting.of(scale, queries, keys), reads.split(","), backend)
+    with torch.autocast(q.device.type, enabled=False):  # the model's own autocast must not reach the statistics
+        return forward(q, k, v, mask, regions, x, y, Setting.of(scale, queries, keys), reads.split(","), backend)
 
 
 @attention_maps.register_fake
@@ -108,7 +109,7 @@ def attention_maps_backward(
     """Return the gradients of q, k and v (empty without v). ``kept`` and ``grads`` in the order of :class:`Outputs`."""
     setting = Setting.of(scale, queries, keys)
     named = dict(zip(Outputs._fields, grads, strict=True))
-    with torch.autocast(q.device.type, enabled=False):  # the model's own autocast must not reach the statistics
+    with torch.autocast(q.device.type, enabled=False):
         dq, dk, dv = backward(q, k, v, mask, regions, x, y, Outputs(*kept), named, setting)
     return dq.contiguous(), dk.contiguous(), q.new_empty(0) if dv is None else dv.contiguous()
 

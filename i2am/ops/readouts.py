@@ -128,13 +128,20 @@ def refuse_undifferentiable(q: Tensor, k: Tensor, v: Tensor | None, mask: Tensor
         NotImplementedError: a tensor carries a forward-mode tangent, or the mask requires a gradient.
     """
     _refuse_gradient("attn_mask", mask)
-    if forward_ad._current_level < 0:
+    if torch.compiler.is_compiling():  # its graphs hold neither tangents nor wrapped tensors
         return
     for name, x in (("q", q), ("k", k), ("v", v), ("attn_mask", mask)):
-        if x is not None and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        if x is None:
+            continue
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
             raise NotImplementedError(
                 f"{name} carries a forward-mode tangent (torch.func.jvp, jacfwd, forward_ad), and i2am's attention has "
-                "reverse-mode gradients only: use backward(), torch.func.vjp or jacrev, or backend='reference'"
+                "reverse-mode gradients only: use backward() or torch.autograd.grad, or backend='reference'"
+            )
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            raise NotImplementedError(
+                f"{name} is inside torch.func (grad, vjp, jacrev, vmap), for which i2am's attention has no rule: use "
+                "backward() or torch.autograd.grad, or backend='reference'"
             )
 
 

@@ -201,15 +201,8 @@ def test_compile_keeps_one_graph(backend):
         torch.testing.assert_close(a, b)
 
 
-def test_gradients_are_refused_not_wrong():
-    q, k, v = qkv()
-    out = i2am.attention(q.requires_grad_(), k, v).out
-    with pytest.raises(RuntimeError, match=r"autograd|does not require grad"):
-        out.sum().backward()
-
-
 def test_eager_calls_pass_the_custom_op_by(monkeypatch):
-    """It costs more than cross-attention does on a GPU; who compiles, fakes, watches or differentiates needs it."""
+    """It costs more than cross-attention does on a GPU; who compiles, fakes or watches needs it."""
     called = []
 
     def custom_op(*args):
@@ -226,8 +219,7 @@ def test_eager_calls_pass_the_custom_op_by(monkeypatch):
 
     assert not by_op(q, k, v)
     trained = torch.nn.Parameter(k)
-    assert by_op(q, trained, v)
-    assert by_op(q, k, v, attn_mask=torch.zeros(10, 7, requires_grad=True))
+    assert not by_op(q, trained, v)  # the differentiable op, which has tests of its own
     with torch.no_grad():
         assert not by_op(q, trained, v)
     with torch.utils.flop_counter.FlopCounterMode(display=False):
