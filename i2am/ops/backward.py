@@ -228,7 +228,7 @@ def _joined(rows: _Side, columns: _Side, kept: Outputs, setting: Setting) -> _Si
     """Return both parts as P's: ``C ∘ (…) = P ∘ u wᵀ ∘ (…)``."""
     Nq, Nk = rows.left.shape[2], rows.right.shape[2]
     u, w = _factors(kept, setting)  # [B, H, Q, 1], [B, H, hull, 1]
-    over_queries = torch.cat([columns.right, -torch.ones_like(columns.right[..., :1])], 3) * u
+    over_queries = torch.cat([columns.right, -torch.ones_like(u)], 3) * u
     over_keys = torch.cat([columns.left, columns.delta.unsqueeze(3)], 3) * w
     return rows._replace(
         left=torch.cat([rows.left, setting.among_queries(over_queries, Nq)], 3),

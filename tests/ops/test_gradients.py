@@ -119,6 +119,15 @@ def test_every_readout(kind, mask):
     compare(*problem(kind=kind, mask=mask), "streaming", 1e-5)
 
 
+@pytest.mark.parametrize("read", [("log_p", "log_c"), ("col_lse", "mass"), ("expected", "landing"), ("r2g", "g2r")])
+def test_two_sides_alone(read):
+    """One read-out of each softmax: sides of the least width, which are one product."""
+    tensors, keywords = problem()
+    needs = dict(log_p=["pairs"], expected=["key_coordinates", "query_coordinates"]).get(read[0], [])
+    keywords = {name: x for name, x in keywords.items() if name in ("queries", "keys", *needs)}
+    compare(tensors, keywords, "streaming", 1e-5, read=read)
+
+
 @pytest.mark.parametrize("peak", [20, 40, 80])
 @pytest.mark.parametrize("mask", [None, "bool"])
 def test_large_logits(peak, mask):
