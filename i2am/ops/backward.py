@@ -10,13 +10,13 @@ from torch import Tensor
 from i2am.ops import sweeps
 from i2am.ops.forward import Outputs, Setting, forward, query_weights
 
-OWN = ("mass", "expected", "landing", "entropy")  # what is taken from the forward, besides out and col_lse
+OWN = ("mass", "expected", "landing")  # what is taken from the forward, besides out and col_lse
 REACH = {torch.float32: 60.0, torch.float64: 500.0}  # max L − min M (nats) up to which both sides are one
 LARGE = 20.0  # nats: from here on the rounding of float32 logits would cost the gradient more than 1e-5
 
 
 class _Side(NamedTuple):
-    """One softmax's part of the gradient: ``dS = P ∘ (left rightᵀ + surprise ln P − delta)``."""
+    """One softmax's part of the gradient: what :func:`i2am.ops.sweeps.backward` takes."""
 
     left: Tensor  # [B, H, rows, w]
     right: Tensor  # [B, H, columns, w]
@@ -186,8 +186,6 @@ def _row_side(
     if values is not None and spent is not None:
         generated.append((query_weights(regions, setting, like=like)[..., : values.shape[3]], values))
         own += spent
-    if dentropy is not None:
-        own += dentropy * kept.entropy
     for over_queries, over_keys in generated:
         left.append(setting.among_queries(over_queries, Nq).expand(B, H, -1, -1))
         right.append(setting.among_keys(over_keys, Nk).expand(B, H, -1, -1))

@@ -20,6 +20,7 @@ from i2am.ops import flash
 
 CPU_TILE, GPU_TILE = 1 << 20, 1 << 24  # elements: what stays in a CPU's caches; what keeps a GPU busy
 LOG2E = math.log2(math.e)  # torch's exp2 is 4× as fast as its exp on x86
+TINY = 1e-30  # below any row sum that is not 0
 IMPOSSIBLE = -1e4  # ln p of a pair that is masked: p ln p is 0 there, and must not be 0 · inf
 
 
@@ -108,7 +109,9 @@ def backward(
     outputs: int = 0,
     surprise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``dq``, ``dk`` and ``dv`` of ``dS = P ∘ (left rightᵀ + surprise ln P − delta)``.
+    """Return ``dq``, ``dk`` and ``dv`` of ``dS = P ∘ (left rightᵀ − delta + surprise (ln P − mean of ln P under P))``.
+
+    The mean is taken here and not from the entropy: where P is nearly uniform, the difference is small.
 
     Args:
         q, k, lse, scale, mask: as in :func:`weigh`.
@@ -139,6 +142,7 @@ def backward(
                 dv[at].add_(torch.bmm(p.transpose(1, 2), l[..., :outputs]))
             ds = torch.bmm(l, r.transpose(1, 2))  # [G, R, Nk]
             if below is not None and surprise is not None:
+                below.sub_((below * p).sum(2, keepdim=True) / p.sum(2, keepdim=True).clamp_min_(TINY))
                 ds.addcmul_(below, surprise[at][:, rows].unsqueeze(2))
             ds.mul_(p)
             dq[at][:, rows] = torch.bmm(ds, plain)

@@ -33,7 +33,7 @@ def problem(B=2, H=2, Nq=19, Nk=17, d=8, dv=None, peak=None, dtype=torch.float32
     full = (B, H, Nq, Nk)
     if mask == "bool":
         allowed = torch.rand(full, generator=g) > 0.3
-        allowed[0, 0, 3], allowed[:, 1, :, 2] = False, False  # a row and a column of which nothing is left
+        allowed[0, 0, 3], allowed[:, -1, :, 2] = False, False  # a row and a column of which nothing is left
         mask = allowed
     elif mask == "padding":
         mask = (torch.arange(Nk) < Nk - 3).expand(B, 1, 1, Nk)
@@ -192,7 +192,7 @@ def test_triton(kind):
     compare(*problem(kind=kind, d=16, B=1), "triton", 1e-5)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.fixed_dictionaries(
         dict(
