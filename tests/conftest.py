@@ -11,6 +11,10 @@ if not torch.cuda.is_available():
 import pytest
 
 from tests import support_table as support
+from tests.helpers import older_versions
+
+if older_versions.OLDER:
+    older_versions.stand_in_for_missing_classes()
 
 POISONED = ("empty", "empty_like", "empty_strided")
 
@@ -50,6 +54,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except ImportError as error:
+        if older_versions.OLDER:
+            older_versions.skip_if_older(error)
+        raise
 
 
 @pytest.hookimpl(optionalhook=True)
