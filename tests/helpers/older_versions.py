@@ -38,7 +38,7 @@ def stand_in_for_missing_classes() -> None:
     lazy = type(diffusers)
     found = lazy.__getattr__
 
-    def __getattr__(module, name):  # noqa: N807
+    def __getattr__(module, name):
         try:
             return found(module, name)
         except AttributeError:
