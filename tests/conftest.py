@@ -56,14 +56,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
+def _skipping_what_is_missing(item):
     try:
         return (yield)
     except ImportError as error:
         if older_versions.OLDER:
             older_versions.skip_if_older(error)
         raise
+
+
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(_skipping_what_is_missing)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(_skipping_what_is_missing)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -13,7 +13,7 @@ import pytest
 from packaging.version import Version
 
 PINS = Path(__file__).parents[2] / "constraints.txt"
-PINNED = re.search(r"^diffusers==(\S+)", PINS.read_text(encoding="utf-8"), re.MULTILINE)[1]
+PINNED = re.search(r"^diffusers==([\d.]+)", PINS.read_text(encoding="utf-8"), re.MULTILINE)[1]
 OLDER = Version(diffusers.__version__) < Version(PINNED)
 
 
