@@ -22,7 +22,9 @@ POISONED = ("empty", "empty_like", "empty_strided")
 def _poisoned(create):
     def wrapper(*args, **kwargs):
         x = create(*args, **kwargs)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
+        if x.is_floating_point():
+            x.detach().fill_(float("nan"))
+        return x
 
     return wrapper
 

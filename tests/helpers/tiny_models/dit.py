@@ -132,7 +132,7 @@ def qwen(pipeline=QwenImageEditPipeline):
         num_attention_heads=2,
         joint_attention_dim=TEXT,
         axes_dims_rope=(4, 6, 6),
-        zero_cond_t=pipeline is QwenImageEditPlusPipeline,
+        **({"zero_cond_t": True} if pipeline is QwenImageEditPlusPipeline else {}),
     ).eval()
     vae = AutoencoderKLQwenImage(
         base_dim=8,

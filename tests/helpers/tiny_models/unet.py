@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
@@ -109,7 +114,13 @@ def text(kind=CLIPTextModel):
 def tokenizer() -> CLIPTokenizer:
     vocab = {chr(97 + i) + end: 2 * i + bool(end) for i in range(26) for end in ("", "</w>")}
     vocab |= {"<|startoftext|>": 62, "<|endoftext|>": 63}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    with tempfile.TemporaryDirectory() as folder:  # transformers 4 reads files
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        for path, text in zip(files, (json.dumps(vocab), "#version: 0.2\n"), strict=True):
+            path.write_text(text, encoding="utf-8")
+        return CLIPTokenizer(*map(str, files), model_max_length=77)
 
 
 def image(size=(32, 32), seed: int = 0) -> Image.Image:
