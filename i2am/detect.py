@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from i2am._images import as_array, is_pil
 
 BORDER = 2
 FLOOR = 1e-4  # of a map's maximum: smaller values are taken for it before their logarithm
@@ -21,7 +23,7 @@ class Box(NamedTuple):
     right: int
 
     def iou(self, other: Box) -> float:
-        """Intersection over union, in [0, 1]."""
+        """Return intersection over union, in [0, 1]."""
         height = min(self.bottom, other[2]) - max(self.top, other[0])
         width = min(self.right, other[3]) - max(self.left, other[1])
         shared = max(height, 0) * max(width, 0)
@@ -30,9 +32,9 @@ class Box(NamedTuple):
 
 
 def detect_box(
-    map: Tensor, *, size: tuple[int, int] | None = None, threshold: float | str = "otsu", smallest: float = 0.01
-) -> Box | None:
-    """The box of the region that the reference influenced most.
+    map: Any, *, size: tuple[int, int] | None = None, threshold: float | str = "otsu", smallest: float = 0.01
+) -> Box | list[Box | None] | None:
+    """Find the box of the region that the reference influenced most.
 
     The map (an R2G map as a rule) is thresholded; a border of 2 pixels and components smaller than ``smallest`` go, an
     opening smooths what is left, and the largest component's box is the answer.
@@ -42,23 +44,33 @@ def detect_box(
     threshold finds the valley between outside and inside (docs/evidence.md compares both).
 
     Args:
-        map: ``[h, w]``; not negative for "otsu".
+        map: a tensor or array ``[h, w]``, or a batch ``[B, h, w]``; not negative for "otsu".
         size: ``(height, width)`` to resize to first (bicubic), so that the box is in image pixels. None: as it is.
         threshold: "otsu": of the map's logarithms, where the variance between both sides is largest (Otsu, IEEE Trans.
             SMC 1979); or a share of the min-max normalised map, in (0, 1), as the authors' script has it.
         smallest: area of the smallest component that counts, as a share of the map.
 
     Returns:
-        a :class:`Box` in pixels of ``size``, or None where nothing stands out (a constant map, or nothing survives).
+        a :class:`Box` in pixels of ``size``, or None where nothing stands out (a constant map, or nothing survives);
+        of a batch a list of these.
 
     Raises:
-        ValueError: not one finite map, a negative one under "otsu", or a threshold that is neither this nor in (0, 1).
+        ValueError: not finite maps, a negative one under "otsu", or a threshold that is neither this nor in (0, 1).
     """
+    x = None if is_pil(map) else as_array(map)
+    if x is None or x.ndim not in (2, 3) or not x.size or not np.isfinite(x).all():
+        shape = type(map).__name__ if x is None else f"shape {x.shape}"
+        broken = "" if x is None or np.isfinite(x).all() else ", with values that are NaN or infinite"
+        raise ValueError(f"detect_box takes finite maps, [h, w] or [B, h, w], got {shape}{broken}")
+    maps = torch.from_numpy(x.astype(np.float64)).reshape(-1, *x.shape[-2:])
+    boxes = [_box_of_one(one, size, threshold, smallest) for one in maps]
+    return boxes[0] if x.ndim == 2 else boxes
+
+
+def _box_of_one(x: Tensor, size: tuple[int, int] | None, threshold: float | str, smallest: float) -> Box | None:
+    """Find the box in one map ``[h, w]`` float64."""
     from scipy import ndimage
 
-    x = torch.as_tensor(map).detach().cpu().double()
-    if x.ndim != 2 or not x.isfinite().all():
-        raise ValueError(f"detect_box takes one finite map [h, w], got shape {tuple(x.shape)}")
     if threshold == "otsu":
         if x.min() < 0:
             raise ValueError(f'threshold="otsu" takes logarithms, but the map has {x.min():g}: pass a share in (0, 1)')
@@ -84,7 +96,7 @@ def detect_box(
 
 
 def otsu(values: np.ndarray) -> float:
-    """The threshold between the two groups of values whose means differ most, weighted by their sizes (exact)."""
+    """Return the threshold between the two groups of values whose means differ most, weighted by size (exact)."""
     x = np.sort(values, axis=None)
     below = np.arange(1, x.size)
     sums = np.cumsum(x)

@@ -1,27 +1,34 @@
 """Scores of attribution maps: against masks, against true correspondences, and against the model itself.
 
-Everything is computed in float64. "map" arguments are ``[h, w]`` or ``[B, h, w]`` of any scale unless a function says
-otherwise, and masks belong to the picture that the map lies on.
+Everything is computed in float64. "map" arguments are tensors or arrays ``[h, w]`` or ``[B, h, w]`` of any scale and
+dtype unless a function says otherwise. Masks belong to the picture that the map lies on: a PIL image, or a tensor or
+array ``[H, W]``, ``[H, W, 1]`` or a batch. Bool and floats are 0…1, integers 0 and 1 or the range of their 8 or 16
+bits. Masks whose values have no known meaning (labels, colours, transparency) are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from i2am._images import as_array, is_pil, read_mask
+
 if TYPE_CHECKING:
     from i2am.detect import Box
 
+MapLike = Any  # a tensor or array [h, w] or [B, h, w]
+MaskLike = Any  # a PIL image, a tensor or an array [H, W] or [B, H, W]
 OUTSIDE_WEIGHT = 3.0
 THRESHOLD = 0.4
 
 
-def imacs(map: Tensor, mask: Tensor, *, complement: bool = False, premultiply: bool = False) -> Tensor:
+def imacs(map: MapLike, mask: MaskLike, *, complement: bool = False, premultiply: bool = False) -> Tensor:
     """IMACS: how well a map keeps to a mask (Park & Jang, ICLR 2025, section 3.4).
 
     The map is min-max normalised, resized to the mask (bicubic), normalised again, and values up to 0.4 are set to 0:
@@ -30,8 +37,8 @@ def imacs(map: Tensor, mask: Tensor, *, complement: bool = False, premultiply: b
 
     Args:
         map: ``[h, w]`` or ``[B, h, w]``, any scale. A constant map scores 0.
-        mask: ``[H, W]`` or ``[B, H, W]``, values in [0, 1]; soft values are weights. Where it is 1 everywhere, the
-            outside term is 0.
+        mask: ``[H, W]`` or ``[B, H, W]``, a PIL image, tensor or array, 0…1 by its kind; soft values are weights. Where
+            it is 1 everywhere, the outside term is 0.
         complement: score ``max − map`` instead, as the authors' published script does for R2G.
         premultiply: multiply the resized map by the mask first, as that script does for G2R; the outside term is
             then 0.
@@ -56,7 +63,7 @@ def imacs(map: Tensor, mask: Tensor, *, complement: bool = False, premultiply: b
 # ------------------------------------------------------------------------------------------------------ localisation
 
 
-def mask_iou(map: Tensor, mask: Tensor, threshold: float = THRESHOLD) -> Tensor:
+def mask_iou(map: MapLike, mask: MaskLike, threshold: float = THRESHOLD) -> Tensor:
     """Overlap of the thresholded map with a mask, intersection over union.
 
     The map is resized to the mask (bicubic) and min-max normalised; what exceeds ``threshold`` counts, as do mask
@@ -76,7 +83,7 @@ def mask_iou(map: Tensor, mask: Tensor, threshold: float = THRESHOLD) -> Tensor:
     return _unbatched(_overlap(hot, inside), single)
 
 
-def mean_iou(map: Tensor, mask: Tensor, threshold: float = THRESHOLD) -> Tensor:
+def mean_iou(map: MapLike, mask: MaskLike, threshold: float = THRESHOLD) -> Tensor:
     """mIoU over the two classes, inside and outside: the mean of both :func:`mask_iou`.
 
     A map that marks nothing still earns the outside's share, so read it beside that. A mask without an outside has
@@ -104,7 +111,7 @@ def box_iou(found: Sequence[Box | None], truth: Sequence[Box]) -> Tensor:
     )
 
 
-def pointing_game(map: Tensor, mask: Tensor, tolerance: int = 0) -> Tensor:
+def pointing_game(map: MapLike, mask: MaskLike, tolerance: int = 0) -> Tensor:
     """1 where the map's maximum lies on the object, else 0 (Zhang et al., "Top-down neural attention", IJCV 2018).
 
     Several equal maxima share the point: the answer is the part of them that lies on the object, so that a constant
@@ -127,7 +134,7 @@ def pointing_game(map: Tensor, mask: Tensor, tolerance: int = 0) -> Tensor:
     return _unbatched((peak * inside[:, 0]).sum((1, 2)) / peak.sum((1, 2)), single)
 
 
-def contrast(map: Tensor, mask: Tensor) -> Tensor:
+def contrast(map: MapLike, mask: MaskLike) -> Tensor:
     """Mean of the map inside the mask over its mean outside: 1 says nothing, ``inf`` says that nothing is outside.
 
     Args:
@@ -140,8 +147,9 @@ def contrast(map: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: as :func:`imacs`; also a negative map, or a mask without outside.
     """
-    if torch.as_tensor(map).min() < 0:
-        raise ValueError(f"contrast compares means, so the map must not be negative; its minimum is {map.min():g}")
+    low = float(_read_map(map)[0].min())
+    if low < 0:
+        raise ValueError(f"contrast compares means, so the map must not be negative; its minimum is {low:g}")
     a, m, single = _paired(map, mask)
     if ((1 - m).sum((1, 2)) == 0).any():
         raise ValueError("full mask: contrast compares inside with outside, and there is no outside")
@@ -151,7 +159,7 @@ def contrast(map: Tensor, mask: Tensor) -> Tensor:
     return _unbatched(torch.where(inside + outside == 0, 1.0, inside / outside), single)
 
 
-def ranking_auc(map: Tensor, mask: Tensor) -> Tensor:
+def ranking_auc(map: MapLike, mask: MaskLike) -> Tensor:
     """How often a pixel inside the mask outranks one outside: the area under the ROC curve, free of any threshold.
 
     Ties count half, so a constant map scores 0.5.
@@ -296,8 +304,8 @@ def _check_shares(shares: Sequence[float]) -> None:
 # ----------------------------------------------------------------------------------------------------------- helpers
 
 
-def _paired(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Maps on the masks' grid and masks, ``[B, H, W]`` float64, and whether there was only one of each."""
+def _paired(map: MapLike, mask: MaskLike) -> tuple[Tensor, Tensor, bool]:
+    """Return maps on the masks' grid and masks, ``[B, H, W]`` float64, and whether there was only one of each."""
     a, m, single = _checked(map, mask)
     if a.shape[-2:] != m.shape[-2:]:
         flat = a.amax((1, 2), keepdim=True) == a.amin((1, 2), keepdim=True)  # resizing would add rounding to it
@@ -306,7 +314,7 @@ def _paired(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, bool]:
     return a.expand(B, -1, -1), m.expand(B, -1, -1), single
 
 
-def _hot(map: Tensor, mask: Tensor, threshold: float) -> tuple[Tensor, Tensor, bool]:
+def _hot(map: MapLike, mask: MaskLike, threshold: float) -> tuple[Tensor, Tensor, bool]:
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must lie in (0, 1), got {threshold}")
     a, m, single = _paired(map, mask)
@@ -322,26 +330,35 @@ def _unbatched(score: Tensor, single: bool) -> Tensor:
     return score[0] if single else score
 
 
-def _checked(map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Maps and masks as ``[B, h, w]`` float64, and whether there was only one of each."""
-    map, mask = torch.as_tensor(map), torch.as_tensor(mask)
-    if map.ndim not in (2, 3) or mask.ndim not in (2, 3):
-        raise ValueError(f"map and mask must be [h, w] or [B, h, w], got {tuple(map.shape)} and {tuple(mask.shape)}")
-    single = map.ndim == 2 and mask.ndim == 2
-    a = map.reshape(-1, *map.shape[-2:]).double()
-    m = mask.reshape(-1, *mask.shape[-2:]).double()
+def _checked(map: Any, mask: Any) -> tuple[Tensor, Tensor, bool]:
+    """Return maps and masks as ``[B, h, w]`` float64, and whether there was only one of each."""
+    a, single_map = _read_map(map)
+    m, single_mask = read_mask(mask)
+    m = m.double()
     if len(a) != len(m) and 1 not in (len(a), len(m)):
         raise ValueError(f"{len(a)} maps, but {len(m)} masks")
-    if not a.isfinite().all() or not m.isfinite().all():
-        raise ValueError("map and mask must be finite; a NaN map is a time group in which nothing ran")
-    if m.min() < 0 or m.max() > 1:
-        raise ValueError(f"mask values must lie in [0, 1], got [{m.min():g}, {m.max():g}]")
     if (m.sum((1, 2)) == 0).any():
         raise ValueError("empty mask: there is no inside to compare with the outside")
-    return a, m, single
+    return a, m, single_map and single_mask
+
+
+def _read_map(map: Any) -> tuple[Tensor, bool]:
+    """Return maps as finite ``[B, h, w]`` float64, and whether one alone was given."""
+    x = None if is_pil(map) else as_array(map)
+    if x is None or x.ndim not in (2, 3) or not x.size:
+        shape = type(map).__name__ if x is None else f"shape {x.shape}"
+        raise ValueError(f"a map must be [h, w] or [B, h, w], got {shape}")
+    a = torch.from_numpy(x.astype(np.float64)).reshape(-1, *x.shape[-2:])
+    broken = int((~a.isfinite()).sum())
+    if broken:
+        raise ValueError(
+            f"the map is not finite: {broken} of its {a.numel()} values are NaN or infinite. A level is NaN for a time "
+            "group in which nothing ran; maps.not_finite() names layers whose own sums are not finite"
+        )
+    return a, x.ndim == 2
 
 
 def _min_max(x: Tensor) -> Tensor:
-    """``[B, h, w]`` scaled to [0, 1] each; a constant one becomes 0."""
+    """Scale ``[B, h, w]`` to [0, 1] each; a constant one becomes 0."""
     low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
     return torch.where(high > low, (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny), 0.0)

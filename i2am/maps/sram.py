@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from i2am._images import is_pil, read_mask, read_point
 from i2am.maps.entries import QKEntry
 from i2am.references import Grid
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+else:
+    Image = Any  # Pillow is imported where it is needed
 
 MAX_REGIONS = 64
 TILE = 1 << 21  # numbers in a tile of probabilities: 8 MiB in float32
 CHUNK = 1 << 22  # numbers in the sums over a chunk of heads
 
-Region = tuple[float, float] | Tensor | np.ndarray
+Region = Sequence[float] | Tensor | np.ndarray | Image
 RegionOnGrid = Callable[[Grid], Tensor]  # grid → [1 | B, R, h·w], each region summing to 1
 
 
@@ -39,22 +45,21 @@ def region_weights(region: Region, canvas: Grid) -> RegionOnGrid:
     """Return one region's weights on any grid of the picture.
 
     Args:
-        region: a point ``(y, x)`` on the canvas: the token whose cell contains it; or a mask of the whole picture
-            ``[H, W]`` (``[B, H, W]``: one per image) of any resolution, area-averaged, soft values kept.
+        region: a point ``(y, x)`` on the canvas, any pair of numbers: the token whose cell contains it; or a mask of
+            the whole picture (PIL, array or tensor ``[H, W]``; ``[B, H, W]``: one per image) of any resolution,
+            area-averaged, soft values kept.
         canvas: ``(height, width)`` in which points are given.
 
     Raises:
         IndexError: the point is outside the canvas.
-        ValueError: the mask is empty, negative, not finite or of wrong rank.
+        ValueError: the mask is empty, negative, not finite or of wrong rank, or its values have no known meaning.
     """
-    if isinstance(region, tuple) and len(region) == 2 and all(isinstance(c, (int, float)) for c in region):
-        return _point(region, canvas)
-    mask = torch.as_tensor(np.asarray(region) if not isinstance(region, Tensor) else region).detach().cpu().float()
-    if mask.ndim not in (2, 3):
-        raise ValueError(f"a region is a point (y, x) or a mask [H, W] or [B, H, W], got shape {tuple(mask.shape)}")
-    masks = mask if mask.ndim == 3 else mask[None]
-    if not masks.isfinite().all() or (masks < 0).any():
-        raise ValueError("a mask must be finite and not negative")
+    point = read_point(region)
+    if point is not None:
+        return _point(point, canvas)
+    if not is_pil(region) and np.ndim(region) < 2:
+        raise ValueError(f"a region is a point (y, x) or a mask [H, W] or [B, H, W], got shape {np.shape(region)}")
+    masks, _ = read_mask(region, weights=True)
     if (masks.flatten(1).sum(1) == 0).any():
         raise ValueError("empty mask: no pixel of the region is set")
     return lambda grid: _normalised(_area_average(masks, grid).flatten(1)[:, None])

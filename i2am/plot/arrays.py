@@ -10,51 +10,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from i2am._images import as_array, is_pil, one_of, read_picture
+
 PANEL_PIXELS = 320  # small multiples hold their image at this size: they are printed smaller than that
 
 
-def one_of(batch, index: int, what: str):
-    if not -len(batch) <= index < len(batch):
-        raise IndexError(f"index={index}, but there are {len(batch)} {what}")
-    return batch[index]
-
-
 def as_map(map: Tensor | np.ndarray, index: int) -> np.ndarray:
-    """``[h, w]`` float32 of a map or of one in a batch."""
-    values = map.detach().cpu().float().numpy() if isinstance(map, Tensor) else np.asarray(map, dtype=np.float32)
+    """Return one map ``[h, w]`` float32, of a map or of a batch of them.
+
+    Raises:
+        ValueError: not maps; a picture in the place of a map says so.
+        IndexError: ``index`` is outside the batch.
+    """
+    values = None if is_pil(map) else as_array(map)
+    if values is None or _has_colours(values):
+        raise ValueError(
+            f"a map must be [h, w] or a batch [B, h, w], got a picture ({type(map).__name__}): are image and map "
+            "swapped? The image comes first"
+        )
     if values.ndim == 3:
         values = one_of(values, index, "maps")
     if values.ndim != 2 or not values.size:
         raise ValueError(f"a map must be [h, w] or a batch [B, h, w], got shape {tuple(values.shape)}")
-    return values
+    return values.astype(np.float32)
+
+
+def check_finite(values: np.ndarray) -> None:
+    """Refuse a map with NaN or infinity."""
+    broken = int((~np.isfinite(values)).sum())
+    if broken:
+        raise ValueError(
+            f"the map is not finite: {broken} of its {values.size} values are NaN or infinite (a level is NaN for a "
+            "time group in which nothing ran)"
+        )
+
+
+def refuse_swapped(image: Any, map: Any) -> None:
+    """Refuse an image that looks like a map before a map that looks like an image: ``overlay(map, image)``.
+
+    Raises:
+        ValueError: both look like the other.
+    """
+    first, second = (None if is_pil(x) or isinstance(x, (list, tuple)) else as_array(x) for x in (image, map))
+    if first is None or first.dtype.kind != "f" or not (first.ndim == 2 or (first.ndim == 3 and first.shape[0] == 1)):
+        return
+    if second is not None and not _has_colours(second) and second.dtype.kind != "u":
+        channels_first = (second.ndim == 3 and second.shape[0] in (3, 4)) or second.ndim == 4
+        if not channels_first or second.shape[-1] <= first.shape[-1] or second.shape[-2] <= first.shape[-2]:
+            return
+    raise ValueError(
+        f"image and map look swapped: the first argument is one map of shape {first.shape}, the second a picture "
+        f"({type(map).__name__}); the image comes first"
+    )
+
+
+def _has_colours(x: np.ndarray) -> bool:
+    """Whether an array is a picture of bytes, or a batch of them, rather than maps."""
+    return x.dtype == np.uint8 and x.ndim in (3, 4) and (x.shape[-1] in (3, 4) or x.shape[-3] in (3, 4))
 
 
 def as_picture(image: Any, index: int) -> np.ndarray:
-    """``[H, W, 3]`` float in 0…1 of any of the forms that :func:`overlay` takes."""
-    if isinstance(image, (list, tuple)):
-        image = one_of(image, index, "images")
-    if hasattr(image, "convert"):  # PIL
-        pixels = np.asarray(image.convert("RGB"))
-    elif isinstance(image, Tensor):
-        pixels = image.detach().cpu().movedim(-3, -1).numpy() if image.ndim > 2 else image.detach().cpu().numpy()
-    else:
-        pixels = np.asarray(image)
-    if pixels.ndim == 4:
-        pixels = one_of(pixels, index, "images")
-    if pixels.ndim == 2:
-        pixels = pixels[..., None].repeat(3, axis=-1)
-    if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or pixels.dtype.kind not in "uf" or not pixels.size:
-        raise ValueError(
-            "an image must be a PIL image, an array [H, W, 3] or a tensor [3, H, W] (or a batch), uint8 or float; got "
-            f"{type(image).__name__} of shape {tuple(getattr(image, 'shape', ()))}"
-        )
-    pixels = pixels[..., :3].repeat(3 if pixels.shape[-1] == 1 else 1, axis=-1)
-    if pixels.dtype.kind == "u":
-        return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
-    pixels = pixels.astype(np.float32)
-    if not (pixels.min() >= -1e-3 and pixels.max() <= 1 + 1e-3):
-        raise ValueError(f"a float image must lie in 0…1, got {pixels.min():.3g}…{pixels.max():.3g}")
-    return pixels.clip(0, 1)
+    """Return ``[H, W, 3]`` float32 in 0…1 of any of the forms that :func:`overlay` takes."""
+    return read_picture(image, index)
 
 
 def grey(picture: np.ndarray) -> np.ndarray:

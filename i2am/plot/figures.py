@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from i2am._images import one_of
 from i2am.maps import AttributionMaps
-from i2am.plot.arrays import as_map, as_picture, grey, limits_of, one_of, resized
+from i2am.plot.arrays import as_map, as_picture, check_finite, grey, limits_of, refuse_swapped, resized
 from i2am.plot.labels import LEVEL_NAMES, meaning, panel_labels, units, wrap
 from i2am.plot.panels import CMAP, SCALES, balanced, bare, colorbar_of, draw, grid, instead, note
 from i2am.references import SELF
@@ -39,8 +40,8 @@ def overlay(
     The photograph is shown in grey under the map, so that every hue is the map's.
 
     Args:
-        image: PIL image; array ``[H, W]``, ``[H, W, 3]`` or a batch ``[B, H, W, 3]``; tensor ``[3, H, W]`` or
-            ``[B, 3, H, W]``; or a list of images. Values 0…255 (uint8) or 0…1 (float).
+        image: a PIL image of any mode; an array or tensor ``[H, W]``, ``[H, W, 3]``, ``[3, H, W]`` or a batch of these;
+            or a list of images. Integers count by their bits (0…255, 0…65535), floats of any precision are 0…1.
         map: ``[h, w]``, or a batch ``[B, h, w]`` of them; any resolution.
         ax: where to draw; None makes a figure of its own (``ax.figure``).
         index: which one of a batch, of maps and of images alike.
@@ -51,15 +52,15 @@ def overlay(
         title: above the image.
 
     Raises:
-        ValueError: not an image or a map of these shapes; the map is not finite (a time group without a step);
-            ``vmin`` is not below ``vmax``.
+        ValueError: not an image or a map of these shapes, or the two swapped; the map is not finite (a time group
+            without a step); ``vmin`` is not below ``vmax``.
         IndexError: ``index`` is outside the batch.
     """
     from matplotlib.figure import Figure
 
+    refuse_swapped(image, map)
     picture, values = as_picture(image, index), as_map(map, index)
-    if not np.isfinite(values).all():
-        raise ValueError("the map has values that are not finite (a time group in which no step ran is NaN)")
+    check_finite(values)
     if ax is None:
         height, width = picture.shape[:2]
         ax = Figure(figsize=(4.6, 4.0 * height / width + 0.3), layout="constrained").add_subplot()
@@ -183,7 +184,9 @@ def blend(image: Any, map: Tensor | np.ndarray, *, cmap: str = CMAP, alpha: floa
     """:func:`overlay` as pixels, without a figure: ``[H, W, 3]`` in 0…1, the map on its own scale."""
     from matplotlib import colormaps
 
+    refuse_swapped(image, map)
     picture, values = as_picture(image, 0), as_map(map, 0)
+    check_finite(values)
     low, high = limits_of([values])
     heat = colormaps[cmap]((resized(values, picture.shape[:2]) - low) / (high - low))[..., :3]
     return (1 - alpha) * grey(picture) + alpha * heat.astype(np.float32)

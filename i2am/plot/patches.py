@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from i2am._images import one_of, read_mask, read_point
 from i2am.maps import AttributionMaps
 from i2am.plot.arrays import as_map, as_picture, limits_of, resized
 from i2am.plot.panels import CMAP, bare, colorbar_of, draw, note
@@ -56,7 +56,7 @@ def sram(
     figure = Figure(figsize=(7.5, 6.6 / sum(widths) + 0.6), layout="constrained")
     marked, heated, outlined = figure.subplots(1, 3, width_ratios=widths)
     bare(marked).imshow(left)
-    _mark(marked, region, canvas or maps.canvas, left.shape[:2])
+    _mark(marked, region, canvas or maps.canvas, left.shape[:2], index)
     marked.set_title("patch of the generated image", fontsize=8)
     heat = draw(heated, right, values, cmap, alpha, *limits_of([values]))
     colorbar_of(figure, heat, [heated], shrink=0.75)
@@ -77,16 +77,18 @@ def holding(values: np.ndarray, share: float) -> float:
     return float(ranked[min(int(np.searchsorted(total, share * total[-1])), len(ranked) - 1)])
 
 
-def _mark(ax: Axes, region: Any, canvas: tuple[int, int], size: tuple[int, int]) -> None:
+def _mark(ax: Axes, region: Any, canvas: tuple[int, int], size: tuple[int, int], index: int) -> None:
     """A ring around a point, an outline around a mask, a caption for a name."""
     if isinstance(region, str):
         ax.set_xlabel(f"registered: {region}", fontsize=7)
         return
-    if isinstance(region, tuple) and len(region) == 2:
-        y, x = (c * n / m - 0.5 for c, n, m in zip(region, size, canvas, strict=True))
+    point = read_point(region)
+    if point is not None:
+        y, x = (c * n / m - 0.5 for c, n, m in zip(point, size, canvas, strict=True))
         for colour, width in (("black", 3.2), ("white", 1.4)):
             ax.plot(x, y, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=width)
         return
-    mask = as_map(torch.as_tensor(region).float(), 0)
+    masks, single = read_mask(region, weights=True)
+    mask = (masks[0] if single or len(masks) == 1 else one_of(masks, index, "masks")).numpy()
     for colour, width in (("black", 2.6), ("white", 1.2)):
         ax.contour(resized(mask, size), levels=[mask.max() / 2], colors=colour, linewidths=width)

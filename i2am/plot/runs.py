@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from i2am.maps import AttributionMaps
-from i2am.plot.arrays import as_map, as_picture, limits_of
+from i2am.plot.arrays import as_map, as_picture, check_finite, limits_of
 from i2am.plot.labels import meaning, units, wrap
 from i2am.plot.panels import CMAP, SCALES, bare, colorbar_of, draw, note
 
@@ -97,8 +97,8 @@ def difference(
     a, b = as_map(before, 0), as_map(after, 0)
     if a.shape != b.shape:
         raise ValueError(f"maps on one grid can be subtracted, these are {a.shape} and {b.shape}: give both one size=")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("the maps have values that are not finite (a time group in which no step ran is NaN)")
+    check_finite(a)
+    check_finite(b)
     if ax is None:
         ax = Figure(figsize=(4.0, 3.4), layout="constrained").add_subplot()
     most = float(np.abs(b - a).max()) or 1.0

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from i2am import plot
 from i2am._files import parse_size, show_size, write_atomically
+from i2am._images import one_mask
 from i2am.detect import detect_box
 from i2am.evaluate.scores import MEANING, score
 from i2am.maps import AttributionMaps
@@ -173,7 +174,7 @@ def _image(image: Any, index: int) -> dict[str, Any] | None:
 
 def _mask(mask: Any, index: int) -> np.ndarray | None:
     """``[H, W]`` in 0…1."""
-    return None if mask is None else plot.as_picture(mask, index).mean(-1)
+    return None if mask is None else one_mask(mask, index).numpy()
 
 
 def _outline(mask: np.ndarray) -> str:
