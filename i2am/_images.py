@@ -275,7 +275,7 @@ def _scaled(x: np.ndarray, what: str, weights: bool = False) -> np.ndarray:
     low, high = x.min(), x.max()
     if x.dtype.kind == "f":
         if not (np.isfinite(low) and np.isfinite(high)):
-            raise ValueError(f"{what} values must be finite, got {low:.3g}…{high:.3g}")
+            raise ValueError(f"{what} values must be finite and lie in 0…1, got {low:.3g}…{high:.3g}")
         if weights:
             if low < 0:
                 raise ValueError(f"a mask must be finite and not negative, got {low:.3g}…{high:.3g}")

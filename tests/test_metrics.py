@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import i2am
 from i2am import metrics
 from i2am.detect import Box, otsu
+from tests.helpers.resize import bicubic
 
 
 def halves(left, right, size=(8, 8)):
@@ -131,6 +132,161 @@ def test_iou():
     assert Box(0, 0, 2, 2).iou(Box(0, 0, 2, 2)) == 1
     assert Box(0, 0, 2, 2).iou(Box(2, 2, 4, 4)) == 0
     assert Box(0, 0, 2, 2).iou(Box(1, 1, 3, 3)) == pytest.approx(1 / 7)
+
+
+# ------------------------------------------------------------------------- a coarse map against a finer mask
+
+COARSE = np.random.default_rng(7).random((2, 5, 4)) ** 3  # two maps; spiky, so that bicubic over- and undershoots
+FINE = np.random.default_rng(8).random((2, 15, 22)) > 0.6
+
+
+def scaled(x):
+    return (x - x.min()) / (x.max() - x.min())
+
+
+def at_fine(x):
+    return bicubic(x, FINE.shape[1:])
+
+
+def test_resizing_is_bicubic_and_not_linear():
+    """The data tells the methods apart: else the tests below would say nothing."""
+    smooth = torch.nn.functional.interpolate(torch.from_numpy(COARSE[:1, None]), (15, 22), mode="bilinear")[0, 0]
+    assert np.abs(at_fine(COARSE[0]) - smooth.numpy()).max() > 0.05
+    assert at_fine(COARSE[0]).min() < -0.02
+
+
+@pytest.mark.parametrize("flags", [{}, {"complement": True}, {"premultiply": True}])
+def test_imacs_of_a_coarse_map(flags):
+    got = i2am.imacs(torch.from_numpy(COARSE), torch.from_numpy(FINE), **flags)
+    for score, map, mask in zip(got, COARSE, FINE, strict=True):
+        a = at_fine(scaled(-map if "complement" in flags else map))
+        a = scaled(a * mask if "premultiply" in flags else a)
+        a[a <= 0.4] = 0
+        want = a[mask].sum() / mask.sum() - 3 * a[~mask].sum() / (~mask).sum()
+        assert score.item() == pytest.approx(want, abs=1e-9)
+        if "premultiply" in flags:
+            assert a[~mask].sum() == 0 or a[~mask].min() >= 0
+
+
+def test_imacs_of_a_fine_map_and_a_coarse_mask():
+    map, mask = np.random.default_rng(1).random((12, 9)), np.arange(12).reshape(3, 4) / 11
+    a = scaled(bicubic(scaled(map), (3, 4)))
+    a[a <= 0.4] = 0
+    want = (a * mask).sum() / mask.sum() - 3 * (a * (1 - mask)).sum() / (1 - mask).sum()
+    assert i2am.imacs(map, mask).item() == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.4, 0.7])
+def test_ious_of_a_coarse_map(threshold):
+    iou, mean = (f(COARSE, FINE, threshold) for f in (metrics.mask_iou, metrics.mean_iou))
+    for i, (map, mask) in enumerate(zip(COARSE, FINE, strict=True)):
+        hot = scaled(at_fine(map)) > threshold
+        inside = (hot & mask).sum() / (hot | mask).sum()
+        outside = (~hot & ~mask).sum() / (~hot | ~mask).sum()
+        assert iou[i].item() == pytest.approx(inside)
+        assert mean[i].item() == pytest.approx((inside + outside) / 2)
+
+
+def test_contrast_of_a_peak_is_not_negative():
+    """Bicubic rings below zero around one hot cell: a mean of the map must not."""
+    map, mask = np.zeros((5, 4)), np.zeros((15, 22))
+    map[2, 1], mask[:3, :4] = 1, 1  # the mask lies where the ringing is
+    clamped = np.clip(at_fine(map), 0, None)
+    want = (clamped[:3, :4].mean()) / clamped[mask == 0].mean()
+    assert metrics.contrast(map, mask).item() == pytest.approx(want, abs=1e-9)
+    soft = np.random.default_rng(2).random((15, 22))
+    clamped = np.clip(at_fine(COARSE[0]), 0, None)
+    want = (clamped * soft).sum() / soft.sum() / ((clamped * (1 - soft)).sum() / (1 - soft).sum())
+    assert metrics.contrast(COARSE[0], soft).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_pointing_and_ranking_of_a_coarse_map():
+    pointed, ranked = metrics.pointing_game(COARSE, FINE), metrics.ranking_auc(COARSE, FINE)
+    for i, (map, mask) in enumerate(zip(COARSE, FINE, strict=True)):
+        fine = at_fine(map)
+        assert pointed[i].item() == mask.flat[fine.argmax()]
+        pairs = fine[mask][:, None] - fine[~mask][None]
+        assert ranked[i].item() == pytest.approx((pairs > 0).mean() + 0.5 * (pairs == 0).mean(), abs=1e-12)
+
+
+def test_tolerance_is_in_pixels_of_the_mask_along_both_axes():
+    map, mask = torch.zeros(8, 12), torch.zeros(8, 12)
+    map[5, 5], mask[2, 2] = 1, 1
+    found = [metrics.pointing_game(map, mask, tolerance=n).item() for n in range(5)]
+    assert found == [0, 0, 0, 1, 1]
+    assert metrics.pointing_game(map, (mask * 0.5 + 0.4), tolerance=0) == 0  # 0.4 is outside, 0.9 inside
+
+
+def test_half_is_outside():
+    mask = torch.tensor([[0.5, 0.51, 1.0, 0.0]])
+    assert metrics.mask_iou(torch.tensor([[1.0, 1, 1, 0]]), mask) == pytest.approx(2 / 3)
+    assert metrics.ranking_auc(torch.tensor([[1.0, 0.9, 0.8, 0]]), mask) == pytest.approx(0.5)
+
+
+def test_one_map_of_many_masks_and_many_of_one():
+    many = metrics.contrast(COARSE[0], FINE)
+    assert many.tolist() == [metrics.contrast(COARSE[0], mask).item() for mask in FINE]
+    for score in (metrics.mask_iou, metrics.pointing_game, metrics.ranking_auc, i2am.imacs):
+        assert score(COARSE[0], FINE).tolist() == pytest.approx([score(COARSE[0], m).item() for m in FINE])
+        assert score(COARSE[:1], FINE[0]).shape == (1,)
+
+
+def test_the_box_is_found_in_the_pixels_that_it_is_given_in():
+    """A 32² map and a 128² mask of one box agree; map cells are not pixels."""
+    map = torch.zeros(32, 32)
+    map[8:20, 4:16] = 1
+    assert i2am.detect_box(map, size=(128, 128)).iou(Box(32, 16, 80, 64)) > 0.95
+    assert i2am.detect_box(map, size=(64, 128)).iou(Box(16, 16, 40, 64)) > 0.95
+    assert i2am.detect_box(map) == Box(8, 4, 20, 16)
+
+
+def test_a_whisker_is_no_part_of_the_box():
+    x = torch.zeros(40, 40)
+    x[10:20, 10:20] = 1
+    x[14, 20:36] = 1  # one pixel high: opened away, all but the pixel that touches
+    assert i2am.detect_box(x) == Box(10, 10, 20, 21)
+
+
+def test_the_border_of_two_pixels_does_not_count():
+    x = torch.zeros(40, 60)
+    x[0:12, 50:60] = 1
+    assert i2am.detect_box(x) == Box(2, 50, 12, 58)
+    x = torch.zeros(40, 60)
+    x[:2] = 1
+    x[:, -2:] = 1
+    assert i2am.detect_box(x) is None
+
+
+def test_the_smallest_component_that_counts():
+    x = torch.zeros(40, 50)
+    x[10:14, 10:15] = 1  # 20 of 2000 cells: a hundredth
+    assert i2am.detect_box(x) == Box(10, 10, 14, 15)
+    assert i2am.detect_box(x, smallest=0.011) is None
+    x[20:40, 20:] = 0.2
+    assert i2am.detect_box(x, threshold=0.5) == Box(10, 10, 14, 15)
+    assert i2am.detect_box(x, threshold=0.1) == Box(20, 20, 38, 48)
+
+
+def test_a_share_is_of_the_range_and_not_of_the_maximum():
+    x = torch.full((20, 20), 5.0)
+    x[5:10, 5:10], x[12:17, 4:16] = 9, 6.5
+    assert i2am.detect_box(x, threshold=0.5) == Box(5, 5, 10, 10)
+    assert i2am.detect_box(x - 7, threshold=0.5) == Box(5, 5, 10, 10)  # a share takes negative maps too
+
+
+def test_otsu_takes_logarithms():
+    """Levels 1, 30 and 1000 in a quarter each (and the rest): in logarithms 30 is nearer to 1000 than to 1."""
+    x = torch.ones(40, 40)
+    x[4:20, 4:36], x[6:12, 6:12] = 100, 1000
+    assert i2am.detect_box(x) == Box(4, 4, 20, 36)
+    x[30, 30] = 0  # the logarithm of zero is floored at 1e-4 of the maximum
+    assert i2am.detect_box(x) == Box(4, 4, 20, 36)
+
+
+def test_box_iou_of_boxes_that_only_touch_along_one_axis():
+    assert Box(0, 0, 4, 4).iou(Box(5, 1, 8, 3)) == 0
+    assert Box(0, 0, 4, 4).iou(Box(1, 5, 3, 8)) == 0
+    assert Box(0, 0, 4, 8).iou(Box(2, 4, 6, 8)) == pytest.approx(8 / (32 + 16 - 8))
 
 
 # ------------------------------------------------------------------------------------------------------ localisation

@@ -8,9 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from i2am._images import one_of
-from i2am.maps import AttributionMaps
+from i2am.maps import AXES, LEVELS, AttributionMaps
+from i2am.maps.names import level_of
 from i2am.plot.arrays import as_map, as_picture, check_finite, grey, limits_of, refuse_swapped, resized
-from i2am.plot.labels import LEVEL_NAMES, meaning, panel_labels, units, wrap
+from i2am.plot.labels import meaning, panel_labels, units, wrap
 from i2am.plot.panels import CMAP, SCALES, balanced, bare, colorbar_of, draw, grid, instead, note
 from i2am.references import SELF
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LEVELS = ("time", "head", "layer")
 MOST_COLUMNS = {"time": 5, "head": 4, "layer": 5}
 
 
@@ -56,14 +56,14 @@ def overlay(
             without a step); ``vmin`` is not below ``vmax``.
         IndexError: ``index`` is outside the batch.
     """
-    from matplotlib.figure import Figure
-
     refuse_swapped(image, map)
     picture, values = as_picture(image, index), as_map(map, index)
     check_finite(values)
     if ax is None:
+        from i2am.plot.shown import single_axes
+
         height, width = picture.shape[:2]
-        ax = Figure(figsize=(4.6, 4.0 * height / width + 0.3), layout="constrained").add_subplot()
+        ax = single_axes(4.6, 4.0 * height / width + 0.3)
     heat = draw(ax, picture, values, cmap, alpha, *limits_of([values], vmin, vmax))
     if colorbar:
         colorbar_of(ax.figure, heat, [ax])
@@ -105,17 +105,17 @@ def levels(
     Raises:
         ValueError: there is no such map (as the maps say), or an argument is not one of the above.
     """
-    if level not in LEVELS:
-        raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+    if level not in AXES:
+        raise ValueError(f"level must be one of {', '.join(AXES)}, got {level!r}")
     scale = scale or ("each" if level == "layer" else "shared")
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     if columns is not None and columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
-    batch = {"time": maps.tlam, "head": maps.hlam, "layer": maps.llam}[level](direction, **options)
+    name = level_of(level)
+    batch = getattr(maps, name)(direction, **options)
     panels = list(one_of(batch, index, "maps").numpy())
     labels = panel_labels(maps, direction, level, options)
-    name, what = LEVEL_NAMES[level]
     said = "one colour scale for all" if scale == "shared" else "each panel on its own colour scale: range below it"
     return grid(
         as_picture(image, index),
@@ -125,7 +125,7 @@ def levels(
         shared=scale == "shared",
         cmap=cmap,
         alpha=alpha,
-        title=f"{name} ({what}) · {meaning(maps, direction)}",
+        title=f"{name.upper()} ({LEVELS[name].several}) · {meaning(maps, direction)}",
         footer="\n".join(filter(None, (units(direction, options) + "; " + said, footer))),
     )
 
@@ -156,7 +156,7 @@ def summary(
     Raises:
         ValueError: an option selects no map; several references and no name.
     """
-    from matplotlib.figure import Figure
+    from i2am.plot.shown import Figure
 
     options["reference"] = reference_name
     other = "generated" if maps.references == [SELF] else "reference"
@@ -180,14 +180,22 @@ def summary(
     return figure
 
 
-def blend(image: Any, map: Tensor | np.ndarray, *, cmap: str = CMAP, alpha: float = 0.65) -> np.ndarray:
-    """:func:`overlay` as pixels, without a figure: ``[H, W, 3]`` in 0…1, the map on its own scale."""
+def blend(
+    image: Any,
+    map: Tensor | np.ndarray,
+    *,
+    cmap: str = CMAP,
+    alpha: float = 0.65,
+    vmin: float | None = None,
+    vmax: float | None = None,
+) -> np.ndarray:
+    """Return :func:`overlay` as pixels, without a figure: ``[H, W, 3]`` in 0…1, on the map's own scale unless given."""
     from matplotlib import colormaps
 
     refuse_swapped(image, map)
     picture, values = as_picture(image, 0), as_map(map, 0)
     check_finite(values)
-    low, high = limits_of([values])
+    low, high = limits_of([values], vmin, vmax)
     heat = colormaps[cmap]((resized(values, picture.shape[:2]) - low) / (high - low))[..., :3]
     return (1 - alpha) * grey(picture) + alpha * heat.astype(np.float32)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from i2am.maps import AttributionMaps
 from i2am.maps.aggregate import pick
-from i2am.references import SELF, choose_layers
+from i2am.references import SELF
 
 MEANING = {
     "r2g": "R2G: which regions of the generated image the reference influenced",
@@ -22,7 +22,6 @@ OF_ITSELF = {  # of maps traced with mode="self"
     "g2r": "Self-attention, no reference: which positions are looked at most",
     "mass": "Share of attention that the picture's positions spend on each other",
 }
-LEVEL_NAMES = {"time": ("TLAM", "time groups"), "head": ("HLAM", "heads"), "layer": ("LLAM", "layers")}
 
 
 def meaning(maps: AttributionMaps, direction: str) -> str:
@@ -33,22 +32,30 @@ def meaning(maps: AttributionMaps, direction: str) -> str:
 def panel_labels(maps: AttributionMaps, direction: str, level: str, options: dict) -> list[str]:
     """One label a panel, in the order of the level's maps."""
     if level == "time":
-        return [_time_label(maps, t, options) for t in pick(options.get("times"), maps.time_groups, "times")]
+        return [
+            f"{share}\n{calls}" for share, calls in zip(share_of_run(maps, options), _calls(maps, options), strict=True)
+        ]
     if level == "head":
         heads = maps.hlam(direction, **{**options, "heads": None}).shape[1]
         return [f"head {head}" for head in pick(options.get("heads"), heads, "heads")]
     grids = maps.grids(options.get("reference"))
-    layers = options.get("layers")
-    names = [n for n in maps.layers if n in grids] if layers is None else choose_layers(grids, layers)
+    names = maps.chosen_layers(options.get("layers"), options.get("reference"))
     sizes = "" if direction == "g2r" else "\n{} × {} tokens"
     return [short + sizes.format(*grids[name]) for name, short in zip(names, short_layer_names(names), strict=True)]
 
 
-def _time_label(maps: AttributionMaps, group: int, options: dict) -> str:
-    """Which part of the run a time group covers, and how many of the model's calls fell into it."""
+def share_of_run(maps: AttributionMaps, options: dict) -> list[str]:
+    """Return which part of the run each chosen time group covers: "group 0 · 0–20 % of run"."""
+    edges = [round(100 * edge / maps.time_groups) for edge in range(maps.time_groups + 1)]
+    chosen = pick(options.get("times"), maps.time_groups, "times")
+    return [f"group {t} · {edges[t]}–{edges[t + 1]} % of run" for t in chosen]
+
+
+def _calls(maps: AttributionMaps, options: dict) -> list[str]:
+    """Return how many of the model's calls fell into each chosen time group."""
     counts = np.array(list(maps.counts(options.get("reference")).values())).max(0)  # a cache may skip some layers
-    share = [round(100 * edge / maps.time_groups) for edge in (group, group + 1)]
-    return f"group {group} · {share[0]}–{share[1]} % of run\n{counts[group]} of {counts.sum()} calls"
+    chosen = pick(options.get("times"), maps.time_groups, "times")
+    return [f"{counts[t]} of {counts.sum()} calls" for t in chosen]
 
 
 def short_layer_names(names: Sequence[str], width: int = 20) -> list[str]:

@@ -33,7 +33,7 @@ def grid(
     footer: str,
 ) -> Figure:
     """Panels ``[h, w]`` over one picture, with a label under each; a panel that is not finite says "no step"."""
-    from matplotlib.figure import Figure
+    from i2am.plot.shown import Figure
 
     rows = math.ceil(len(panels) / columns)
     lines = 1 + max(label.count("\n") for label in labels) + (not shared)

@@ -46,7 +46,7 @@ def sram(
     Raises:
         ValueError, IndexError: as :meth:`AttributionMaps.sram`; ``share`` is not in (0, 1).
     """
-    from matplotlib.figure import Figure
+    from i2am.plot.shown import Figure
 
     if not 0 < share < 1:
         raise ValueError(f"share must lie in (0, 1), got {share}")

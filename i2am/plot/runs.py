@@ -48,7 +48,7 @@ def side_by_side(
     Raises:
         ValueError: a run has no such map; not two images and names; their grids differ (give both one ``size=``).
     """
-    from matplotlib.figure import Figure
+    from i2am.plot.shown import Figure
 
     if len(images) != 2 or len(names) != 2:
         raise ValueError(f"two images and two names are compared, got {len(images)} and {len(names)}")
@@ -92,7 +92,7 @@ def difference(
     Raises:
         ValueError: they are not finite, or not on one grid.
     """
-    from matplotlib.figure import Figure
+    from i2am.plot.shown import single_axes
 
     a, b = as_map(before, 0), as_map(after, 0)
     if a.shape != b.shape:
@@ -100,7 +100,7 @@ def difference(
     check_finite(a)
     check_finite(b)
     if ax is None:
-        ax = Figure(figsize=(4.0, 3.4), layout="constrained").add_subplot()
+        ax = single_axes(4.0, 3.4)
     most = float(np.abs(b - a).max()) or 1.0
     heat = bare(ax).imshow(b - a, cmap=DIFFERENCE_CMAP, vmin=-most, vmax=most, interpolation="bicubic")
     colorbar_of(ax.figure, heat, [ax], shrink)

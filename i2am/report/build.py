@@ -22,6 +22,8 @@ from i2am._images import one_mask
 from i2am.detect import detect_box
 from i2am.evaluate.scores import MEANING, score
 from i2am.maps import AttributionMaps
+from i2am.maps.provenance import rows as provenance_rows
+from i2am.maps.provenance import summary_lines
 from i2am.references import Grid, LayerFilter
 from i2am.report.data import Arrays, Axes, Plan, choose_plan, level_maps, picked, rows
 from i2am.report.data import key as key_of
@@ -88,7 +90,8 @@ def build_report(
         "notes": _notes(maps, axes, plan, has_g2r, why),
         "colours": {cmap: _colours(cmap) for cmap in CMAPS},
     }
-    document = _fill(title, header, arrays.packed(), images, _facts(maps, axes, name, settings or {}))
+    facts = _facts(maps, axes, name, settings or {})
+    document = _fill(title, header, arrays.packed(), images, facts, _mean_of(maps, axes, name), maps.provenance)
     size = len(document.encode())
     if size > budget:
         raise ValueError(
@@ -264,6 +267,22 @@ def _facts(maps: AttributionMaps, axes: Axes, reference: str, settings: dict[str
     }
 
 
+def _mean_of(maps: AttributionMaps, axes: Axes, reference: str) -> list[str]:
+    """Return a few lines that say what the pictures are a mean of: counted here, and as the tracer tells."""
+    counts = maps.counts(reference)
+    calls = [counts[name] for name in axes.layers]
+    most = [max(group) for group in zip(*calls, strict=True)]
+    heads = sorted({maps.heads(reference)[name] for name in axes.layers})
+    lines = [
+        f"{sum(most)} attention calls of each layer, by time group: {' + '.join(map(str, most))}",
+        f"{len(axes.layers)} layers of {' or '.join(map(str, heads))} heads; reference {reference!r}",
+    ]
+    fewer = [name for name, seen in zip(axes.layers, calls, strict=True) if seen != most]
+    if fewer:
+        lines.append(f"{len(fewer)} of these layers ran less often: {', '.join(fewer[:3])}{', …' * (len(fewer) > 3)}")
+    return lines + summary_lines(maps.provenance)
+
+
 def _said(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
@@ -271,21 +290,44 @@ def _said(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------- page
 
 
-def _fill(title: str, header: dict, arrays: dict[str, str], images: dict, facts: dict[str, dict[str, str]]) -> str:
-    """The page's text."""
+def _fill(
+    title: str,
+    header: dict,
+    arrays: dict[str, str],
+    images: dict,
+    facts: dict[str, dict[str, str]],
+    mean_of: list[str],
+    provenance: dict[str, Any],
+) -> str:
+    """Return the page's text."""
+    everything = {"Provenance": {k: v for k, v in provenance_rows(provenance) if k != "summary"}}
     page = files("i2am.report")
     parts = {
         "title": html.escape(title),
         "style": (page / "page.css").read_text("utf-8"),
         "script": (page / "page.js").read_text("utf-8"),
-        "header": json.dumps(header, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/"),
+        "header": _json(header),
         "bytes": arrays["bytes"],
         "floats": arrays["floats"],
         "facts": _tables(facts),
+        "mean_of": "".join(f"<li>{html.escape(line)}</li>" for line in mean_of),
+        "provenance": f"<details><summary>All that was seen</summary>{_tables(everything)}</details>"
+        if any(everything.values())
+        else "",
         **{side: images[side]["src"] if images[side] else _blank(header["aspect"][side]) for side in images},
     }
     template = (page / "page.html").read_text("utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
+    return _printable(re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template))
+
+
+def _json(header: dict) -> str:
+    """Return JSON that no parser of HTML can take for markup: pure ASCII, and no ``<`` (``<!--<script>`` opens one)."""
+    return json.dumps(header, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _printable(text: str) -> str:
+    """Return text that UTF-8 can hold: lone surrogates, as undecodable file names have them, written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _tables(facts: dict[str, dict[str, str]]) -> str:

@@ -164,24 +164,42 @@ function drawSide(side) {
   drawMarks(side, heat);
 }
 
+const MARKS = { // what each mark is, beside a small picture of it
+  outline: { generated: "the mask given: the inpainted region", reference: "the mask given: the reference's object" },
+  found: { generated: "the object found in R2G" },
+  cell: { generated: "the cell asked about", reference: "the cell asked about" },
+  peak: { generated: "strongest place", reference: "strongest place" },
+};
+
 /** The pointed-at cell, the masks' outlines, the detected box and the strongest place, in units of the picture. */
 function drawMarks(side, heat) {
-  const parts = [], place = state.place;
-  if (state.outline && data.outlines[side]) parts.push(`<path class="shade" d="${data.outlines[side]}"/><path class="outline" d="${data.outlines[side]}"/>`);
+  const parts = [], there = [], place = state.place;
+  if (state.outline && data.outlines[side]) {
+    there.push("outline");
+    parts.push(`<path class="shade" d="${data.outlines[side]}"/><path class="outline" d="${data.outlines[side]}"/>`);
+  }
   if (state.box && side === "generated" && data.box && !place) {
     const [t, l, b, r] = data.box;
+    there.push("found");
     parts.push(`<rect class="found" x="${l}" y="${t}" width="${r - l}" height="${b - t}"/>`);
   }
   if (place?.side === side) {
     const [rows, columns] = data.rows[side].cells, [r, c] = place.cell;
     const box = `x="${c / columns}" y="${r / rows}" width="${1 / columns}" height="${1 / rows}"`;
+    there.push("cell");
     parts.push(`<rect class="shade" ${box}/><rect class="cell" ${box}/>`);
   } else if (place && heat) {
     const [y, x] = peak(heat);
     const [ry, rx] = [0.018, 0.018].map((v, i) => (i ? v : (v * data.aspect[side][0]) / data.aspect[side][1]));
+    there.push("peak");
     parts.push(`<ellipse class="shade" cx="${x}" cy="${y}" rx="${rx}" ry="${ry}"/><ellipse class="peak" cx="${x}" cy="${y}" rx="${rx}" ry="${ry}"/>`);
   }
-  $(`#${side} svg`).innerHTML = parts.join("");
+  $(`#${side} .stage svg`).innerHTML = parts.join("");
+  const shape = (mark) => (mark === "peak" ? '<ellipse CLASS cx="14" cy="8" rx="5" ry="5"/>' : '<rect CLASS x="4" y="3" width="20" height="10"/>');
+  const sample = (mark) => ["shade", mark].map((name) => shape(mark).replace("CLASS", `class="${name}"`)).join("");
+  const lines = there.map((mark) => `<li><svg viewBox="0 0 28 16" aria-hidden="true">${sample(mark)}</svg>${MARKS[mark][side]}</li>`);
+  const legend = $(`#${side} .legend`);
+  if (legend.dataset.shown !== lines.join("")) legend.innerHTML = legend.dataset.shown = lines.join("");
 }
 
 /** Centre of the strongest token, in units of the picture: [y, x]. */
@@ -279,6 +297,41 @@ function choose(kind, value) {
   draw();
 }
 
+// -------------------------------------------------------------------------------------------------------- playing
+
+let clock = null;
+const PLAY_MS = 700; // a time group
+
+/** The time groups one after the other, until it is pressed again or a slider is moved. */
+function play() {
+  const next = () => choose("time", state.pick.time === null ? 0 : (state.pick.time + 1) % data.axes.time.length);
+  clock = setInterval(next, PLAY_MS);
+  next();
+  syncPlay();
+}
+
+function stop() {
+  clearInterval(clock);
+  clock = null;
+  syncPlay();
+}
+
+function syncPlay() {
+  const button = $("#play");
+  if (!button) return;
+  button.textContent = clock === null ? "▶ Play over time" : "❚❚ Pause";
+  button.setAttribute("aria-pressed", clock !== null);
+  $("#said").setAttribute("aria-live", clock === null ? "polite" : "off");
+}
+
+function buildPlay() {
+  if (!$("#pick-time")) return;
+  const button = Object.assign(document.createElement("button"), { type: "button", id: "play" });
+  button.onclick = () => (clock === null ? play() : stop());
+  $("#pick-time").parentElement.after(button);
+  syncPlay();
+}
+
 function syncControls() {
   for (const kind of KINDS) {
     const input = $("#pick-" + kind);
@@ -301,12 +354,16 @@ function buildControls() {
     const label = document.createElement("label");
     label.innerHTML = `${TITLES[kind]} <input type="range" id="pick-${kind}" min="0" max="${data.axes[kind].length}" step="1" value="0"><output></output>`;
     picks.append(label);
-    $("input", label).addEventListener("input", (e) => choose(kind, +e.target.value ? +e.target.value - 1 : null));
+    $("input", label).addEventListener("input", (e) => {
+      stop();
+      choose(kind, +e.target.value ? +e.target.value - 1 : null);
+    });
   }
+  buildPlay();
   picks.hidden = !picks.querySelector("input");
   picks.insertAdjacentHTML("beforeend", '<p id="dropped" class="what" role="status"></p>');
   const direction = $("#direction");
-  for (const name of ["r2g", "mass"]) if (data.maps[name]) direction.add(new Option({ r2g: "R2G: influence", mass: "mass: attention" }[name], name));
+  for (const name of ["r2g", "mass"]) if (data.maps[name]) direction.add(new Option({ r2g: "R2G: influence", mass: "Mass: attention" }[name], name));
   direction.onchange = () => { state.direction = direction.value; state.strip = null; syncTabs(); draw(); };
   const colours = $("#colours");
   for (const name of Object.keys(data.colours)) colours.add(new Option(name, name));
@@ -325,7 +382,7 @@ function buildControls() {
     $("#regions").hidden = false;
   }
   $("#clear").onclick = letGo;
-  $("#reset").onclick = () => { for (const kind of KINDS) state.pick[kind] = null; $("#dropped").textContent = ""; letGo(); };
+  $("#reset").onclick = () => { stop(); for (const kind of KINDS) state.pick[kind] = null; $("#dropped").textContent = ""; letGo(); };
 }
 
 function letGo() {
@@ -376,7 +433,7 @@ function buildStages() {
   for (const side of ["generated", "reference"]) {
     const stage = $(`#${side} .stage`), [w, h] = data.aspect[side], canvas = $("canvas", stage);
     stage.style.aspectRatio = `${w} / ${h}`;
-    stage.style.maxWidth = `calc(78vh * ${w / h})`;
+    stage.style.setProperty("--ratio", w / h);
     const scale = 512 / Math.max(w, h);
     [canvas.width, canvas.height] = [Math.max(Math.round(w * scale), 1), Math.max(Math.round(h * scale), 1)];
     if (!data.rows[side]) {

@@ -87,7 +87,7 @@ def test_overlay_puts_a_cell_where_it_is(cell):
 
 
 @pytest.mark.parametrize(("direction", "grid"), [("r2g", GRID), ("g2r", REFERENCE_GRID)])
-@pytest.mark.parametrize("level", plot.LEVELS)
+@pytest.mark.parametrize("level", plot.AXES)
 def test_levels_put_a_token_where_it_is(direction, grid, level):
     cell = (1, 3)
     sums = layer_sums("up_blocks.0.attn2", batch=1)
@@ -265,7 +265,7 @@ LONG_NAMES = [
 ]
 
 
-@pytest.mark.parametrize("level", plot.LEVELS)
+@pytest.mark.parametrize("level", plot.AXES)
 @pytest.mark.parametrize("size", [(60, 60), (40, 90), (90, 40)])
 def test_nothing_overlaps_and_nothing_is_cut_off(level, size):
     maps = AttributionMaps([layer_sums(name, heads=8, counts=(1,) * 10) for name in LONG_NAMES])

@@ -1,6 +1,8 @@
 """The interactive report: what is in the file, and what a reader sees and does in a browser."""
 
 import base64
+import dataclasses
+import io
 import json
 import re
 import zlib
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import colormaps
+from PIL import Image
 from scipy.spatial.distance import cdist
 
 import i2am
@@ -17,26 +20,36 @@ from i2am.report.data import PLANS, Axes, choose_plan, fitted, key
 from tests.helpers.browser import chromium
 from tests.helpers.tiny_models import unet as pipelines
 
+UNDECODED = "sl\udcffeve"  # as Python reads a file name that is not UTF-8
 GRID, LATENT = (4, 6), (16, 12)  # neither square: rows and columns can't be confused
 PICTURE, REFERENCE = (96, 128), (72, 48)  # width, height
-REGION = "corner </script>"
+REGION = "corner </script><!--<script>"
 
 
 @pytest.fixture(scope="module")
 def maps():
-    """A run of a narrow UNet with queries and keys kept, and one patch registered."""
+    """A run of a narrow UNet with queries and keys kept, patches registered, and a provenance."""
     torch.manual_seed(0)
     unet, scheduler = pipelines.unet(), pipelines.ddim()
     latents, context = torch.randn(1, 4, *LATENT), 3 * torch.randn(1, 1 + GRID[0] * GRID[1], pipelines.CONTEXT)
     reference = i2am.Reference(grid=GRID, skip=1)
     with i2am.patch_unet(
-        unet, reference=reference, scheduler=scheduler, time_groups=3, record="qk", sram={REGION: (0, 0)}
+        unet,
+        reference=reference,
+        scheduler=scheduler,
+        time_groups=3,
+        record="qk",
+        sram={REGION: (0, 0), UNDECODED: (8, 8)},
     ) as tracer:
         scheduler.set_timesteps(4)
         for t in scheduler.timesteps:
             with torch.no_grad():
                 latents = scheduler.step(unet(latents, t, context).sample, t, latents).prev_sample
-    return tracer.maps()
+    maps = tracer.maps()
+    told = {"summary": ["four steps of <b>DDIM</b>"], "calls": {"seen": 4, "counted": 4}, "file": UNDECODED}
+    return i2am.AttributionMaps(
+        maps._sums, canvas=maps.canvas, regions=maps.regions, entries=maps._entries, provenance=told
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +69,7 @@ def masks():
 @pytest.fixture(scope="module")
 def report(maps, pictures, masks, tmp_path_factory):
     mask, reference_mask = masks
-    settings = {"prompt": 'a "cat" & </script><script>alert(1)</script> {{bytes}}', "steps": 4}
+    settings = {"path": UNDECODED, "prompt": 'a "cat" & </script><script>alert(1)</script> {{bytes}}', "steps": 4}
     return maps.report(
         tmp_path_factory.mktemp("report") / "out.html",
         *pictures,
@@ -147,6 +160,11 @@ def test_file_is_self_contained_and_safe(report):
     assert "<script>alert" not in text
     assert "<b>Run" not in text
     assert text.count("</script>") == 4  # the page's own
+    header = re.search(r'id="header">(.*?)</script>', text, re.S)[1]
+    assert "<" not in header
+    assert list(json.loads(header)["regions"]) == [REGION, UNDECODED]
+    assert "&lt;b&gt;DDIM" in text
+    assert "sl\\udcffeve" in text  # in the provenance, escaped
 
 
 def test_without_a_record_there_are_levels_only(maps, tmp_path):
@@ -214,6 +232,103 @@ def test_arguments_are_checked(maps, tmp_path):
         with pytest.raises(error):
             maps.report(tmp_path / "x.html", progress=False, **options)
         assert not (tmp_path / "x.html").exists()
+
+
+def test_what_the_maps_are_a_mean_of(maps, report, tmp_path):
+    text = report.read_text(encoding="utf-8")
+    listed = re.findall(r"<li>(.*?)</li>", re.search(r'id="provenance".*?</section>', text, re.S)[0])
+    assert listed[0] == "4 attention calls of each layer, by time group: 2 + 1 + 1"
+    assert listed[1] == f"{len(maps.layers)} layers of 2 heads; reference &#x27;reference&#x27;"
+    assert listed[2:] == ["four steps of &lt;b&gt;DDIM&lt;/b&gt;"]
+    assert "calls · counted</th><td>4</td>" in text
+    one, *others = maps._sums
+    skipped = i2am.AttributionMaps(
+        [dataclasses.replace(one, counts=(1, 1, 1), sram=None)] + [dataclasses.replace(s, sram=None) for s in others]
+    )
+    text = skipped.report(tmp_path / "x.html", detail=0, progress=False).read_text(encoding="utf-8")
+    assert f"<li>1 of these layers ran less often: {one.layer}</li>" in text
+    assert "All that was seen" not in text
+
+
+@pytest.mark.parametrize("field", ["r2g", "g2r"])
+def test_sums_that_are_not_finite_are_called_that(maps, field, tmp_path):
+    """Never "no step ran": R2G refuses the report; without G2R there is a note in its place."""
+    broken = getattr(maps._sums[0], field).clone()
+    broken[2, 0, 0, 0] = torch.nan
+    sums = [dataclasses.replace(s, sram=None) for s in maps._sums]
+    sums[0] = dataclasses.replace(sums[0], **{field: broken})
+    bad = i2am.AttributionMaps(sums)
+    message = rf"{field.upper()} sums .* are not finite .*{re.escape(sums[0].layer)} \(time groups 2\)"
+    if field == "r2g":
+        with pytest.raises(ValueError, match=message):
+            bad.report(tmp_path / "x.html", progress=False)
+        assert not (tmp_path / "x.html").exists()
+    else:
+        header, *_ = contents(bad.report(tmp_path / "x.html", progress=False))
+        assert re.search(message, header["notes"][0])
+    bad.report(tmp_path / "y.html", layers=maps.layers[1:], progress=False)  # the remedy that it names
+
+
+@pytest.fixture(scope="module")
+def two_images():
+    """Two images in one run, each with marks of its own, of maps with no queries and keys."""
+    g = torch.Generator().manual_seed(5)
+
+    def sums(name, grid, counts):
+        Q, K = grid[0] * grid[1], 1 + GRID[0] * GRID[1]
+        calls = torch.tensor(counts)[:, None, None, None]
+        return i2am.maps.LayerSums(
+            layer=name,
+            reference="reference",
+            grid=grid,
+            reference_grid=GRID,
+            skip=1,
+            keys=2 * K,
+            default=True,
+            counts=counts,
+            r2g=torch.rand(3, 2, 2, Q, generator=g) * calls,
+            g2r=torch.rand(3, 2, 2, K, generator=g) * calls,
+            mass=torch.rand(3, 2, 2, Q, generator=g) * calls,
+            sram=torch.rand(3, 2, 2, 1, K, generator=g) * calls,
+        )
+
+    return i2am.AttributionMaps([sums("a", (8, 6), (1, 2, 1)), sums("b", (4, 3), (1, 0, 1))], regions=["p"])
+
+
+@pytest.mark.parametrize("index", [0, 1, -1])
+def test_the_image_of_a_batch_that_was_asked_for(two_images, index, tmp_path):
+    """Maps, regions, pictures, masks, scores are all that image's; a layer that did not run counts in no mean."""
+    pictures = torch.rand(2, 3, 16, 12), torch.rand(2, 3, 8, 12)
+    masks = torch.zeros(2, 16, 12)
+    masks[0, 2:8, 2:6], masks[1, 6:14, 4:10] = 1, 1
+    path = two_images.report(tmp_path / "x.html", *pictures, mask=masks, index=index, progress=False)
+    data = contents(path)
+    for direction in ("r2g", "g2r", "mass"):
+        for pick in ((None, None, None), (1, None, None), (None, 1, 0), (2, 0, None)):
+            t, h, i = pick
+            layers = None if i is None else two_images.layers[i]
+            want = two_images.ulam(direction, times=t, heads=h, layers=layers)[index].numpy()
+            got = stored_map(data, direction, key(pick))
+            np.testing.assert_allclose(got, want, atol=1.01 * np.ptp(want) / 510, err_msg=f"{direction} {pick}")
+    np.testing.assert_allclose(
+        stored_row(data, data[0]["regions"]["p"], 0, "2,*,*"), two_images.sram("p", times=2)[index], atol=2e-3
+    )
+    assert "1,*,1" not in data[0]["maps"]["r2g"]  # layer b did not run in group 1
+    scores = {name: float(value.replace("−", "-")) for name, value, _ in data[0]["scores"]}
+    r2g, mask = two_images.ulam("r2g")[index].double(), masks[index].double()
+    a = torch.nn.functional.interpolate((r2g - r2g.min())[None, None] / np.ptp(r2g.numpy()), (16, 12), mode="bicubic")[
+        0, 0
+    ]
+    a = (a - a.min()) / (a.max() - a.min())
+    a = torch.where(a > 0.4, a, 0)
+    want = (a * mask).sum() / mask.sum() - 3 * (a * (1 - mask)).sum() / (1 - mask).sum()
+    assert scores["IMACS of R2G"] == pytest.approx(want.item(), abs=1e-3)
+    text = path.read_text(encoding="utf-8")
+    shown = base64.b64decode(re.search(r'src="data:image/png;base64,([^"]+)"', text)[1])
+    drawn = np.asarray(Image.open(io.BytesIO(shown)))
+    np.testing.assert_allclose(drawn / 255, pictures[0][index].permute(1, 2, 0), atol=0.003)
+    ys = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", data[0]["outlines"]["generated"])]
+    assert (min(ys) * 16, max(ys) * 16) == pytest.approx((2, 8) if index == 0 else (6, 14), abs=0.6)
 
 
 # ------------------------------------------------------------------------------------------------------------ browser
@@ -500,3 +615,82 @@ def test_narrow_screen_does_not_scroll_sideways(browser, report):
     tops = "[...document.querySelectorAll('.scale')].map(s => ['.low', '.high'].map(e => s.querySelector(e).offsetTop))"
     assert all(low == high for low, high in page.evaluate(tops))  # both ends beside the bar
     page.close()
+
+
+def test_controls_are_visible_on_a_laptop(browser, report):
+    """Everything that can be chosen is on the first screen of 1366 × 850, and nothing is cut off."""
+    page = browser.new_page(viewport={"width": 1366, "height": 850})
+    page.goto(report.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    click(page, "generated", 0.4, 0.4)
+    parts = page.evaluate(
+        """() => [...document.querySelectorAll('.controls :is(button, input, select), .stage, #said, .legend')]
+          .filter(e => e.offsetParent).map(e => [e.id || e.className, e.getBoundingClientRect().toJSON()])"""
+    )
+    assert len(parts) >= 16
+    for name, box in parts:
+        assert box["top"] >= 0, name
+        assert box["bottom"] <= 850, name
+        assert box["right"] <= 1366, name
+    room = page.evaluate(
+        """() => [...document.querySelectorAll('select')].map(e => {
+          const style = getComputedStyle(e), pen = document.createElement('canvas').getContext('2d');
+          pen.font = `${style.fontSize} ${style.fontFamily}`;
+          const widest = Math.max(...[...e.options].map(o => pen.measureText(o.text).width));
+          return [e.id, e.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight) - widest];
+        })"""
+    )
+    assert [name for name, left in room if left < 12] == []  # the arrow's room
+    page.close()
+
+
+def test_every_mark_has_a_legend(page):
+    legend = {side: page.locator(f"#{side} .legend") for side in ("generated", "reference")}
+    marks = "side => [...new Set([...document.querySelectorAll(`#${side} .stage svg *`)].map(e => e.classList[0]))]"
+    seen = set()
+    for act in (lambda: None, lambda: click(page, "generated", 0.5, 0.5), lambda: click(page, "reference", 0.5, 0.5)):
+        act()
+        for side, listed in legend.items():
+            drawn = {name for name in page.evaluate(marks, side) if name != "shade"}
+            assert listed.locator("li").count() == len(drawn), (side, drawn)
+            for name in drawn:
+                assert listed.locator(f"svg .{name}").count() == 1
+            seen |= drawn
+    assert {"outline", "cell", "peak"} <= seen
+    assert "the cell asked about" in legend["reference"].inner_text()
+    page.locator("#outline").uncheck()
+    settle(page)
+    assert "mask" not in legend["generated"].inner_text()
+    page.locator("#outline").check()
+
+
+def test_play_goes_through_the_time_groups(page, maps):
+    page.clock.install()
+    button = page.locator("#play")
+    seen = []
+    button.click()
+    for _ in range(4):
+        settle_now(page)
+        seen.append(page.locator("#pick-time").input_value())
+        page.clock.run_for(700)
+    assert seen == ["1", "2", "3", "1"]
+    assert button.get_attribute("aria-pressed") == "true"
+    assert page.locator("#said").get_attribute("aria-live") == "off"  # a screen reader need not hear every frame
+    button.click()
+    settle_now(page)
+    stopped = page.locator("#pick-time").input_value()
+    page.clock.run_for(5000)
+    assert page.locator("#pick-time").input_value() == stopped
+    assert button.get_attribute("aria-pressed") == "false"
+    button.click()
+    page.locator("#pick-time").fill("3")  # a hand on the slider stops it
+    page.clock.run_for(5000)
+    assert page.locator("#pick-time").input_value() == "3"
+    page.clock.resume()
+    settle(page)
+    assert_drawn(heat(page, "generated"), maps.ulam("r2g", times=2)[0])
+
+
+def settle_now(page):
+    """As settle, where the clock stands still."""
+    page.clock.run_for(50)
