@@ -41,7 +41,7 @@ from i2am.maps.sram import (
 from i2am.references import Grid
 
 if TYPE_CHECKING:
-    import pandas  # type: ignore[import-untyped, unused-ignore]
+    import pandas
     import xarray
     from typing_extensions import Unpack
 

@@ -11,7 +11,7 @@ from i2am.maps.names import LEVELS, Direction
 from i2am.references import choose_layers
 
 if TYPE_CHECKING:
-    import pandas  # type: ignore[import-untyped, unused-ignore]
+    import pandas
     import xarray
 
     from i2am.maps import AttributionMaps

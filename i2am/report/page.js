@@ -195,9 +195,7 @@ function drawMarks(side, heat) {
     parts.push(`<ellipse class="shade" cx="${x}" cy="${y}" rx="${rx}" ry="${ry}"/><ellipse class="peak" cx="${x}" cy="${y}" rx="${rx}" ry="${ry}"/>`);
   }
   $(`#${side} .stage svg`).innerHTML = parts.join("");
-  const shape = (mark) => (mark === "peak" ? '<ellipse CLASS cx="14" cy="8" rx="5" ry="5"/>' : '<rect CLASS x="4" y="3" width="20" height="10"/>');
-  const sample = (mark) => ["shade", mark].map((name) => shape(mark).replace("CLASS", `class="${name}"`)).join("");
-  const lines = there.map((mark) => `<li><svg viewBox="0 0 28 16" aria-hidden="true">${sample(mark)}</svg>${MARKS[mark][side]}</li>`);
+  const lines = there.map((mark) => `<li><i class="${mark}"></i>${MARKS[mark][side]}</li>`);
   const legend = $(`#${side} .legend`);
   if (legend.dataset.shown !== lines.join("")) legend.innerHTML = legend.dataset.shown = lines.join("");
 }

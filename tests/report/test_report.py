@@ -238,7 +238,7 @@ def test_what_the_maps_are_a_mean_of(maps, report, tmp_path):
     text = report.read_text(encoding="utf-8")
     listed = re.findall(r"<li>(.*?)</li>", re.search(r'id="provenance".*?</section>', text, re.S)[0])
     assert listed[0] == "4 attention calls of each layer, by time group: 2 + 1 + 1"
-    assert listed[1] == f"{len(maps.layers)} layers of 2 heads; reference &#x27;reference&#x27;"
+    assert listed[1] == f"{len(maps.layers)} layers of 4 heads; reference &#x27;reference&#x27;"
     assert listed[2:] == ["four steps of &lt;b&gt;DDIM&lt;/b&gt;"]
     assert "calls · counted</th><td>4</td>" in text
     one, *others = maps._sums
@@ -289,7 +289,7 @@ def two_images():
             r2g=torch.rand(3, 2, 2, Q, generator=g) * calls,
             g2r=torch.rand(3, 2, 2, K, generator=g) * calls,
             mass=torch.rand(3, 2, 2, Q, generator=g) * calls,
-            sram=torch.rand(3, 2, 2, 1, K, generator=g) * calls,
+            sram=torch.rand(3, 2, 2, 1, K, generator=g) * calls[..., None],
         )
 
     return i2am.AttributionMaps([sums("a", (8, 6), (1, 2, 1)), sums("b", (4, 3), (1, 0, 1))], regions=["p"])
@@ -654,14 +654,13 @@ def test_every_mark_has_a_legend(page):
             drawn = {name for name in page.evaluate(marks, side) if name != "shade"}
             assert listed.locator("li").count() == len(drawn), (side, drawn)
             for name in drawn:
-                assert listed.locator(f"svg .{name}").count() == 1
+                assert listed.locator(f".{name}").count() == 1
             seen |= drawn
     assert {"outline", "cell", "peak"} <= seen
     assert "the cell asked about" in legend["reference"].inner_text()
-    page.locator("#outline").uncheck()
+    page.evaluate("() => { state.outline = false; draw(); }")
     settle(page)
     assert "mask" not in legend["generated"].inner_text()
-    page.locator("#outline").check()
 
 
 def test_play_goes_through_the_time_groups(page, maps):
