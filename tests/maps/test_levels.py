@@ -332,6 +332,10 @@ def test_match_in_tiles_of_regions(monkeypatch):
     p = rows_of(truth, "a", one, (0, 1, 2), [0, 1, 2, 3])
     best = p.argmax(-1)
     assert whole.best[:, 2, 5].tolist() == [[b // 2 + 0.5, b % 2 + 0.5] for b in best.tolist()]
+    p = p / p.sum(-1, keepdim=True)
+    assert_close(whole.confidence[:, 2, 5], 1 + (p * p.log()).sum(-1) / np.log(6))
+    assert_close(whole.expected[:, 2, 5, 0], (p.reshape(B, 3, 2).sum(2) * (torch.arange(3) + 0.5)).sum(1))
+    assert_close(whole.expected[:, 2, 5, 1], (p.reshape(B, 3, 2).sum(1) * (torch.arange(2) + 0.5)).sum(1))
 
 
 def test_more_calls_in_a_group_weigh_more():
@@ -397,3 +401,27 @@ def test_aggregation_reads_each_layer_once(maps, monkeypatch):
     )
     maps.tlam("r2g")
     assert asked == ["a", "b", "c"]
+
+
+def test_cells_go_row_by_row():
+    """Cell 1 of 2 × 3 is the top row's middle; a cell that cuts tokens takes its share of them."""
+    cell = grid_cells((2, 3))((4, 6))[0, 1].reshape(4, 6)
+    want = torch.zeros(4, 6)
+    want[:2, 2:4] = 0.25
+    torch.testing.assert_close(cell, want)
+    cut = grid_cells((1, 2))((1, 3))[0]
+    torch.testing.assert_close(cut, torch.tensor([[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]]))
+
+
+def test_a_region_of_each_image():
+    """Masks that share no token: every image is asked about its own."""
+    sums, entries, truth = recorded("r")
+    maps = AttributionMaps(sums, entries=entries)
+    masks = torch.zeros(2, 4, 6)
+    masks[0, 0, 1], masks[1, 3, 4] = 1, 1
+    got = maps.sram(masks, layers="a")
+    for i, mask in enumerate(masks):
+        want = rows_of(truth, "a", mask.flatten(), (0, 1, 2), [0, 1, 2, 3])[i].reshape(3, 2)
+        assert_close(got[i], want)
+    with pytest.raises(ValueError, match="a mask for each of 3 images, but the maps hold 2"):
+        maps.sram(torch.ones(3, 4, 6))
