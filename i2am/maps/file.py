@@ -310,7 +310,9 @@ def _record_file(size: Field, anywhere: bool) -> Path:
     if not stat.S_ISREG(status.st_mode):
         refuse("is not a regular file")
     if status.st_size != size.integer(0):
-        raise ValueError(f"{size.file}: the record {path} is truncated: {status.st_size} bytes of {size.value}")
+        raise ValueError(
+            f"{size.file}: the record {path} is truncated or another file: {status.st_size} bytes instead of {size.value}"
+        )
     return path
 
 

@@ -436,6 +436,12 @@ def test_a_record_file_is_checked_when_it_loads_and_when_it_is_read(on_disk, tmp
     loaded = AttributionMaps.load(path)
     whole = record.read_bytes()
     save_file({"0": torch.ones(3)}, other)
+    for size in (len(whole) - 1, len(whole) + 1):
+        record.write_bytes((whole + b"x")[:size])
+        with pytest.raises(
+            ValueError, match=rf"000000\.safetensors is truncated or another file: {size} bytes instead of {len(whole)}"
+        ):
+            AttributionMaps.load(path)
     record.write_bytes(b"x" * len(whole))
     with pytest.raises(ValueError, match=r"000000\.safetensors is damaged"):
         AttributionMaps.load(path)
