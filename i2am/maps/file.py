@@ -311,7 +311,8 @@ def _record_file(size: Field, anywhere: bool) -> Path:
         refuse("is not a regular file")
     if status.st_size != size.integer(0):
         raise ValueError(
-            f"{size.file}: the record {path} is truncated or another file: {status.st_size} bytes instead of {size.value}"
+            f"{size.file}: the record {path} is truncated or another file: {status.st_size} bytes instead of "
+            f"{size.value}"
         )
     return path
 
