@@ -425,3 +425,14 @@ def test_a_region_of_each_image():
         assert_close(got[i], want)
     with pytest.raises(ValueError, match="a mask for each of 3 images, but the maps hold 2"):
         maps.sram(torch.ones(3, 4, 6))
+
+
+def test_points_on_the_reference_are_given_on_its_largest_grid(maps):
+    """Layers may see the reference at two resolutions; (5, 3) is a token of the finer one."""
+    asked = AttributionMaps(maps._sums, regions=["p", "q"], entries=[QKEntry("elsewhere", "r", 0, 1.0)])
+    assert asked.where_did_it_go((5, 3)).isnan().all()  # nothing is recorded, but the point is one
+    for outside in ((6, 3), (5, 4)):
+        with pytest.raises(IndexError, match="valid are 0 ≤ y < 6 and 0 ≤ x < 4"):
+            asked.where_did_it_go(outside)
+    with pytest.raises(IndexError, match="valid are 0 ≤ y < 3 and 0 ≤ x < 2"):
+        asked.where_did_it_go((5, 3), layers=["a", "c"])
