@@ -16,7 +16,7 @@ from i2am.maps import AttributionMaps
 from i2am.metrics import imacs
 from i2am.ops import AttentionOutput, attention
 from i2am.references import Banked, Concatenated, Reference
-from i2am.tracing import BlindLayerError, Tracer, patch_modules, patch_transformer, patch_unet, trace
+from i2am.tracing import BlindLayerError, Tracer, patch_modules, patch_transformer, patch_unet, trace, unpatch
 
 __version__ = "0.1.0"
 ON_FIRST_USE = ("compare", "evaluate", "losses", "plot", "zoo")  # `i2am.plot.…` needs no import
@@ -37,6 +37,7 @@ __all__ = [
     "patch_transformer",
     "patch_unet",
     "trace",
+    "unpatch",
 ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,14 +27,17 @@ class Reference:
         skip: how many leading ones of them are not on the grid (CLIP's class token: 1). They take part in every softmax
             and are dropped before drawing.
         name: how the maps call it.
+        call: where an attention module makes several calls, which of them has these keys, counted from 0; ``tokens``
+            then counts among that call's keys. None: the call whose number of keys is that of the module's context.
     """
 
     grid: Grid | str | None = None
     tokens: slice | Tensor | Sequence[int] = field(default_factory=lambda: slice(None))
     skip: int = 0
     name: str = "reference"
+    call: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.grid is not None and self.grid != QUERIES:
             grid = tuple(self.grid)
             if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
@@ -45,20 +47,24 @@ class Reference:
             object.__setattr__(self, "grid", grid)
         if not isinstance(self.skip, int) or self.skip < 0:
             raise ValueError(f"Reference.skip must be a non-negative number of tokens, got {self.skip!r}")
+        if self.call is not None and (isinstance(self.call, bool) or not isinstance(self.call, int) or self.call < 0):
+            raise ValueError(
+                f"Reference.call must be the number of an attention call, counted from 0, got {self.call!r}"
+            )
 
     def on(self, grid: Grid) -> Reference:
-        """This reference for generated tokens on ``grid``."""
+        """Return this reference for generated tokens on ``grid``."""
         return replace(self, grid=grid) if self.grid == QUERIES else self
 
     def count(self, length: int) -> int:
-        """How many of ``length`` keys are this reference's."""
+        """Return how many of ``length`` keys are this reference's."""
         if isinstance(self.tokens, slice):
             return len(range(length)[self.tokens])
         tokens = torch.as_tensor(self.tokens)
         return int(tokens.sum()) if tokens.dtype == torch.bool else tokens.numel()
 
     def check(self, length: int) -> None:
-        """Refuses an attention of ``length`` keys that this description does not fit."""
+        """Refuse an attention of ``length`` keys that this description does not fit."""
         count = self.count(length)
         if count == 0:
             raise ValueError(f"reference {self.name!r}: tokens={self.tokens} selects none of the {length} keys")
@@ -84,7 +90,7 @@ class Concatenated:
     parts: int = 2
     generated: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.axis not in ("height", "width"):
             raise ValueError(f'Concatenated.axis must be "height" or "width", got {self.axis!r}')
         if not isinstance(self.parts, int) or self.parts < 2:
@@ -93,7 +99,7 @@ class Concatenated:
             raise ValueError(f"Concatenated.generated must be one of 0…{self.parts - 1}, got {self.generated!r}")
 
     def part(self, grid: Grid, where: str) -> Grid:
-        """The grid of one part of ``grid``. Raises ValueError when it does not divide; ``where`` says whose it is."""
+        """Return the grid of one part of ``grid``, of ``where``. Raises ValueError when it does not divide."""
         along = ("height", "width").index(self.axis)
         if grid[along] % self.parts:
             raise ValueError(
@@ -103,31 +109,24 @@ class Concatenated:
         return tuple(n // self.parts if i == along else n for i, n in enumerate(grid))
 
     def tokens(self, grid: Grid, part: int) -> Tensor:
-        """Indices of one part's tokens among the row-major tokens of ``grid``."""
+        """Return indices of one part's tokens among the row-major tokens of ``grid``."""
         index = torch.arange(grid[0] * grid[1]).reshape(grid)
         return index.chunk(self.parts, dim=("height", "width").index(self.axis))[part].flatten()
 
 
 @dataclass(frozen=True)
 class Banked:
-    """Self-attention whose keys go on after the layer's own tokens with a reference network's, of the same grid.
+    """ReferenceNet-style self-attention: keys are the layer's own tokens, then a reference network's on the same grid.
 
     What IDM-VTON, OOTDiffusion and reference-only do: keys ``[own ‖ bank 0 ‖ bank 1 …]``. Queries are the own tokens,
-    or all of them (then the first ones count). A call without banked keys (writing the bank) is passed by.
+    or all of them (then the first ones count). A call without banked keys (writing the bank) is passed by. Under
+    guidance in the batch, the half whose bank is all zeros is the unconditional one; where neither is, say
+    ``guidance=0`` (OOTDiffusion's order: [garment, zeros]) or ``guidance=1``.
     """
 
 
-class Carried(NamedTuple):
-    """What the next attention call carries: the generated queries on their grid, and the references among its keys."""
-
-    grid: Grid
-    references: tuple[Reference, ...]
-    queries: slice | Tensor = slice(None)
-    rolls: tuple[Tensor | None, ...] | None = None  # per reference [B, K, X]: from its keys to what they were made of
-
-
 def choose_layers(names: Iterable[str], layers: LayerFilter) -> list[str]:
-    """The names that a filter selects, in their order.
+    """Return the names that a filter selects, in their order.
 
     Args:
         names: layer names.

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from i2am.references import Reference, choose_layers
-from i2am.tracing.guidance import Guidance
 
 
 @pytest.mark.parametrize("grid", [(0, 3), (3,), (2, 3, 4), (2.0, 3), (-1, 2)])
@@ -53,35 +52,3 @@ def test_choose_layers():
 def test_filters_that_select_nothing_say_what_there_is(layers, missing):
     with pytest.raises(ValueError, match=missing.replace("*", r"\*") + " selects no layer; there are: down.0.attn2, "):
         choose_layers(NAMES, layers)
-
-
-def latents(batch):
-    return torch.randn(batch, 4, 2, 2)
-
-
-def test_guidance_known_from_a_pipeline():
-    guidance = Guidance("auto")
-    assert guidance.conditional(latents(4), 2, 1) == slice(2, 4)
-    assert guidance.conditional(latents(3), 3, 0) == slice(0, 1)
-    assert guidance.conditional(latents(3), 1, 0) == slice(0, 3)
-    same = torch.cat([latents(1)] * 2)  # two images of one seed, and no guidance: the pipeline knows
-    assert guidance.conditional(same, 1, 0) == slice(0, 2)
-
-
-def test_guidance_from_the_latents():
-    x = latents(2)
-    assert Guidance().conditional(torch.cat([x, x])) == slice(2, 4)
-    assert Guidance().conditional(torch.cat([x, x, x])) == slice(0, 2)
-    assert Guidance().conditional(torch.cat([x, x + 1e-6])) == slice(0, 4)
-    assert Guidance("none").conditional(torch.cat([x, x])) == slice(0, 4)
-    assert Guidance(0).conditional(latents(2)) == slice(0, 1)
-    assert Guidance(2).conditional(latents(3)) == slice(2, 3)
-    assert Guidance(1).conditional(latents(3), 3, 0) == slice(
-        1, 2
-    )  # three parts, as the pipeline says; the user's index
-
-
-@pytest.mark.parametrize("mode", ["cond", -1, 1.0, True, None])
-def test_guidance_modes_that_are_none(mode):
-    with pytest.raises(ValueError, match="guidance must be"):
-        Guidance(mode)

@@ -1,61 +1,131 @@
 """Where the reference enters attention, one file a model family.
 
 A family is read from a pipeline or a bare model once, when tracing starts; from then on it answers, for each forward
-and each attention module, which tokens are generated, which encode the reference, and on which grids.
+and each attention module, which tokens are generated, which encode the reference, and on which grids. All that is known
+of a family stands in its file; a new file is found by itself (:mod:`i2am.families.registry`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from i2am.references import Grid
-from i2am.tracing.intercept import Call, RunningLayer
+from i2am.references import Banked, Concatenated, Grid, Reference
+
+if TYPE_CHECKING:
+    from i2am.tracing.guidance import Told
+    from i2am.tracing.intercept import AttentionCall, LayerContext
+
+SELF_HINT = 'mode="self" gives maps of spatial self-attention instead, which are named "self"'
+CHANNELS = "the image enters as channels beside the latents, so that every token mixes both"
+RESIDUAL = "the control image enters as residuals of a ControlNet"
+START = "the image is only what denoising starts from"
+
+Described = list[Reference] | Concatenated | Banked | None  # what a caller says about the reference
+Hooked = tuple[nn.Module, Callable[..., Any], str]  # (module, function, "before" or "after" its forward)
 
 
-class Forward(NamedTuple):
+class ForwardInputs(NamedTuple):
     """What a family reads from the arguments of one forward of the traced model."""
 
     latents: Tensor  # [B, C, …] what is denoised, without channels concatenated from elsewhere
     timestep: Tensor | float  # in the scheduler's units
     grid: Grid | None = None  # of the latents, where their shape does not tell (tokens)
     frames: int = 1  # of a video: attention sees each as an image of the batch
+    conditioning: tuple[Tensor, ...] = ()  # [B, …] embeddings that carry the reference
+    stepped: bool = True  # the scheduler steps latents of this size (not of several pictures side by side)
 
 
-class Family(Protocol):
-    """What a tracer asks of a model family."""
+class TokenLayout(NamedTuple):
+    """What a reference-carrying attention call carries: generated queries on their grid, references among its keys."""
 
-    conditional_call: int | None  # where guidance runs as calls of its own: the index of the conditional one
+    grid: Grid
+    references: tuple[Reference, ...]
+    queries: slice | Tensor = slice(None)
+    rollout: tuple[Tensor | None, ...] | None = None  # per reference [B, K, X]: from its keys to what they were made of
+    keys: int | None = None  # how many the call has; None: any number that the references fit
+    weights: tuple[Tensor | None, ...] | None = None  # per reference [1, Q]: an adapter's scale, and mask at each query
 
-    def layers(self) -> dict[str, nn.Module]:
-        """The attention modules that may carry the reference, by name."""
 
-    def by_default(self, layer: str) -> bool:
-        """Whether a layer is in the default set of the maps (the paper leaves the mid block out)."""
+class PipelineFacts(NamedTuple):
+    """What is known of pipelines whose class, or one that it is made from, fits a glob pattern.
 
-    def begin(self, args: tuple, kwargs: dict[str, Any]) -> Forward:
-        """Reads one forward's arguments. Raises ValueError when the layout does not fit; nothing has run then."""
+    A pattern with neither ``refused`` nor ``adapter`` says that the reference becomes keys in every call.
+    """
 
-    def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """An attention module starts: sets ``layer.carries`` when its next attention call carries the reference."""
+    pattern: str
+    argument: str = "image"  # of the pipeline's call, which takes the reference
+    several: bool = False  # it takes a list of references
+    adapter: bool = False  # only through an adapter
+    refused: str | None = None  # why no attention keys encode a reference
+    described: Described = None  # where it is, if nobody says otherwise
+    told: Callable[[Any], Told] | None = None  # how the running call lays out guidance; None: as most pipelines do
 
-    def leave(self, layer: RunningLayer, module: nn.Module) -> Call | None:
-        """A reference-carrying module ends and no call of it was intercepted: the attention that it computed by itself
-        (``value=None``), or None where nobody can tell; then the layer was blind.
+
+class Request(NamedTuple):
+    """How a model is to be read."""
+
+    references: Described = None
+    self_attention: bool = False  # mode="self"
+    rollout: bool = False
+    image_only: bool = False  # a pipeline says that the context is the reference image and nothing else
+    image_grid: Grid | None = None  # of the pipeline's image encoder
+
+
+class Family:
+    """A model family, as a tracer asks it. Subclasses say what differs."""
+
+    models: ClassVar[tuple[str, ...]] = ()  # class names of the models that are this family's, whatever the request
+    pipelines: ClassVar[tuple[PipelineFacts, ...]] = ()
+    conditional_call: ClassVar[int | None] = None  # diffusers' pipelines run guidance as calls: which is conditional
+    batched_guidance: ClassVar[bool] = True  # guidance is part of the batch, as the pipeline says
+    latent_pixels: ClassVar[int] = 1  # of the latent image per side of what ForwardInputs calls its grid
+    told_by_keys: ClassVar[bool] = False  # which half is unconditional shows in the reference keys alone
+
+    @classmethod
+    def read(cls, model: nn.Module, request: Request) -> Family:
+        """Return the family of a model of :attr:`models`.
+
+        Raises:
+            ValueError: the request does not fit, or nothing tells where the reference is; says what to write.
         """
-
-    def watch(self) -> Iterable[RemovableHandle]:
-        """Hooks of the family's own, for as long as tracing lasts."""
-
-
-class TransformerFamily(Family, Protocol):
-    """What reading a transformer's pipeline asks besides."""
-
-    batched_guidance: bool  # guidance is part of the batch, as the pipeline says
-    latent_pixels: int  # of the latent image per side of what ``Forward`` calls its grid
+        raise NotImplementedError
 
     def has_adapters(self) -> bool:
-        """Whether an adapter gives the model keys of a reference, whatever the pipeline."""
+        """Return whether an adapter gives the model keys of a reference, whatever the pipeline."""
+        return False
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Return the attention modules that may carry the reference, by name."""
+        raise NotImplementedError
+
+    def by_default(self, layer: str) -> bool:
+        """Return whether a layer is in the default set of the maps (the paper leaves the mid block out)."""
+        return True
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
+        """Read one forward's arguments. Raises ValueError when the layout does not fit; nothing has run then."""
+        raise NotImplementedError
+
+    def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Set ``layer.awaits`` when the module that starts has an attention call that carries the reference."""
+
+    def leave(self, layer: LayerContext, module: nn.Module) -> AttentionCall | None:
+        """Return the attention (``value=None``) that a reference-carrying module computed by itself, when it ends and
+        no call of it was intercepted; None where nobody can tell: then the layer was blind.
+        """
+        return None
+
+    def watch(self) -> Iterable[Hooked]:
+        """Return hooks of the family's own, for as long as tracing lasts."""
+        return ()
+
+
+def no_reference_keys(name: str, reason: str) -> str:
+    """Return the message for a pipeline or model without reference keys."""
+    return (
+        f"{name}: no attention keys encode a reference ({reason}). Attention then tells which positions exchange "
+        f"information, never reference from generation. {SELF_HINT}"
+    )

@@ -9,64 +9,87 @@ the reference's, which come after them).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
+from i2am.families import CHANNELS, RESIDUAL, START, Hooked, PipelineFacts, TokenLayout
 from i2am.families.joint import JointTransformer, Positions, Segment, apart
-from i2am.references import Carried, Reference
-from i2am.tracing.intercept import eager, running_scope
+from i2am.references import Reference
+from i2am.tracing.intercept import LayerContext, running_context
 
 
 class Flux(JointTransformer):
     """``FluxTransformer2DModel``."""
 
+    models = ("FluxTransformer2DModel",)
     attentions = ("FluxAttention",)
+    pipelines = (
+        PipelineFacts("FluxKontext*"),
+        PipelineFacts("FluxFill*", refused=CHANNELS),
+        PipelineFacts("FluxControlNet*", refused=RESIDUAL),
+        PipelineFacts("FluxControl*", refused=CHANNELS),
+        PipelineFacts("Flux*Img2Img*", refused=START),
+        PipelineFacts("Flux*Inpaint*", refused=START),
+        PipelineFacts("FluxKontextInpaint*"),
+        PipelineFacts(
+            "FluxPriorRedux*",
+            refused="it makes embeddings and runs no attention of a denoiser: trace the pipeline that they are given "
+            "to, with "
+            "reference=i2am.Reference(grid=(27, 27), tokens=slice(-729, None))",
+        ),
+        PipelineFacts(
+            "VisualCloze*", refused="several pictures share rows of one grid, which i2am does not take apart"
+        ),
+    )
 
-    def __init__(self, transformer: nn.Module, references: Sequence[Reference] | None = None, *, itself: bool = False):
-        super().__init__(transformer, references, itself=itself)
+    def __init__(
+        self, transformer: nn.Module, references: Sequence[Reference] | None = None, *, self_attention: bool = False
+    ):
+        super().__init__(transformer, references, self_attention=self_attention)
         self._positions = Positions()
         self._generated: Segment | None = None
 
-    def layout(self, given: dict[str, Any]) -> Carried:
+    def layout(self, given: dict[str, Any]) -> TokenLayout:
         text = given["encoder_hidden_states"].shape[1]
         generated, references = apart(self._positions.segments(given["img_ids"]))
         self._generated = generated
-        if not (references or self.references or self.itself) and self.has_adapters():
-            return Carried(generated.grid, ())
-        return self.in_context(generated, references, text, slice(0, text))
+        if not (references or self.references or self.self_attention) and self.has_adapters():
+            return TokenLayout(generated.grid, ())
+        return self.in_context(generated, references, text, slice(0, text), text + given["hidden_states"].shape[1])
 
-    def enter(self, layer, module, args, kwargs) -> None:
-        if self.carried.references:
-            layer.carries = self.carried
+    def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.carried is not None and self.carried.references:
+            layer.awaits = self.carried
 
-    def watch(self) -> Iterable[RemovableHandle]:
-        for module in () if self.itself else self.layers().values():
+    def watch(self) -> Iterable[Hooked]:
+        for module in () if self.self_attention else self.layers().values():
             for adapter, to_k in enumerate(getattr(module.processor, "to_k_ip", ())):
-                announce = eager(lambda _, args, adapter=adapter: self._announce(adapter, args[0]))
-                yield to_k.register_forward_pre_hook(announce)
+                yield to_k, partial(self._announce, adapter), "before"
 
-    def _announce(self, adapter: int, embeds: Tensor) -> None:
-        """The next call is an adapter's, its keys ``embeds [B, images, T, C]`` in one softmax."""
-        scope = running_scope()
-        if scope is None or not scope.layers:
+    def _announce(self, adapter: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The next call is an adapter's, its keys ``args[0] [B, images, T, C]`` in one softmax."""
+        context = running_context()
+        if context is None or not context.layers or self._generated is None:
             return
         several = len(self.transformer.encoder_hid_proj.image_projection_layers) > 1
         name = f"ip_adapter_{adapter}" if several else "ip_adapter"
-        images, T = embeds.shape[1:3]
+        images, T = args[0].shape[1:3]
         references = tuple(
             Reference(tokens=slice(i * T, (i + 1) * T), name=name if images == 1 else f"{name}.image_{i}")
             for i in range(images)
         )
-        generated = self._generated
-        scope.layers[-1].carries = Carried(generated.grid, references, slice(generated.start, generated.stop))
+        queries = slice(self._generated.start, self._generated.stop)
+        context.layers[-1].awaits = TokenLayout(self._generated.grid, references, queries, keys=images * T)
 
 
 class LongCat(Flux):
     """``LongCatImageTransformer2DModel``: laid out like Kontext, with 1 and 2 on the position ids' first axis."""
 
+    models = ("LongCatImageTransformer2DModel",)
     attentions = ("LongCatImageAttention",)
+    pipelines = (PipelineFacts("LongCatImageEdit*"),)
 
 
 class Fibo(Flux):
@@ -75,7 +98,9 @@ class Fibo(Flux):
     Tokens are single latents, or 2×2 of them with ``do_patching=True``: then give ``trace`` its ``canvas``.
     """
 
+    models = ("BriaFiboTransformer2DModel",)
     attentions = ("BriaFiboAttention",)
+    pipelines = (PipelineFacts("BriaFiboEdit*"),)
     conditional_call = None
     timestep_scale = 1.0
     batched_guidance = True

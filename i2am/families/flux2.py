@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from i2am.families import PipelineFacts, TokenLayout
 from i2am.families.joint import JointTransformer, Positions, Segment, apart
-from i2am.references import Carried, Reference
+from i2am.references import Reference
 
 
 class Flux2(JointTransformer):
@@ -21,12 +22,17 @@ class Flux2(JointTransformer):
 
     attentions = ("Flux2Attention", "Flux2ParallelSelfAttention")
 
-    def __init__(self, transformer: nn.Module, references: Sequence[Reference] | None = None, *, itself: bool = False):
-        super().__init__(transformer, references, itself=itself)
+    models = ("Flux2Transformer2DModel",)
+    pipelines = (PipelineFacts("Flux2*", several=True), PipelineFacts("Flux2KleinInpaint*", "image_reference"))
+
+    def __init__(
+        self, transformer: nn.Module, references: Sequence[Reference] | None = None, *, self_attention: bool = False
+    ):
+        super().__init__(transformer, references, self_attention=self_attention)
         self._positions = Positions()
         self._cached: list[Segment] = []  # the references whose keys the model has cached
 
-    def layout(self, given: dict[str, Any]) -> Carried:
+    def layout(self, given: dict[str, Any]) -> TokenLayout:
         text = given["encoder_hidden_states"].shape[1]
         generated, references = apart(self._positions.segments(given["img_ids"]))
         mode, cache = given.get("kv_cache_mode"), given.get("kv_cache")
@@ -40,9 +46,9 @@ class Flux2(JointTransformer):
                     "began, so their grids are unknown: trace from the first step"
                 )
             return self._with_cache(Segment(cache.num_ref_tokens, generated.grid), text)
-        return self.in_context(generated, references, text, slice(0, text))
+        return self.in_context(generated, references, text, slice(0, text), text + given["hidden_states"].shape[1])
 
-    def _with_cache(self, generated: Segment, text: int) -> Carried:
+    def _with_cache(self, generated: Segment, text: int) -> TokenLayout:
         """Keys ``[text ‖ references ‖ generated]``, as ``generated`` says; queries ``[text ‖ generated]``."""
-        carried = self.in_context(generated, self._cached, text, slice(0, text))
+        carried = self.in_context(generated, self._cached, text, slice(0, text), text + generated.stop)
         return carried._replace(queries=slice(text, text + generated.stop - generated.start))

@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from i2am.families import Forward
+from i2am.families import Family, ForwardInputs, Request, TokenLayout
 from i2am.families.arguments import named_arguments
-from i2am.references import SELF, Carried, Grid, Reference
-from i2am.tracing.intercept import RunningLayer
+from i2am.families.registry import check_described
+from i2am.families.tokens import among, reference_names
+from i2am.references import SELF, Grid, Reference
+from i2am.tracing.intercept import LayerContext
 
 NO_REFERENCE = (
     "this call of the {model} has no reference image among its tokens, so no attention keys encode a reference: pass "
@@ -35,7 +35,7 @@ class Segment(NamedTuple):
         return self.start + self.grid[0] * self.grid[1]
 
 
-class JointTransformer:
+class JointTransformer(Family):
     """What transformers with one attention over all tokens share: one reference-carrying call a layer.
 
     A subclass reads, from one forward's arguments, which tokens are what (:meth:`layout`).
@@ -44,48 +44,55 @@ class JointTransformer:
         transformer: the model.
         references: keys among the *text* tokens that encode a reference (Redux): ``tokens`` count from the first text
             token. None: references are in context only.
-        itself: the keys asked for are the generated tokens themselves.
+        self_attention: the keys asked for are the generated tokens themselves.
     """
 
-    conditional_call: int | None = 0  # guidance runs as two calls, the conditional one first
-    timestep_scale = 1000.0  # the model is given t / 1000
-    batched_guidance = False
-    latent_pixels = 2
-    attentions: tuple[str, ...] = ()  # class names of the attention modules
+    conditional_call: ClassVar[int | None] = 0  # guidance runs as two calls, the conditional one first
+    batched_guidance: ClassVar[bool] = False
+    latent_pixels: ClassVar[int] = 2
+    timestep_scale: ClassVar[float] = 1000.0  # the model is given t / 1000
+    attentions: ClassVar[tuple[str, ...]] = ()  # class names of the attention modules
 
-    def __init__(self, transformer: nn.Module, references: Sequence[Reference] | None = None, *, itself: bool = False):
+    def __init__(
+        self, transformer: nn.Module, references: Sequence[Reference] | None = None, *, self_attention: bool = False
+    ):
         self.transformer = transformer
-        self.itself = itself
+        self.self_attention = self_attention
         self.references = tuple(references or ())
-        self.carried: Carried | None = None  # by every layer of the running forward
+        self.carried: TokenLayout | None = None  # by every layer of the running forward
+
+    @classmethod
+    def read(cls, model: nn.Module, request: Request) -> Family:
+        check_described(model, request)
+        if request.rollout:
+            name = type(model).__name__
+            raise ValueError(f"rollout=True needs an adapter with a resampler, and i2am knows none of {name}")
+        return cls(model, request.references, self_attention=request.self_attention)
 
     def layers(self) -> dict[str, nn.Module]:
         found = {n: m for n, m in self.transformer.named_modules() if type(m).__name__ in self.attentions}
         return {name: m for name, m in found.items() if hasattr(m, "processor")}
 
-    def by_default(self, layer: str) -> bool:
-        return True
-
-    def leave(self, layer: RunningLayer, module: nn.Module) -> None:
-        return None
-
-    def watch(self) -> Iterable[RemovableHandle]:
-        return ()
-
-    def begin(self, args: tuple, kwargs: dict[str, Any]) -> Forward:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
         given = named_arguments(self.transformer, args, kwargs)
         self.carried = self.layout(given)
-        return Forward(given["hidden_states"], given["timestep"] * self.timestep_scale, self.carried.grid)
+        conditioning = given.get("encoder_hidden_states")
+        return ForwardInputs(
+            given["hidden_states"],
+            given["timestep"] * self.timestep_scale,
+            self.carried.grid,
+            conditioning=(conditioning,) if isinstance(conditioning, Tensor) else (),
+            stepped=False,
+        )
 
-    def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        layer.carries = self.carried
+    def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer.awaits = self.carried
 
     def has_adapters(self) -> bool:
-        """Whether IP-Adapters are loaded."""
         return len(getattr(getattr(self.transformer, "encoder_hid_proj", None), "image_projection_layers", ())) > 0
 
-    def layout(self, given: dict[str, Any]) -> Carried:
-        """What the layers of one forward carry.
+    def layout(self, given: dict[str, Any]) -> TokenLayout:
+        """Return what the layers of one forward carry.
 
         Args:
             given: the forward's arguments by name.
@@ -95,11 +102,15 @@ class JointTransformer:
         """
         raise NotImplementedError
 
-    def in_context(self, generated: Segment, references: Sequence[Segment], offset: int, text: slice) -> Carried:
-        """References among the image tokens, which begin at token ``offset``, and those described among the text's."""
+    def in_context(
+        self, generated: Segment, references: Sequence[Segment], offset: int, text: slice, keys: int | None = None
+    ) -> TokenLayout:
+        """Return the layout of references among the image tokens, which begin at token ``offset``, and those described
+        among the text's; ``keys``: of the whole attention.
+        """
         queries = slice(offset + generated.start, offset + generated.stop)
-        if self.itself:
-            return Carried(generated.grid, (Reference(generated.grid, queries, name=SELF),), queries)
+        if self.self_attention:
+            return TokenLayout(generated.grid, (Reference(generated.grid, queries, name=SELF),), queries, keys=keys)
         parts = [
             Reference(grid=s.grid, tokens=slice(offset + s.start, offset + s.stop), name=name)
             for s, name in zip(references, reference_names(len(references)), strict=True)
@@ -107,31 +118,14 @@ class JointTransformer:
         parts += [among(text, r) for r in self.references]
         if not parts:
             raise ValueError(NO_REFERENCE.format(model=type(self.transformer).__name__))
-        return Carried(generated.grid, tuple(parts), queries)
-
-
-def among(text: slice, reference: Reference) -> Reference:
-    """A reference whose ``tokens`` count from the first text token, as tokens of the whole attention."""
-    length = text.stop - text.start
-    reference.check(length)
-    tokens = reference.tokens
-    if isinstance(tokens, slice):
-        chosen = range(text.start, text.stop)[tokens]
-        return replace(reference, tokens=slice(chosen.start, chosen.stop, chosen.step))
-    tokens = torch.as_tensor(tokens)
-    tokens = tokens.nonzero().squeeze(1) if tokens.dtype == torch.bool else tokens
-    return replace(reference, tokens=tokens % length + text.start)
+        return TokenLayout(generated.grid, tuple(parts), queries, keys=keys)
 
 
 def apart(pictures: Sequence[tuple[float, Segment]]) -> tuple[Segment, list[Segment]]:
-    """The generated picture, whose number is the smallest, and the references in the order of their tokens."""
+    """Return the generated picture, whose number is the smallest, and the references in the order of their tokens."""
     first = min(range(len(pictures)), key=lambda i: pictures[i][0])
     segments = [segment for _, segment in pictures]
     return segments.pop(first), segments
-
-
-def reference_names(count: int) -> list[str]:
-    return ["reference"] if count == 1 else [f"reference_{i}" for i in range(count)]
 
 
 class Positions:
@@ -140,11 +134,11 @@ class Positions:
     Reading them makes a GPU wait, so the last answer is kept for as long as the very same tensor comes.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._last: tuple[Tensor, list[tuple[float, Segment]]] | None = None
 
     def segments(self, ids: Tensor) -> list[tuple[float, Segment]]:
-        """``(axis 0, segment)`` of each picture, in the order of the tokens.
+        """Return ``(axis 0, segment)`` of each picture, in the order of the tokens.
 
         Raises:
             ValueError: the tokens of a picture do not fill a grid row by row.

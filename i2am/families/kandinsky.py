@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from i2am.families import Hooked, PipelineFacts, TokenLayout
 from i2am.families.arguments import argument
+from i2am.families.tokens import among
 from i2am.families.unet import UNetFamily
-from i2am.references import SELF, Carried, Reference
-from i2am.tracing.intercept import RunningLayer
+from i2am.references import SELF, Reference
+from i2am.tracing.intercept import LayerContext
 
 
 class AddedKeys(UNetFamily):
@@ -24,38 +25,41 @@ class AddedKeys(UNetFamily):
     Args:
         unet: the model.
         references: tokens of the context that encode a reference; None: as the UNet's own projection lays them out.
-        itself: trace the layer's own tokens among the keys (``mode="self"``).
+        self_attention: trace the layer's own tokens among the keys (``mode="self"``).
     """
 
-    def __init__(self, unet: nn.Module, references: Sequence[Reference] | None, *, itself: bool = False):
+    pipelines = (PipelineFacts("KandinskyV22*", "image_embeds"), PipelineFacts("Kandinsky*", "image_embeds"))
+
+    def __init__(self, unet: nn.Module, references: Sequence[Reference] | None, *, self_attention: bool = False):
         super().__init__(unet)
-        self.itself = itself
+        self.self_attention = self_attention
         self.references = tuple(references or (Reference(tokens=image_tokens(unet), name="image"),))
 
     def layers(self) -> dict[str, nn.Module]:
         return added_key_attentions(self.unet)
 
-    def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         grid = tuple(argument(args, kwargs, 0, "hidden_states").shape[-2:])
         context = argument(args, kwargs, 1, "encoder_hidden_states").shape[1]
-        if self.itself:
-            layer.carries = Carried(grid, (Reference(grid, slice(context, None), name=SELF),))
+        keys = context + (0 if getattr(module, "only_cross_attention", False) else grid[0] * grid[1])
+        if self.self_attention:
+            layer.awaits = TokenLayout(grid, (Reference(grid, slice(context, None), name=SELF),), keys=keys)
             return
         for reference in self.references:
             reference.check(context)
-        layer.carries = Carried(grid, tuple(on_context(r, context) for r in self.references))
+        layer.awaits = TokenLayout(grid, tuple(among(slice(0, context), r) for r in self.references), keys=keys)
 
-    def watch(self) -> Iterable[RemovableHandle]:
+    def watch(self) -> Iterable[Hooked]:
         return ()
 
 
 def added_key_attentions(unet: nn.Module) -> dict[str, nn.Module]:
-    """Attention modules by name that join added keys with their own."""
+    """Return attention modules by name that join added keys with their own."""
     return {n: m for n, m in unet.named_modules() if getattr(m, "added_kv_proj_dim", None) and hasattr(m, "add_k_proj")}
 
 
 def image_tokens(unet: nn.Module) -> slice:
-    """Which tokens of the context are the image's, by the UNet's projection."""
+    """Return which tokens of the context are the image's, by the UNet's projection."""
     kind = getattr(getattr(unet, "config", None), "encoder_hid_dim_type", None)
     if kind == "image_proj":
         return slice(None)
@@ -65,10 +69,3 @@ def image_tokens(unet: nn.Module) -> slice:
         f"which keys of this {type(unet).__name__} encode the reference? Its context is of kind {kind!r}: describe it "
         "with reference=i2am.Reference(tokens=...), counted from the first context token"
     )
-
-
-def on_context(reference: Reference, context: int) -> Reference:
-    """A reference among the first ``context`` keys."""
-    from i2am.families.joint import among
-
-    return among(slice(0, context), reference)

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from i2am.families import Forward
+from i2am.families import Family, ForwardInputs, Hooked, TokenLayout
 from i2am.families.arguments import named_arguments
-from i2am.references import Carried, Grid, LayerFilter, Reference, choose_layers
-from i2am.tracing.intercept import Call, RunningLayer, eager, running_scope
+from i2am.references import Grid, LayerFilter, Reference, choose_layers
+from i2am.tracing.intercept import AttentionCall, LayerContext, running_context, running_layer
 
 TIMESTEPS = ("timesteps", "timestep", "t", "time", "sigma", "sigmas", "noise_level")
+LATENTS = ("sample", "hidden_states", "x", "latents", "noisy_latents", "noisy_sample")
 HEADS = ("heads", "num_heads", "n_heads")
 AFTER_PROJECTION = (
     "norm_q",
@@ -36,12 +38,22 @@ Inputs = Callable[[tuple, dict[str, Any]], tuple[Tensor, Tensor | float]]
 Mask = Callable[[nn.Module, dict[str, Any]], Tensor | None]
 
 
-class AttentionModules:
+@dataclass
+class Projected:
+    """What one attention module has been given and has projected so far."""
+
+    arguments: dict[str, Any]  # of the module, by name
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # projection → what it gave
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # projection → what it was given
+
+
+class AttentionModules(Family):
     """Attention modules inside ``model`` that have query and key projections and a number of heads.
 
     Args:
         model: the module whose forward is one evaluation.
-        where: which attention modules; None: those that attend to something else than their own input.
+        where: which attention modules; None: all. One whose queries and keys come from the same tensor is only taken
+            when its very name is given.
         reference: which of their keys encode the reference: references, or a function of (layer, number of keys, grid
             of the generated tokens).
         grid: of the generated tokens where no module around the attention is given a feature map of that size: a
@@ -51,8 +63,6 @@ class AttentionModules:
         inputs: latents and timestep of a forward, a function of (args, kwargs).
         projections: names of the query and key projection.
     """
-
-    conditional_call = None
 
     def __init__(
         self,
@@ -71,73 +81,89 @@ class AttentionModules:
         self._mask = mask or compvis_mask
         self._read_inputs = inputs or self._guess_inputs
         self._projections = projections
-        self._chosen = where is not None
         found = attention_modules(model, projections)
         self._modules = {name: found[name] for name in choose_layers(found, where)}
+        named = [where] if isinstance(where, str) else [] if where is None or callable(where) else list(where)
+        self._named = set(named) & set(found)  # by their very names
         self._feature_maps: dict[str, Grid] = {}  # module → size of the feature map that it was given
 
     def layers(self) -> dict[str, nn.Module]:
         return self._modules
 
     def by_default(self, layer: str) -> bool:
-        return True
+        return not any(part in ("mid_block", "middle_block") for part in layer.split("."))
 
-    def begin(self, args: tuple, kwargs: dict[str, Any]) -> Forward:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
+        given = tensors_of((*args, *kwargs.values()))
+        self._feature_maps.clear()
+        if given and given[0].ndim == 4:
+            self._feature_maps[""] = (given[0].shape[-2], given[0].shape[-1])
         latents, timestep = self._read_inputs(args, kwargs)
-        return Forward(latents, timestep)
+        conditioning = tuple(x for x in given if x is not latents and x is not timestep)
+        return ForwardInputs(latents, timestep, conditioning=conditioning)
 
-    def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        layer.arguments = args, kwargs
+    def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer.state = Projected(named_arguments(module, args, kwargs))
 
-    def leave(self, layer: RunningLayer, module: nn.Module) -> Call | None:
-        """The attention that a module computed by itself, from its projections; None: it can't be told from these."""
-        if any(getattr(module, name, None) is not None for name in AFTER_PROJECTION):
+    def leave(self, layer: LayerContext, module: nn.Module) -> AttentionCall | None:
+        if layer.seen or any(getattr(module, name, None) is not None for name in AFTER_PROJECTION):
             return None
         heads = _heads(module)
-        q, k = (layer.projected[p].unflatten(-1, (heads, -1)).transpose(1, 2) for p in self._projections)
-        mask = self._mask(module, named_arguments(module, *layer.arguments))
-        return Call(q, k, None, mask, scale=_scale(module))
+        q, k = (layer.state.outputs[p].unflatten(-1, (heads, -1)).transpose(1, 2) for p in self._projections)
+        mask = self._mask(module, layer.state.arguments)
+        return AttentionCall(q, k, None, mask, scale=_scale(module))
 
-    def watch(self) -> Iterable[RemovableHandle]:
-        around = {""} | {name.rpartition(".")[0] for name in self._modules}
+    def watch(self) -> Iterable[Hooked]:
+        around = {name.rpartition(".")[0] for name in self._modules}
         around |= {".".join(name.split(".")[:i]) for name in around for i in range(name.count(".") + 1)}
-        for name in sorted(around):
-            see = eager(self._see_feature_map(name))
-            yield self.model.get_submodule(name).register_forward_pre_hook(see, with_kwargs=True)
+        for name in sorted(around - {""}):  # of the model itself, begin sees it
+            yield self.model.get_submodule(name), partial(self._see_feature_map, name), "before"
         for module in self._modules.values():
             for projection in self._projections:
-                yield getattr(module, projection).register_forward_hook(eager(self._see_projection(projection)))
+                yield getattr(module, projection), partial(self._see_projection, projection), "after"
 
-    def _see_feature_map(self, name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            if first is not None and first.ndim == 4:
-                self._feature_maps[name] = tuple(first.shape[-2:])
+    def _see_feature_map(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if running_context() is None:
+            return
+        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if first is not None and first.ndim == 4:
+            self._feature_maps[name] = (first.shape[-2], first.shape[-1])
 
-        return hook
+    def _see_projection(self, projection: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        layer = running_layer()
+        if layer is None or layer.name not in self._modules or not args:
+            return
+        state: Projected = layer.state
+        state.outputs[projection], state.inputs[projection] = output, args[0]
+        if len(state.outputs) < 2:
+            return
+        queries, keys = (state.inputs[p] for p in self._projections)
+        if _same_view(queries, keys) and layer.name not in self._named:
+            return  # self-attention, which a pattern never means
+        self._check_context(layer.name, state)
+        q, k = (state.outputs[p] for p in self._projections)
+        layer.awaits = self._layout(layer.name, q.shape[-2], k.shape[-2])
 
-    def _see_projection(self, projection: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            scope = running_scope()
-            if scope is None or not scope.layers or scope.layers[-1].name not in self._modules:
-                return
-            layer = scope.layers[-1]
-            layer.projected[projection] = output
-            layer.inputs[projection] = args[0] if args else None
-            if len(layer.projected) == 2 and (self._chosen or len({id(x) for x in layer.inputs.values()}) == 2):
-                q, k = (layer.projected[p] for p in self._projections)
-                layer.carries = self._carries(layer.name, q.shape[-2], k.shape[-2])
+    def _check_context(self, layer: str, state: Projected) -> None:
+        """Refuse a module that hands its key projection a part of the context that it was given."""
+        keys = state.inputs[self._projections[1]]
+        whole = [x for x in tensors_of(state.arguments.values()) if _is_part(keys, x)]
+        if whole:
+            raise ValueError(
+                f"layer {layer} was given a context of {whole[0].shape[-2]} tokens, but its {self._projections[1]} "
+                "sees "
+                f"{keys.shape[-2]} of them: it splits its context. Name the projection of the reference's part with "
+                "projections=(query, key), and describe the tokens of that part"
+            )
 
-        return hook
-
-    def _carries(self, layer: str, queries: int, keys: int) -> Carried:
+    def _layout(self, layer: str, queries: int, keys: int) -> TokenLayout:
         grid = self._grid_of(layer, queries)
         described = self._reference(layer, keys, grid)
         described = [described] if isinstance(described, Reference) else described
         references = tuple(reference.on(grid) for reference in described)
         for reference in references:
             reference.check(keys)
-        return Carried(grid, references)
+        return TokenLayout(grid, references, keys=keys)
 
     def _grid_of(self, layer: str, tokens: int) -> Grid:
         if self._grid is not None:
@@ -155,12 +181,15 @@ class AttentionModules:
             "their grid is unknown: pass grid=lambda layer, tokens: (height, width)"
         )
 
-    def _guess_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | float]:
+    def _guess_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | float]:
         given = named_arguments(self.model, args, kwargs)
-        values = [*args, *kwargs.values()]
-        latents = next((x for x in values if isinstance(x, Tensor) and x.ndim == 4), None)
-        timestep = next((given[name] for name in TIMESTEPS if name in given), args[1] if len(args) > 1 else None)
-        if latents is None or not isinstance(timestep, (Tensor, int, float)):
+        latents = next((given[n] for n in LATENTS if isinstance(given.get(n), Tensor) and given[n].ndim == 4), None)
+        if latents is None:
+            latents = next((x for x in tensors_of(given.values()) if x.ndim == 4), None)
+        timestep = next((given[n] for n in TIMESTEPS if isinstance(given.get(n), (Tensor, int, float))), None)
+        if timestep is None and len(args) > 1 and _is_number(args[1]):
+            timestep = args[1]
+        if latents is None or timestep is None:
             names = ", ".join(inspect.signature(type(self.model).forward).parameters)
             raise ValueError(
                 f"no latents [B, C, H, W] or no timestep among the arguments of {type(self.model).__name__} ({names}): "
@@ -170,7 +199,7 @@ class AttentionModules:
 
 
 def attention_modules(model: nn.Module, projections: tuple[str, str]) -> dict[str, nn.Module]:
-    """Modules with the projections and a number of heads, by name. Raises ValueError where there are none."""
+    """Return modules with the projections and a number of heads, by name. Raises ValueError where there are none."""
     found = {
         name: m
         for name, m in model.named_modules()
@@ -185,7 +214,7 @@ def attention_modules(model: nn.Module, projections: tuple[str, str]) -> dict[st
 
 
 def compvis_mask(module: nn.Module, given: dict[str, Any]) -> Tensor | None:
-    """CompVis' ``mask``: bool ``[B, …]``, True where a key takes part; flattened over the keys.
+    """Return CompVis' ``mask``: bool ``[B, …]``, True where a key takes part; flattened over the keys.
 
     Raises:
         ValueError: a module was given another mask, which only its own code reads.
@@ -201,12 +230,44 @@ def compvis_mask(module: nn.Module, given: dict[str, Any]) -> Tensor | None:
     return None if mask is None else mask.flatten(1)[:, None, None]
 
 
+def tensors_of(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among some arguments, those in lists and dicts too."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            found += tensors_of(value.values())
+        elif isinstance(value, (list, tuple)):
+            found += tensors_of(value)
+    return found
+
+
+def _is_part(part: Tensor, whole: Tensor) -> bool:
+    """Whether ``part`` is a view of fewer tokens of ``whole``; both ``[B, N, C]``."""
+    if part.ndim != 3 or whole.ndim != 3 or part.shape[-2] >= whole.shape[-2] or part.shape[-1] != whole.shape[-1]:
+        return False
+    return part.untyped_storage()._cdata == whole.untyped_storage()._cdata
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.ndim <= 1)
+
+
+def _same_view(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one and the same piece of memory."""
+    if a is b:
+        return True
+    at = (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
+    return at and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
 def _heads(module: nn.Module) -> int | None:
     return next((n for name in HEADS if isinstance(n := getattr(module, name, None), int)), None)
 
 
 def _scale(module: nn.Module) -> float | None:
-    """What a module multiplies the logits with; None: it does not say, so ``1/√d``."""
+    """Return what a module multiplies the logits with; None: it does not say, so ``1/√d``."""
     scale = getattr(module, "scale", None)
     if isinstance(scale, Tensor) and scale.numel() == 1:
         return float(scale)

@@ -7,16 +7,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from i2am.families import RESIDUAL, START, PipelineFacts, TokenLayout
 from i2am.families.joint import JointTransformer, Segment
-from i2am.references import Carried
 
 
 class QwenImage(JointTransformer):
     """``QwenImageTransformer2DModel``."""
 
+    models = ("QwenImageTransformer2DModel",)
     attentions = ("Attention",)
+    pipelines = (
+        PipelineFacts("QwenImageEdit*"),
+        PipelineFacts("QwenImageEditPlus*", several=True),
+        PipelineFacts("QwenImageControlNet*", refused=RESIDUAL),
+        PipelineFacts(
+            "QwenImageLayered*", refused="it generates several layers at once, and i2am draws on one picture"
+        ),
+        PipelineFacts("QwenImageImg2Img*", refused=START),
+        PipelineFacts("QwenImageInpaint*", refused=START),
+    )
 
-    def layout(self, given: dict[str, Any]) -> Carried:
+    def layout(self, given: dict[str, Any]) -> TokenLayout:
         shapes = [tuple(shape) for shape in given["img_shapes"][0]]
         if any(tuple(map(tuple, sample)) != tuple(shapes) for sample in given["img_shapes"]):
             raise ValueError(f"img_shapes differ within the batch: {given['img_shapes']}; trace one size at a time")
@@ -30,4 +41,6 @@ class QwenImage(JointTransformer):
         if start != tokens:
             raise ValueError(f"img_shapes {shapes} make {start} tokens, but hidden_states has {tokens}")
         text = given["encoder_hidden_states"].shape[1]
-        return self.in_context(segments[0], segments[1:], text, slice(0, text))
+        if getattr(getattr(self.transformer, "config", None), "use_layer3d_rope", False):
+            raise ValueError(f"img_shapes {shapes} are several layers generated at once, and i2am draws on one picture")
+        return self.in_context(segments[0], segments[1:], text, slice(0, text), text + tokens)

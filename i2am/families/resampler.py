@@ -10,11 +10,13 @@ latents says nothing of the image). A map over the ``T`` tokens times ``R`` is a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from i2am.tracing.intercept import eager, running_scope
+from i2am.families import Hooked
+from i2am.tracing.intercept import running_context
 
 KINDS = ("IPAdapterPlusImageProjection", "IPAdapterTimeImageProjection")
 
@@ -31,23 +33,23 @@ class Rollout:
         self.matrix: Tensor | None = None
         self._query: Tensor | None = None
 
-    def watch(self) -> Iterable[RemovableHandle]:
-        yield self.resampler.register_forward_pre_hook(eager(self._begin))
+    def watch(self) -> Iterable[Hooked]:
+        yield self.resampler, self._begin, "before"
         for block in self.resampler.layers:
             attn = block.attn
             key = attn.to_kv if getattr(attn, "to_k", None) is None else attn.to_k
-            yield attn.to_q.register_forward_hook(eager(self._see_query))
-            yield key.register_forward_hook(eager(lambda _, args, out, attn=attn: self._see_key(attn, out)))
-        yield self.resampler.register_forward_hook(eager(self._end))
+            yield attn.to_q, self._see_query, "after"
+            yield key, partial(self._see_key, attn), "after"
+        yield self.resampler, self._end, "after"
 
-    def _begin(self, *_) -> None:
+    def _begin(self, *_: Any) -> None:
         self.matrix = None
 
-    def _see_query(self, module: nn.Module, args: tuple, query: Tensor) -> None:
+    def _see_query(self, module: nn.Module, args: tuple[Any, ...], query: Tensor) -> None:
         self._query = query
 
-    def _see_key(self, attn: nn.Module, key: Tensor) -> None:
-        if running_scope() is None:
+    def _see_key(self, attn: nn.Module, module: nn.Module, args: tuple[Any, ...], key: Tensor) -> None:
+        if running_context() is None:
             return
         q, key = self._query, key[..., : self._query.shape[-1]]  # a fused projection gives values behind the keys
         T, X = q.shape[1], key.shape[1] - q.shape[1]
@@ -56,7 +58,7 @@ class Rollout:
         R = A.new_zeros(A.shape[0], T, X) if self.matrix is None else self.matrix
         self.matrix = (A[..., :X] + A[..., X:] @ R + R) / 2
 
-    def _end(self, *_) -> None:
+    def _end(self, *_: Any) -> None:
         self._query = None
         if self.matrix is not None:
             self.matrix = self.matrix / self.matrix.sum(-1, keepdim=True)

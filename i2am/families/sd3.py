@@ -5,77 +5,82 @@ The joint call before it runs over ``[image ‖ text]``; that is what ``mode="se
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from i2am.families import Forward
+from i2am.families import (
+    RESIDUAL,
+    START,
+    Family,
+    ForwardInputs,
+    Hooked,
+    PipelineFacts,
+    Request,
+    TokenLayout,
+    no_reference_keys,
+)
 from i2am.families.arguments import named_arguments
+from i2am.families.registry import check_described
 from i2am.families.resampler import Rollout
-from i2am.families.unet import no_reference_keys
-from i2am.references import SELF, Carried, Grid, Reference
-from i2am.tracing.intercept import RunningLayer, eager, running_scope
+from i2am.families.tokens import square
+from i2am.references import SELF, Grid, Reference
+from i2am.tracing.intercept import LayerContext, running_context
 
 
-class StableDiffusion3:
+class StableDiffusion3(Family):
     """``SD3Transformer2DModel``."""
 
-    conditional_call: int | None = 0  # skip-layer guidance calls once more
-    batched_guidance = True
-    latent_pixels = 1
+    models = ("SD3Transformer2DModel",)
+    pipelines = (
+        PipelineFacts("StableDiffusion3ControlNet*", refused=RESIDUAL),
+        PipelineFacts("StableDiffusion3I*", refused=START),
+        PipelineFacts("StableDiffusion3PAGI*", refused=START),
+    )
+    conditional_call = 0  # skip-layer guidance calls once more
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        references: Sequence[Reference] | None = None,
-        *,
-        itself: bool = False,
-        rollout: bool = False,
-    ):
-        if references:
-            raise ValueError("SD3's text tokens encode no reference: load its IP-Adapter, which needs no description")
+    def __init__(self, transformer: nn.Module, *, self_attention: bool = False, rollout: bool = False):
         self.transformer = transformer
-        self.itself = itself
+        self.self_attention = self_attention
         self._grid: Grid = (0, 0)
         self._rollout = Rollout(transformer.image_proj) if rollout else None
 
+    @classmethod
+    def read(cls, model: nn.Module, request: Request) -> Family:
+        check_described(model, request)
+        if request.references:
+            raise ValueError("SD3's text tokens encode no reference: load its IP-Adapter, which needs no description")
+        return cls(model, self_attention=request.self_attention, rollout=request.rollout)
+
     def has_adapters(self) -> bool:
-        """Whether an IP-Adapter is loaded."""
         return bool(self._adapters())
 
     def layers(self) -> dict[str, nn.Module]:
-        if self.itself:
+        if self.self_attention:
             return {n: m for n, m in self._attentions().items() if n.endswith(".attn")}
         if not self._adapters():
             raise ValueError(no_reference_keys(type(self.transformer).__name__, "no IP-Adapter is loaded"))
         return self._adapters()
 
-    def by_default(self, layer: str) -> bool:
-        return True
-
-    def begin(self, args: tuple, kwargs: dict[str, Any]) -> Forward:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
         given = named_arguments(self.transformer, args, kwargs)
         latents, patch = given["hidden_states"], self.transformer.config.patch_size
         self._grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
-        return Forward(latents, given["timestep"])
+        context = given.get("encoder_hidden_states")
+        return ForwardInputs(latents, given["timestep"], conditioning=(context,) if isinstance(context, Tensor) else ())
 
-    def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.itself:
+    def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.self_attention:
             own = slice(0, self._grid[0] * self._grid[1])
-            layer.carries = Carried(self._grid, (Reference(self._grid, own, name=SELF),), own)
+            layer.awaits = TokenLayout(self._grid, (Reference(self._grid, own, name=SELF),), own)
 
-    def leave(self, layer: RunningLayer, module: nn.Module) -> None:
-        return None
-
-    def watch(self) -> Iterable[RemovableHandle]:
+    def watch(self) -> Iterable[Hooked]:
         if self._rollout is not None:
             yield from self._rollout.watch()
-        for module in () if self.itself else self._adapters().values():
-            yield module.processor.to_k_ip.register_forward_pre_hook(eager(lambda _, args: self._announce(args[0])))
+        for module in () if self.self_attention else self._adapters().values():
+            yield module.processor.to_k_ip, self._announce, "before"
 
     def _attentions(self) -> dict[str, nn.Module]:
         return {n: m for n, m in self.transformer.named_modules() if type(m).__name__ == "Attention"}
@@ -83,22 +88,15 @@ class StableDiffusion3:
     def _adapters(self) -> dict[str, nn.Module]:
         return {n: m for n, m in self._attentions().items() if hasattr(m.processor, "to_k_ip")}
 
-    def _announce(self, embeds: Tensor) -> None:
+    def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The next call is the adapter's: its tokens stand behind the image's own."""
-        scope = running_scope()
-        if scope is not None and scope.layers:
-            own = self._grid[0] * self._grid[1]
-            reference = Reference(tokens=slice(own, own + embeds.shape[-2]), name="ip_adapter")
-            rolls = None
-            if self._rollout is not None:
-                rolls = (self._rollout.matrix,)
-                reference = replace(reference, grid=square(rolls[0].shape[-1]))
-            scope.layers[-1].carries = Carried(self._grid, (reference,), rolls=rolls)
-
-
-def square(tokens: int) -> Grid:
-    """SigLIP's patches, which have no class token and lie on a square."""
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise ValueError(f"{tokens} image tokens are no square of patches")
-    return side, side
+        context = running_context()
+        if context is None or not context.layers:
+            return
+        own, tokens = self._grid[0] * self._grid[1], args[0].shape[-2]
+        reference = Reference(tokens=slice(own, own + tokens), name="ip_adapter")
+        rolls = None
+        if self._rollout is not None and self._rollout.matrix is not None:
+            rolls = (self._rollout.matrix,)
+            reference = replace(reference, grid=square(self._rollout.matrix.shape[-1]))
+        context.layers[-1].awaits = TokenLayout(self._grid, (reference,), rollout=rolls, keys=own + tokens)

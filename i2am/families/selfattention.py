@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from i2am.families import Forward
-from i2am.families.joint import NO_REFERENCE, reference_names
+from i2am.families import ForwardInputs, PipelineFacts, TokenLayout
+from i2am.families.joint import NO_REFERENCE
+from i2am.families.tokens import reference_names
 from i2am.families.unet import UNetFamily, attentions, grid_of
-from i2am.references import SELF, Banked, Carried, Concatenated, Grid, Reference
-from i2am.tracing.intercept import Call, RunningLayer
+from i2am.references import SELF, Banked, Concatenated, Grid, Reference
+from i2am.tracing.guidance import Told
+from i2am.tracing.intercept import AttentionCall, LayerContext
 
 
 class SelfAttention(UNetFamily):
@@ -24,34 +26,39 @@ class SelfAttention(UNetFamily):
     def layers(self) -> dict[str, nn.Module]:
         return attentions(self.unet, cross=False)
 
-    def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         grid = grid_of(layer)
-        layer.carries = Carried(grid, (Reference(grid=grid, name=SELF),))
+        layer.awaits = TokenLayout(grid, (Reference(grid=grid, name=SELF),), keys=grid[0] * grid[1])
 
 
 class ConcatenatedLatents(SelfAttention):
     """References are other parts of the latents."""
 
+    pipelines = (
+        PipelineFacts("DreamLite*", described=Concatenated("width")),
+        PipelineFacts(
+            "DreamLitePipeline",
+            described=Concatenated("width"),
+            told=lambda pipe: Told(3, 2, how="DreamLite: [unconditional, image only, conditional]"),
+        ),
+    )
+
     def __init__(self, unet: nn.Module, concatenated: Concatenated):
         super().__init__(unet)
         self.concatenated = concatenated
-        self._carried: dict[Grid, Carried] = {}
 
-    def begin(self, args: tuple, kwargs: dict[str, Any]) -> Forward:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
         forward, c = super().begin(args, kwargs), self.concatenated
         part = c.part(tuple(forward.latents.shape[-2:]), "the latents")
         parts = forward.latents.chunk(c.parts, dim=-2 if c.axis == "height" else -1)
         if not any(x.any() for i, x in enumerate(parts) if i != c.generated):  # a picture from text alone (DreamLite)
             raise ValueError(NO_REFERENCE.format(model=type(self.unet).__name__))
-        return forward._replace(grid=part)
+        return forward._replace(latents=parts[c.generated], grid=part, stepped=False)
 
-    def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        grid = grid_of(layer)
-        if grid not in self._carried:
-            self._carried[grid] = self._carries(grid, layer.name)
-        layer.carries = self._carried[grid]
+    def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer.awaits = self._layout(grid_of(layer), layer.name)
 
-    def _carries(self, grid: Grid, layer: str) -> Carried:
+    def _layout(self, grid: Grid, layer: str) -> TokenLayout:
         c = self.concatenated
         part = c.part(grid, f"layer {layer}")
         others = [i for i in range(c.parts) if i != c.generated]
@@ -59,17 +66,19 @@ class ConcatenatedLatents(SelfAttention):
         references = tuple(
             Reference(grid=part, tokens=c.tokens(grid, i), name=name) for i, name in zip(others, names, strict=True)
         )
-        return Carried(part, references, c.tokens(grid, c.generated))
+        return TokenLayout(part, references, c.tokens(grid, c.generated), keys=grid[0] * grid[1])
 
 
 class BankedAttention(SelfAttention):
     """References are keys behind the layer's own; where they join them (block or processor) is not asked."""
 
-    def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        layer.carries = partial(_bank, layer.name, grid_of(layer))
+    told_by_keys = True
+
+    def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer.awaits = partial(_bank, layer.name, grid_of(layer))
 
 
-def _bank(layer: str, grid: Grid, call: Call) -> Carried | None:
+def _bank(layer: str, grid: Grid, call: AttentionCall) -> TokenLayout | None:
     own, keys = grid[0] * grid[1], call.key.shape[2]
     if keys % own:
         raise ValueError(f"layer {layer}: {keys} keys are not its own {own} and as many of each reference")
@@ -77,11 +86,11 @@ def _bank(layer: str, grid: Grid, call: Call) -> Carried | None:
     references = tuple(
         Reference(grid=grid, tokens=slice(i * own, (i + 1) * own), name=name) for i, name in enumerate(names, start=1)
     )
-    return Carried(grid, references, slice(0, own)) if references else None
+    return TokenLayout(grid, references, slice(0, own), keys=keys) if references else None
 
 
 def read_self_attention(unet: nn.Module, reference: Concatenated | Banked | None) -> SelfAttention:
-    """The family of a UNet whose self-attention is traced; ``reference=None``: as it is (``mode="self"``)."""
+    """Return the family of a UNet whose self-attention is traced; ``reference=None``: as it is (``mode="self"``)."""
     if not attentions(unet, cross=False):
         raise ValueError(f"{type(unet).__name__} has no self-attention that i2am can trace")
     if isinstance(reference, Concatenated):

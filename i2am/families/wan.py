@@ -6,24 +6,23 @@ a key's column softmax goes over all of them. The first frame's latents enter as
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
-from i2am.families import Forward
+from i2am.families import CHANNELS, Family, ForwardInputs, PipelineFacts, Request, TokenLayout, no_reference_keys
 from i2am.families.arguments import argument, named_arguments
-from i2am.families.joint import among, reference_names
-from i2am.families.unet import clip_tokens, no_reference_keys
-from i2am.references import Carried, Grid, Reference
-from i2am.tracing.intercept import RunningLayer
+from i2am.families.registry import check_described
+from i2am.families.tokens import among, clip_tokens, reference_names
+from i2am.references import Grid, Reference
+from i2am.tracing.intercept import LayerContext
 
 TEXT = 512  # text tokens, a constant of Wan's attention: what stands before them is the image
 
 
-class Wan:
+class Wan(Family):
     """``WanTransformer3DModel`` with image keys.
 
     Args:
@@ -31,22 +30,36 @@ class Wan:
         references: the image tokens as the caller describes them; None: CLIP's.
     """
 
-    conditional_call: int | None = 0
+    models = ("WanTransformer3DModel",)
+    pipelines = (
+        PipelineFacts("WanImageToVideo*", refused=CHANNELS),
+        PipelineFacts("WanVideoToVideo*", refused="the video is only what denoising starts from"),
+        PipelineFacts("LucyEdit*", refused="the video enters as channels beside the latents"),
+    )
+    conditional_call = 0
     batched_guidance = False
     latent_pixels = 2
 
-    def __init__(self, transformer: nn.Module, references: Sequence[Reference] | None = None, *, itself: bool = False):
-        if itself:
+    def __init__(
+        self, transformer: nn.Module, references: Sequence[Reference] | None = None, image_grid: Grid | None = None
+    ):
+        self.transformer = transformer
+        self.references = references
+        self.image_grid = image_grid  # of the pipeline's image encoder
+        self._grid: Grid = (0, 0)
+
+    @classmethod
+    def read(cls, model: nn.Module, request: Request) -> Family:
+        check_described(model, request)
+        if request.rollout:
+            raise ValueError("rollout=True needs an adapter with a resampler, and i2am knows none of Wan")
+        if request.self_attention:
             raise ValueError(
                 "the self-attention of a video transformer goes over frames, where i2am has no grid to draw on"
             )
-        self.transformer = transformer
-        self.references = references
-        self.image_grid: Grid | None = None  # of the pipeline's image encoder
-        self._grid: Grid = (0, 0)
+        return cls(model, request.references, request.image_grid)
 
     def has_adapters(self) -> bool:
-        """Whether the model has keys of an image."""
         return bool(self._image_attentions())
 
     def layers(self) -> dict[str, nn.Module]:
@@ -57,26 +70,18 @@ class Wan:
             )
         return found
 
-    def by_default(self, layer: str) -> bool:
-        return True
-
-    def begin(self, args: tuple, kwargs: dict[str, Any]) -> Forward:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
         given = named_arguments(self.transformer, args, kwargs)
-        latents = given["hidden_states"]
+        latents, image = given["hidden_states"], given.get("encoder_hidden_states_image")
         frames, h, w = (n // p for n, p in zip(latents.shape[2:], self.transformer.config.patch_size, strict=True))
         self._grid = (frames * h, w)
-        return Forward(latents, given["timestep"], self._grid)
+        conditioning = tuple(x for x in (given.get("encoder_hidden_states"), image) if isinstance(x, Tensor))
+        return ForwardInputs(latents, given["timestep"], self._grid, conditioning=conditioning, stepped=False)
 
-    def enter(self, layer: RunningLayer, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = argument(args, kwargs, 1, "encoder_hidden_states").shape[1] - TEXT
         if tokens > 0:
-            layer.carries = Carried(self._grid, self._references(tokens))
-
-    def leave(self, layer: RunningLayer, module: nn.Module) -> None:
-        return None
-
-    def watch(self) -> Iterable[RemovableHandle]:
-        return ()
+            layer.awaits = TokenLayout(self._grid, self._references(tokens), keys=tokens)
 
     def _image_attentions(self) -> dict[str, nn.Module]:
         named = self.transformer.named_modules()

@@ -1,44 +1,54 @@
 """``trace``, ``patch_unet``, ``patch_transformer``, ``patch_modules``: from a pipeline or a model to attribution maps.
 
-The one path the data takes: a root hook opens a scope (``intercept``) with the step (``clock``) and the conditional
-samples (``guidance``); module hooks say which attention runs, the family says what it carries; the intercepted
-attention call runs the fused op (``ops``), which adds into the running sums (``sums``); ``maps`` reads them.
+The one path the data takes: a root hook opens a context (``tracer``) with the step (``clock``), the conditional
+samples (``guidance``) and the place on the picture (``tiles``), if the call is the traced pipeline's own (``who``);
+module hooks say which attention runs, the family says what it carries; the intercepted attention call (``intercept``,
+``observe``) runs the fused op (``ops``), which adds into the running sums (``sums``); ``maps`` reads them,
+``provenance`` says what they are a mean of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from i2am.maps.sram import Region
+from i2am.families import Described, Family, Request
 from i2am.references import Banked, Concatenated, Grid, LayerFilter, Reference
 from i2am.tracing.clock import Clock, CountingClock, SchedulerClock, TimestepClock
-from i2am.tracing.tracer import BlindLayerError, Tracer
+from i2am.tracing.guidance import Told
+from i2am.tracing.options import TraceOptions, TraceSettings, takes_trace_options
+from i2am.tracing.tracer import BlindLayerError, Tracer, unpatch
+from i2am.tracing.who import calling_pipeline
 
-MODES = ("reference", "self")
-Described = Reference | Sequence[Reference] | Concatenated | Banked | None
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-__all__ = ["BlindLayerError", "Tracer", "patch_modules", "patch_transformer", "patch_unet", "trace"]
+References = Reference | Sequence[Reference] | Concatenated | Banked | None
+
+__all__ = [
+    "BlindLayerError",
+    "TraceOptions",
+    "Tracer",
+    "patch_modules",
+    "patch_transformer",
+    "patch_unet",
+    "trace",
+    "unpatch",
+]
 
 
+@takes_trace_options()
 def trace(
-    pipe,
+    pipe: Any,
     time_groups: int = 5,
     layers: LayerFilter = None,
     *,
-    reference: Described = None,
-    mode: str = "reference",
-    rollout: bool = False,
-    guidance: str | int = "auto",
-    output: str = "i2am",
-    backend: str | None = None,
-    sram: Mapping[str, Region] | None = None,
-    canvas: Grid | None = None,
-    **record: Any,
+    reference: References = None,
+    **options: Unpack[TraceOptions],
 ) -> Tracer:
-    """Traces a diffusers pipeline: what its images take from the reference.
+    """Trace a diffusers pipeline: what its images take from the reference.
 
     ::
 
@@ -46,77 +56,44 @@ def trace(
             image = pipe(...).images[0]
         maps = tracer.maps()
 
+    Only calls that this pipeline makes itself count. Its scheduler gives the steps, its guidance the conditional
+    samples, its image encoder the reference grid. Load IP-Adapters and LoRAs before tracing.
+
     Args:
-        pipe: a diffusers pipeline. Its scheduler gives the steps, its guidance the conditional samples, its image
-            encoder the reference grid. Load IP-Adapters and LoRAs before tracing.
+        pipe: a diffusers pipeline.
         time_groups: into how many groups the steps are summed.
         layers: which attention modules: a name, a glob pattern, several, or a predicate. None: all that carry the
             reference.
         reference: which keys encode it, where the pipeline does not tell: one :class:`Reference` per IP-Adapter; among
             a transformer's text tokens (Redux: ``Reference(grid=(27, 27), tokens=slice(-729, None))``); or
             :class:`Concatenated` or :class:`Banked`, where self-attention carries it.
-        mode: "reference"; or "self" for a model without reference keys (channel concatenation, ControlNet): maps of the
-            generated picture's attention to itself, which say what positions exchange information, never what came
-            from the reference. They are named "self".
-        rollout: roll G2R and SRAM of an IP-Adapter Plus, or SD3's, back through its resampler to the image encoder's
-            patches: see :mod:`i2am.families.resampler`. Its few tokens have no layout of their own.
-        guidance: "auto", "none" (every sample counts), or the index of the conditional part of the batch.
-        output: "i2am": the fused op's output goes on into the model; "model": the model's own attention runs too, and
-            its output goes on, so that images are bit-identical to an untraced run.
-        backend: as in :func:`i2am.attention`.
-        sram: name → patch of the generated image to follow, a point ``(y, x)`` or a mask, at most 64: read with
-            ``maps.sram(name)``.
-        canvas: ``(height, width)`` in which points are given; None: pixels of the output image (of a bare UNet: the
-            latent grid).
-        record: ``record="qk"`` keeps queries and keys so that any patch can be asked afterwards, with ``record_to``,
-            ``record_every``, ``record_times``, ``record_dtype`` and ``record_limit``: see
-            :class:`i2am.tracing.qk.RecordOptions`.
+        options: see :class:`i2am.tracing.options.TraceSettings`.
 
     Returns:
         a :class:`Tracer`, already tracing; use it as a context manager or call ``unpatch()``.
 
     Raises:
+        TypeError: an option that there is not.
         ValueError: the pipeline has no reference keys or is traced already; an argument does not fit. Nothing changed.
     """
-    from i2am.families.pipelines import read_pipeline
+    from i2am.families.pipeline import read_pipeline
 
-    traced = read_pipeline(pipe, _references(reference), itself=_itself(mode, reference), rollout=rollout)
-    _check_rollout(rollout, record)
-    return Tracer(
-        traced.model,
-        traced.family,
-        clock=SchedulerClock(pipe.scheduler, evaluations=lambda: getattr(pipe, "_num_timesteps", None)),
-        time_groups=time_groups,
-        layers=layers,
-        guidance=guidance,
-        guidance_parts=traced.guidance_parts,
-        output=output,
-        backend=backend,
-        sram=sram,
-        canvas=canvas,
-        pixels=traced.pixels,
-        record=record,
-    )
+    settings = TraceSettings(time_groups=time_groups, layers=layers, **options)
+    traced = read_pipeline(pipe, _request(reference, settings))
+    clock = SchedulerClock(lambda: pipe.scheduler, evaluations=lambda: getattr(pipe, "_num_timesteps", None))
+    return Tracer(traced.model, traced.family, clock, settings, pipe=pipe, told=traced.told, pixels=traced.pixels)
 
 
+@takes_trace_options()
 def patch_unet(
     unet: nn.Module,
     *,
-    reference: Described = None,
-    time_groups: int = 5,
+    reference: References = None,
     num_steps: int | None = None,
-    scheduler=None,
-    mode: str = "reference",
-    rollout: bool = False,
-    guidance: str | int = "auto",
-    layers: LayerFilter = None,
-    output: str = "i2am",
-    backend: str | None = None,
-    sram: Mapping[str, Region] | None = None,
-    canvas: Grid | None = None,
-    **record: Any,
+    scheduler: Any = None,
+    **options: Unpack[TraceOptions],
 ) -> Tracer:
-    """Traces a bare UNet, wherever it is called from.
+    """Trace a bare UNet, called from any code, in one thread.
 
     ::
 
@@ -129,59 +106,32 @@ def patch_unet(
         unet: a UNet2DConditionModel or a model built like it.
         reference: which cross-attention keys encode the reference; several for several references. Not needed with an
             IP-Adapter. :class:`Concatenated` or :class:`Banked` where self-attention carries it.
-        time_groups: into how many groups the steps are summed.
         num_steps: denoising steps of a run; steps are counted by their timesteps.
         scheduler: the diffusers scheduler that drives the loop; its steps are counted. With neither, calls are grouped
             by timestep, in equal ranges of [0, 1000).
-        guidance: "auto": parts of the batch with identical latents are guidance ([uncond, cond], or InstructPix2Pix's
-            [cond, image, uncond]); "none"; or the index of the conditional part.
-        mode, rollout, layers, output, backend, sram, canvas, record: as in :func:`trace`; ``record="qk"`` needs
-            num_steps or scheduler.
+        options: see :class:`i2am.tracing.options.TraceSettings`.
 
     Returns:
         a :class:`Tracer`, already tracing.
 
     Raises:
+        TypeError: an option that there is not.
         ValueError: the UNet does not tell where the reference is (the message shows the line to write), is traced
             already or compiled; an argument does not fit. Nothing changed.
     """
-    from i2am.families.unet import read_unet
-
-    _check_rollout(rollout, record)
-    _check_steps(num_steps, scheduler)
-    return Tracer(
-        unet,
-        read_unet(unet, _references(reference), itself=_itself(mode, reference), rollout=rollout),
-        clock=_clock(num_steps, scheduler),
-        time_groups=time_groups,
-        layers=layers,
-        guidance=guidance,
-        output=output,
-        backend=backend,
-        sram=sram,
-        canvas=canvas,
-        record=record,
-    )
+    return _patch(unet, "patch_unet", reference, num_steps, scheduler, TraceSettings(**options))
 
 
+@takes_trace_options()
 def patch_transformer(
     transformer: nn.Module,
     *,
-    reference: Described = None,
-    time_groups: int = 5,
+    reference: References = None,
     num_steps: int | None = None,
-    scheduler=None,
-    mode: str = "reference",
-    rollout: bool = False,
-    guidance: str | int = "auto",
-    layers: LayerFilter = None,
-    output: str = "i2am",
-    backend: str | None = None,
-    sram: Mapping[str, Region] | None = None,
-    canvas: Grid | None = None,
-    **record: Any,
+    scheduler: Any = None,
+    **options: Unpack[TraceOptions],
 ) -> Tracer:
-    """Traces a bare diffusion transformer, wherever it is called from.
+    """Trace a bare diffusion transformer, called from any code, in one thread.
 
     ::
 
@@ -194,38 +144,21 @@ def patch_transformer(
         transformer: a FluxTransformer2DModel, Flux2Transformer2DModel, QwenImageTransformer2DModel, … whose references
             are tokens behind (or before) the generated ones, as their pipelines lay them out.
         reference: which *text* tokens encode a reference, where that is so (Redux).
-        guidance: "auto": a call on the latents of the call before, at the same timestep, is the other half of
-            guidance and does not count; "none": every call counts; or the index of the conditional call.
-        canvas: as in :func:`trace`; None: the grid of the generated tokens.
-        time_groups, num_steps, scheduler, mode, rollout, layers, output, backend, sram, record: as in
-            :func:`patch_unet`.
+        num_steps, scheduler: as in :func:`patch_unet`.
+        options: see :class:`i2am.tracing.options.TraceSettings`.
 
     Returns:
         a :class:`Tracer`, already tracing.
 
     Raises:
+        TypeError: an option that there is not.
         ValueError: the model is of no known family, is traced already or compiled; an argument does not fit. Nothing
             changed.
     """
-    from i2am.families.transformers import read_transformer
-
-    _check_rollout(rollout, record)
-    _check_steps(num_steps, scheduler)
-    return Tracer(
-        transformer,
-        read_transformer(transformer, _references(reference), itself=_itself(mode, reference), rollout=rollout),
-        clock=_clock(num_steps, scheduler),
-        time_groups=time_groups,
-        layers=layers,
-        guidance=guidance,
-        output=output,
-        backend=backend,
-        sram=sram,
-        canvas=canvas,
-        record=record,
-    )
+    return _patch(transformer, "patch_transformer", reference, num_steps, scheduler, TraceSettings(**options))
 
 
+@takes_trace_options("mode", "rollout", "output", "weighted")
 def patch_modules(
     model: nn.Module,
     *,
@@ -233,24 +166,20 @@ def patch_modules(
     where: LayerFilter = None,
     grid: Callable[[str, int], Grid] | None = None,
     mask: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None,
-    inputs: Callable[[tuple, dict[str, Any]], tuple[Tensor, Tensor | float]] | None = None,
+    inputs: Callable[[tuple[Any, ...], dict[str, Any]], tuple[Tensor, Tensor | float]] | None = None,
     projections: tuple[str, str] = ("to_q", "to_k"),
-    time_groups: int = 5,
     num_steps: int | None = None,
-    scheduler=None,
-    guidance: str | int = "auto",
-    backend: str | None = None,
-    sram: Mapping[str, Region] | None = None,
-    canvas: Grid | None = None,
-    **record: Any,
+    scheduler: Any = None,
+    layers: LayerFilter = None,
+    **options: Unpack[TraceOptions],
 ) -> Tracer:
-    """Traces attention modules of any code base, without importing it: those with ``to_q``, ``to_k`` and ``heads``.
+    """Trace attention modules of any code base, without importing it: those with ``to_q``, ``to_k`` and ``heads``.
 
     ::
 
         tracer = i2am.patch_modules(          # StableVITON: features of the garment branch at the same resolution
             model.model.diffusion_model,
-            where="*zero_crossattn*",
+            layers="*warp_zero_crossattn*attn2",
             reference=i2am.Reference(grid="queries"),
             num_steps=50,
         )
@@ -263,73 +192,82 @@ def patch_modules(
         model: the module whose forward is one evaluation of the denoiser.
         reference: which keys encode the reference; ``Reference(grid="queries")``: on the same grid as the generated
             tokens, at every resolution. Or a function of (layer, number of keys, grid of the generated tokens).
-        where: which attention modules: a name, a glob pattern, several, or a predicate. None: all that attend to
-            something else than their own input.
+        layers, where: which attention modules: a name, a glob pattern, several, or a predicate. None: all. One whose
+            queries and keys come from the same tensor is taken only by its very name.
         grid: (layer, number of tokens) → (height, width) of the generated tokens, where no module around the attention
             is given a feature map of that size.
         mask: (module, its arguments by name) → mask that broadcasts to ``[B, heads, queries, keys]``, for modules that
             mask in a way of their own. None: CompVis' ``mask`` over keys is read, any other is refused.
-        inputs: (args, kwargs) of the model → (latents ``[B, …]``, timestep); None: the first 4-D tensor, and the
-            argument called like a timestep or the second one.
+        inputs: (args, kwargs) of the model → (latents ``[B, …]``, timestep); None: the argument called like latents, or
+            the first 4-D tensor, and the argument called like a timestep.
         projections: names of the query and key projection.
-        time_groups, num_steps, scheduler, guidance, backend, sram, canvas, record: as in :func:`patch_unet`.
+        num_steps, scheduler: as in :func:`patch_unet`.
+        options: see :class:`i2am.tracing.options.TraceSettings`.
 
     Returns:
         a :class:`Tracer`, already tracing.
 
     Raises:
+        TypeError: an option that there is not.
         ValueError: there is no such module, the model is traced already or compiled; an argument does not fit. Nothing
             changed.
     """
     from i2am.families.modules import AttentionModules
 
-    _check_steps(num_steps, scheduler)
-    described = reference if callable(reference) else _references(reference)
+    settings = TraceSettings(output="model", **options)
+    described = reference if callable(reference) else _described(reference)
     if described is None or isinstance(described, (Concatenated, Banked)):
         raise ValueError(f"patch_modules takes i2am.Reference, several, or a function, got reference={reference!r}")
-    return Tracer(
+    if where is not None and layers is not None:
+        raise ValueError("layers= and where= are the same: pass one")
+    family = AttentionModules(
         model,
-        AttentionModules(model, where, described, grid=grid, mask=mask, inputs=inputs, projections=tuple(projections)),
-        clock=_clock(num_steps, scheduler),
-        time_groups=time_groups,
-        layers=None,
-        guidance=guidance,
-        output="model",
-        backend=backend,
-        sram=sram,
-        canvas=canvas,
-        record=record,
+        where if layers is None else layers,
+        described,
+        grid=grid,
+        mask=mask,
+        inputs=inputs,
+        projections=(projections[0], projections[1]),
     )
+    return Tracer(model, family, _clock(num_steps, scheduler), settings, told=_told_by_caller(family))
 
 
-def _check_rollout(rollout: bool, record: Mapping[str, Any]) -> None:
-    if rollout and record.get("record") is not None:
-        raise ValueError(
-            "rollout=True rolls sums back, not recorded keys: register patches with sram= instead of record="
-        )
+def _patch(
+    model: nn.Module, entry: str, reference: References, num_steps: int | None, scheduler: Any, settings: TraceSettings
+) -> Tracer:
+    from i2am.families.registry import read_model
+
+    family = read_model(model, _request(reference, settings), entry=entry)
+    return Tracer(model, family, _clock(num_steps, scheduler), settings, told=_told_by_caller(family))
 
 
-def _check_steps(num_steps: int | None, scheduler) -> None:
+def _told_by_caller(family: Family) -> Callable[[], Told]:
+    """Return what asks the pipeline that is calling a bare model, if one does."""
+    from i2am.families.pipeline import told_by
+
+    def told() -> Told:
+        pipe = calling_pipeline()
+        return Told() if pipe is None else told_by(pipe, family)
+
+    return told
+
+
+def _clock(num_steps: int | None, scheduler: Any) -> Clock:
+    """Return a bare model's clock; it watches the scheduler from now on."""
     if num_steps is not None and scheduler is not None:
         raise ValueError("pass num_steps or scheduler, not both: the scheduler knows its steps")
-
-
-def _clock(num_steps: int | None, scheduler) -> Clock:
-    """A bare model's clock; it watches the scheduler from now on."""
     if scheduler is not None:
         return SchedulerClock(scheduler)
     return TimestepClock() if num_steps is None else CountingClock(num_steps)
 
 
-def _itself(mode: str, reference: Described) -> bool:
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if mode == "self" and reference is not None:
+def _request(reference: References, settings: TraceSettings) -> Request:
+    if settings.mode == "self" and reference is not None:
         raise ValueError(f'mode="self" looks at no reference, got reference={reference!r}')
-    return mode == "self"
+    return Request(_described(reference), self_attention=settings.mode == "self", rollout=settings.rollout)
 
 
-def _references(reference: Described) -> list[Reference] | Concatenated | Banked | None:
+def _described(reference: References) -> Described:
     if reference is None or isinstance(reference, (Concatenated, Banked)):
         return reference
     references = [reference] if isinstance(reference, Reference) else list(reference)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import math
-from contextlib import ExitStack, contextmanager
-from typing import NamedTuple, Protocol
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+BFLOAT16 = 2.0**-7  # models are given timesteps in their own dtype: half a step of its mantissa, and some
 
-class Moment(NamedTuple):
+
+class StepInfo(NamedTuple):
     """Where in a run one evaluation of the model stands; None: the clock cannot know."""
 
     group: int  # time group
@@ -22,134 +25,201 @@ class Moment(NamedTuple):
     steps: int | None = None  # of the run
     evaluations: int | None = None  # of the run
     first: bool = False  # the run's first evaluation
+    stepped: bool | None = None  # whether the scheduler has stepped since the last evaluation; None: nobody tells
 
 
-class Clock(Protocol):
+class Clock:
     """Tells the time of one evaluation of the model."""
 
-    stepped: bool | None  # whether a scheduler has stepped between the last two evaluations; None: unknown
+    knows_steps = False  # before the first evaluation, how many there will be
 
-    def read(self, timestep: float, time_groups: int) -> Moment:
-        """The moment of the model call that is about to run at ``timestep``. Raises ValueError where it can't tell."""
+    def read(self, timestep: float, time_groups: int) -> StepInfo:
+        """Return where the model call that is about to run at ``timestep`` stands. Raises ValueError if unknown."""
+        raise NotImplementedError
 
     def restart(self) -> None:
         """Forget the run so far."""
 
+    def latents(self) -> tuple[int, ...] | None:
+        """Return the shape of what a scheduler steps; None: no scheduler, or none has stepped yet."""
+        return None
 
-class TimestepClock:
+    def open(self) -> None:
+        """Begin to watch."""
+
+    def close(self) -> None:
+        """Stop watching. Idempotent."""
+
+
+class TimestepClock(Clock):
     """A bare model's clock: equal ranges of the training timesteps ``[0, num_train_timesteps)``, noisiest first."""
-
-    stepped = None
 
     def __init__(self, num_train_timesteps: int = 1000):
         self.num_train_timesteps = num_train_timesteps
-
-    def read(self, timestep: float, time_groups: int) -> Moment:
-        if not 0 <= timestep <= self.num_train_timesteps:
-            raise ValueError(
-                f"timestep {timestep} is outside [0, {self.num_train_timesteps}): pass num_steps= or scheduler= so "
-                "that steps are counted instead"
-            )
-        return Moment(max(time_groups - 1 - int(timestep * time_groups / self.num_train_timesteps), 0))
+        self.restart()
 
     def restart(self) -> None:
-        pass
+        self._started = False
+
+    def read(self, timestep: float, time_groups: int) -> StepInfo:
+        if not 0 <= timestep <= self.num_train_timesteps:
+            raise ValueError(
+                f"timestep {timestep:g} is outside [0, {self.num_train_timesteps}): pass num_steps= or scheduler= so "
+                "that steps are counted instead"
+            )
+        if not self._started and timestep < self.num_train_timesteps / 10 and timestep != int(timestep):
+            raise ValueError(
+                f"the first call's timestep is {timestep:g}: a sigma rather than a timestep of "
+                f"[0, {self.num_train_timesteps})? Pass num_steps= or scheduler= so that steps are counted instead"
+            )
+        self._started = True
+        return StepInfo(max(time_groups - 1 - int(timestep * time_groups / self.num_train_timesteps), 0))
 
 
-class CountingClock:
+class CountingClock(Clock):
     """Counts the distinct timesteps of a run of ``num_steps``; a timestep that comes back later starts a new run.
 
     Repeats in a row are one step (guidance in two calls, Heun, PNDM).
     """
 
-    stepped = None
+    knows_steps = True
 
     def __init__(self, num_steps: int):
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps!r}")
         self.num_steps = num_steps
         self.restart()
 
     def restart(self) -> None:
         self._seen: list[float] = []
 
-    def read(self, timestep: float, time_groups: int) -> Moment:
+    def read(self, timestep: float, time_groups: int) -> StepInfo:
         if timestep in self._seen[:-1]:
             self._seen = []
         first = not self._seen
         if not self._seen or self._seen[-1] != timestep:
             if len(self._seen) == self.num_steps:
                 raise ValueError(
-                    f"the model is called at a {self.num_steps + 1}th timestep, {timestep}, in a run of "
+                    f"the model is called at a {self.num_steps + 1}th timestep, {timestep:g}, in a run of "
                     f"num_steps={self.num_steps}: correct num_steps, pass scheduler= instead, or reset() the tracer "
                     "before a run over other timesteps"
                 )
             self._seen.append(timestep)
         step = len(self._seen) - 1
-        return Moment(step * time_groups // self.num_steps, step, self.num_steps, self.num_steps, first)
+        return StepInfo(step * time_groups // self.num_steps, step, self.num_steps, self.num_steps, first)
 
 
-class SchedulerClock:
+class SchedulerClock(Clock):
     """Counts a diffusers scheduler's ``step`` calls since ``set_timesteps``, in the user's steps.
 
     The user's step of an evaluation is what the pipelines' own progress bar shows when it runs: solvers of order 2 make
     two evaluations a step, and PNDM's extra evaluations belong to its first step (Runge-Kutta warm-up: four a step).
 
     Args:
-        scheduler: watched from now until ``close``; only the two methods of this instance are wrapped.
+        scheduler: a scheduler, or a function that returns the one in use (``pipe.scheduler`` may be replaced); watched
+            from ``open`` until ``close``. Nothing is written into it, so copies and pickles carry nothing.
         evaluations: returns how many evaluations the running loop makes, where a pipeline knows (else None).
     """
 
-    def __init__(self, scheduler, evaluations=lambda: None):
-        self.scheduler = scheduler
+    knows_steps = True
+
+    def __init__(self, scheduler: Any, evaluations: Callable[[], int | None] = lambda: None):
+        self._source = (
+            scheduler if callable(scheduler) and not hasattr(scheduler, "set_timesteps") else lambda: scheduler
+        )
+        self.scheduler = self._source()
         self._evaluations = evaluations
-        self._watched = ExitStack()
         self.restart()
-        for name in ("step", "set_timesteps"):
-            self._watched.enter_context(_after(scheduler, name, getattr(self, f"_on_{name}")))
+
+    def open(self) -> None:
+        _watch(self.scheduler, self)
 
     def close(self) -> None:
-        """Gives the scheduler its own methods back."""
-        self._watched.close()
+        _unwatch(self.scheduler, self)
 
     def restart(self) -> None:
         self._count = 0
         self._start: int | None = None
         self._counted: int | None = None  # at the last evaluation
-        self.stepped = True
+        self._latents: tuple[int, ...] | None = None
 
-    def _on_step(self) -> None:
+    def on_step(self, sample: object) -> None:
+        """The scheduler has stepped ``sample``."""
         self._count += 1
+        if isinstance(sample, Tensor):
+            self._latents = tuple(sample.shape)
 
-    def _on_set_timesteps(self) -> None:
+    def on_set_timesteps(self) -> None:
+        """The scheduler begins a run."""
         self.restart()
 
-    def read(self, timestep: float, time_groups: int) -> Moment:
+    def latents(self) -> tuple[int, ...] | None:
+        return self._latents
+
+    def read(self, timestep: float, time_groups: int) -> StepInfo:
+        self._follow()
         timesteps = self.scheduler.timesteps
         if timesteps is None or len(timesteps) == 0:
             raise ValueError(f"{type(self.scheduler).__name__} has no timesteps yet: call its set_timesteps first")
         first = self._start is None
         if first:
-            self._start = self._find_start(timestep)
+            self._starts = self._find_starts(timestep)
+            self._start = self._starts[0]
+        self._check(timestep)
         evaluations = self._evaluations() or len(timesteps) - self._start
         step, steps = self._user_step(len(timesteps), evaluations)
-        self.stepped, self._counted = self._counted != self._count, self._count
-        return Moment(min(step * time_groups // steps, time_groups - 1), step, steps, evaluations, first)
+        stepped, self._counted = self._counted != self._count, self._count
+        return StepInfo(min(step * time_groups // steps, time_groups - 1), step, steps, evaluations, first, stepped)
 
-    def _find_start(self, timestep: float) -> int:
-        """img2img starts inside the schedule: at the scheduler's ``begin_index``, or else where ``timestep`` stands."""
+    def _follow(self) -> None:
+        """Watch the pipeline's new scheduler, if it was replaced."""
+        now = self._source()
+        if now is not self.scheduler:
+            _unwatch(self.scheduler, self)
+            self.scheduler = now
+            self.restart()
+            _watch(now, self)
+
+    def _check(self, timestep: float) -> None:
+        """Refuse a call at another timestep than the one at which the scheduler stands."""
+        timesteps = self._on_host()
+        fitting = [s for s in self._starts if _close(timesteps, s + self._count, timestep)]
+        if fitting:
+            self._starts = fitting
+        else:
+            at = self._starts[0] + self._count
+            stands = timesteps[at] if at < len(timesteps) else None
+            where = (
+                "its run is over" if stands is None else f"it stands at {stands:g} (evaluation {at} of its schedule)"
+            )
+            raise ValueError(
+                f"the model is called at timestep {timestep:g}, but {type(self.scheduler).__name__}, which is watched, "
+                f"has stepped {self._count} times and {where}: that call is not part of its run. Trace with the "
+                "scheduler that drives the loop, or unpatch() before other calls of the model"
+            )
+
+    def _on_host(self) -> list[float]:
+        """The schedule as numbers, read once a schedule: a GPU would wait each time."""
+        now = self.scheduler.timesteps
+        if getattr(self, "_read", None) is None or self._read[0] is not now:
+            self._read = now, [float(t) for t in (now.tolist() if hasattr(now, "tolist") else now)]
+        return self._read[1]
+
+    def _find_starts(self, timestep: float) -> list[int]:
+        """Return where a run may have begun (img2img: inside the schedule), the likeliest first: at ``begin_index``, or
+        where ``timestep`` stands, which may be in several places.
+        """
         begin = getattr(self.scheduler, "begin_index", None)
         if begin is not None:
-            return begin
-        distance = [abs(float(t) - timestep) for t in self.scheduler.timesteps]
+            return [int(begin)]
+        distance = [abs(t - timestep) for t in self._on_host()]
         nearest = [i for i, d in enumerate(distance) if d == min(distance)]
         order = getattr(self.scheduler, "order", 1)
-        return next(
-            (i for i in nearest if i % order == 0), nearest[0]
-        )  # a solver's own steps start at its order's multiples
+        nearest.sort(key=lambda i: i % order != 0)  # a solver's own steps start at its order's multiples
+        return [i - self._count for i in nearest]
 
     def _user_step(self, schedule: int, evaluations: int) -> tuple[int, int]:
-        """(index, number) of the user's step that the running evaluation belongs to."""
+        """Return (index, number) of the user's step that the running evaluation belongs to."""
         order = getattr(self.scheduler, "order", 1)
         asked = getattr(self.scheduler, "num_inference_steps", None) or math.ceil(schedule / order)
         runge_kutta = getattr(self.scheduler, "prk_timesteps", None)
@@ -162,28 +232,89 @@ class SchedulerClock:
         return min(done, steps - 1), steps
 
 
-@contextmanager
-def _after(obj, name: str, callback):
-    """While open, ``callback()`` follows each call of ``obj.name``; afterwards the instance is as it was."""
-    original = getattr(obj, name)
-    had_own = name in vars(obj)
+# ------------------------------------------------------------------------------------------------------- watching
 
-    @functools.wraps(original)  # pipelines read the signature (`eta`, `generator`, …)
-    def wrapper(*args, **kwargs):
-        result = original(*args, **kwargs)
-        callback()
+
+_lock = threading.Lock()
+_watched: dict[int, tuple[Any, list[SchedulerClock]]] = {}  # id(scheduler) → it and the clocks that follow it
+_replaced: dict[tuple[type, str], tuple[Any, Any]] = {}  # class and method → (ours, the class's own or None)
+METHODS = ("step", "set_timesteps")
+
+
+def _watch(scheduler: Any, clock: SchedulerClock) -> None:
+    """Tell ``clock`` of each call of the scheduler's methods. The class is wrapped, never the object."""
+    with _lock:
+        _watched.setdefault(id(scheduler), (scheduler, []))[1].append(clock)
+        for name in METHODS:
+            kind = type(scheduler)
+            if (kind, name) not in _replaced:
+                own = vars(kind).get(name)
+                ours = _telling(name, getattr(kind, name))
+                _replaced[kind, name] = ours, own
+                setattr(kind, name, ours)
+
+
+def _unwatch(scheduler: Any, clock: SchedulerClock) -> None:
+    with _lock:
+        _, clocks = _watched.get(id(scheduler), (None, []))
+        if clock in clocks:
+            clocks.remove(clock)
+        if not clocks:
+            _watched.pop(id(scheduler), None)
+        kind = type(scheduler)
+        if any(type(s) is kind for s, _ in _watched.values()):
+            return
+        for name in METHODS:
+            ours, own = _replaced.pop((kind, name), (None, None))
+            if ours is None or vars(kind).get(name) is not ours:  # else someone replaced it after us
+                continue
+            if own is None:
+                delattr(kind, name)
+            else:
+                setattr(kind, name, own)
+
+
+def _telling(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` of a scheduler's class, which tells the clocks of a watched object that it has run."""
+
+    @functools.wraps(method)  # pipelines read the signature (`eta`, `generator`, …)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        scheduler, clocks = _watched.get(id(self), (None, ()))
+        if scheduler is self:
+            for clock in list(clocks):
+                if name == "step":
+                    clock.on_step(kwargs.get("sample", args[2] if len(args) > 2 else None))
+                else:
+                    clock.on_set_timesteps()
         return result
 
-    setattr(obj, name, wrapper)
-    try:
-        yield
-    finally:
-        if had_own:
-            setattr(obj, name, original)
-        elif vars(obj).get(name) is wrapper:
-            delattr(obj, name)
+    return wrapper
+
+
+def _close(timesteps: list[float], at: int, timestep: float) -> bool:
+    """Whether a schedule stands at ``timestep`` at one of its evaluations."""
+    if not 0 <= at < len(timesteps):
+        return False
+    return abs(timesteps[at] - timestep) <= BFLOAT16 * max(abs(timesteps[at]), abs(timestep)) + 1e-3
 
 
 def read_timestep(timestep: Tensor | float) -> float:
-    """The timestep of a model call as a number; a batch of them must agree on the first."""
-    return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+    """Return the timestep of a model call as a number.
+
+    Raises:
+        ValueError: the samples of the batch stand at different timesteps.
+    """
+    if not isinstance(timestep, Tensor):
+        return float(timestep)
+    if timestep.numel() == 1 or not any(timestep.stride()):
+        return float(timestep.flatten()[0])
+    values = timestep.flatten().tolist()
+    if any(value != values[0] for value in values):
+        shown = ", ".join(f"{value:g}" for value in values[:8]) + (", …" if len(values) > 8 else "")
+        raise ValueError(
+            f"the samples of this batch stand at different timesteps ({shown}), so they belong to different time "
+            "groups: "
+            "trace samples of one timestep at a time"
+        )
+    return float(values[0])

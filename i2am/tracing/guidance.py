@@ -1,99 +1,232 @@
-"""Which part of a batch, or which of two calls, is the conditional one. Only it counts.
+"""Which part of a batch, or which of the calls of one evaluation, is the conditional one. Only it counts.
 
-The others look at an empty reference, or follow the negative prompt.
+The others look at an empty reference, or follow the negative prompt. What the pipeline says comes first, then the
+evidence; where neither tells, the call is refused with what was seen. A user's index always wins.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
+
+from i2am.tracing.clock import StepInfo
+
+
+class Unexplained(ValueError):
+    """A call of which neither the pipeline nor the evidence says what it is: what was counted before may be wrong."""
+
+
+class Told(NamedTuple):
+    """What a pipeline says about the guidance of its running call; None: it does not say."""
+
+    parts: int | None = None  # of the batch
+    index: int | None = None  # of the conditional one among them
+    call: int | None = None  # index of the conditional one among the calls of an evaluation
+    of_three: int = 0  # index of the conditional one, where the latents show three parts
+    extra: str | None = None  # why it calls the model again on other latents without a step: those calls do not count
+    how: str = "the pipeline"  # who says so
+
+
+class Verdict(NamedTuple):
+    """What counts of one forward."""
+
+    samples: slice | None  # of the batch; None: nothing
+    parts: int = 1  # of the batch
+    how: str = ""  # how that is known, or why nothing counts
+    provisional: bool = False  # which part is conditional shows in the reference keys alone
 
 
 class Guidance:
-    """Finds the conditional samples of a model's batch.
+    """Finds what counts among the calls and samples of a run.
 
     Args:
-        mode: "auto", "none" (every sample counts), or the index of the conditional part of a batch of equal parts (two,
-            or as many as the index needs, unless a pipeline says how many); where guidance runs as calls of its own, of
-            the conditional call.
+        mode: "auto"; "none" (every sample of every call counts); or the index of the conditional part of the batch (of
+            max(2, index + 1) parts unless the pipeline says how many), or, where guidance runs as calls of its own, of
+            the conditional call of an evaluation.
 
-    "auto" on a bare model: guidance repeats the same latents, so a batch whose halves carry identical latents is
-    [unconditional, conditional], and one whose thirds do is [conditional, image only, unconditional], InstructPix2Pix's
-    order. Different images never start from identical latents unless they share a seed; then pass "none".
-
-    Models that run guidance as calls of their own are recognised by the same latents coming again at the same timestep:
-    the very tensor, an evaluation without a step of the scheduler, or, where there is none to watch, equal values.
+    Under "auto", guidance in a batch repeats the same latents: halves are [unconditional, conditional], diffusers'
+    order, unless a half's embeddings are all zeros: then that is the unconditional one; thirds are [conditional, image
+    only, unconditional], InstructPix2Pix's. A call on the very latents of the call before, without a step between, is
+    guidance as a call of its own.
     """
 
     def __init__(self, mode: str | int = "auto"):
-        if mode not in ("auto", "none") and (isinstance(mode, bool) or not isinstance(mode, int) or mode < 0):
-            raise ValueError(f'guidance must be "auto", "none" or the index of the conditional part, got {mode!r}')
         self.mode = mode
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was seen of earlier runs."""
-        self._known: dict[int, slice] = {}
-        self._last: tuple[Tensor, float] | None = None  # latents and timestep of the last call
-        self._call = 0  # how many calls on these came before
+        """Forget the run so far."""
+        self._layout: dict[tuple[int, Told], Verdict] = {}  # per batch size, looked up once a run: a GPU waits for it
+        self._last: tuple[Tensor, float, tuple[Tensor, ...]] | None = None  # latents, timestep, conditioning
+        self.call = 0  # index of the running call among those of its evaluation
+        self.calls = 0  # the most that one evaluation has had
+        self.by_calls = False  # the index names a call
 
-    def counts(self, latents: Tensor, timestep: float, stepped: bool | None, conditional: int | None) -> bool:
-        """Whether a call of the model is the conditional one.
+    def judge(
+        self,
+        latents: Tensor,
+        conditioning: Sequence[Tensor],
+        timestep: float,
+        info: StepInfo,
+        told: Told,
+        *,
+        from_keys: bool = False,
+        as_calls: bool = False,
+    ) -> Verdict:
+        """Return what counts of a forward.
 
         Args:
-            latents: what the call denoises, references in context among it.
+            latents: ``[B, …]`` what it denoises, without channels concatenated from elsewhere.
+            conditioning: ``[B, …]`` tensors that carry text or reference.
             timestep: at which.
-            stepped: whether the scheduler has stepped since the last call; None: unknown.
-            conditional: index of the conditional one among the calls of one evaluation; None: guidance does not run as
-                calls of its own.
-        """
-        if conditional is None or self.mode == "none":
-            return True
-        again = self._last is not None and self._last[1] == timestep
-        again = again and (self._last[0] is latents or stepped is False or (stepped is None and self._same(latents)))
-        self._call = self._call + 1 if again else 0
-        self._last = latents, timestep
-        return self._call == (conditional if self.mode == "auto" else self.mode)
-
-    def _same(self, latents: Tensor) -> bool:
-        last = self._last[0]
-        return last.shape == latents.shape and last.device == latents.device and last.equal(latents)
-
-    def conditional(
-        self, latents: Tensor, parts: int | None = None, index: int | None = None, by_calls: bool = False
-    ) -> slice:
-        """The samples of ``latents [B, C, …]`` that count.
-
-        Args:
-            latents: what the model is about to denoise, without channels concatenated from elsewhere.
-            parts: number of guidance parts of the batch where a pipeline tells; None: unknown.
-            index: which of these is conditional.
-            by_calls: guidance runs as calls of its own, so that a given index speaks of these.
+            info: where in the run it stands.
+            told: what the pipeline says.
+            as_calls: the model runs guidance as calls of its own, so that an index names one of these.
+            from_keys: an unconditional half of zeros shows in the reference keys alone.
 
         Raises:
-            ValueError: the batch does not divide into the parts asked for.
+            ValueError: neither the pipeline nor the evidence tells what counts.
         """
-        batch = latents.shape[0]
+        if info.first:
+            self.restart()
+        again = self._again(latents, conditioning, timestep, info, told)
+        self._last = latents, timestep, tuple(conditioning)
+        if again == "other latents" and self.mode != "none":
+            if told.extra is not None:
+                return Verdict(None, how=told.extra)
+            raise Unexplained(
+                f"the model is called again at timestep {timestep:g} on other latents, and the scheduler has not "
+                "stepped: tiles, several pictures in turn, or guidance on degraded latents? Place tiles with "
+                "tracer.tile(top, left), pass scheduler= where a solver evaluates a step twice, reset() between "
+                "pictures, or pass guidance='none' if every call counts"
+            )
+        self.call = self.call + 1 if again == "same latents" else 0
+        self.calls = max(self.calls, self.call + 1)
         if self.mode == "none":
-            return slice(0, batch)
-        if self.mode != "auto" and not by_calls:
-            index = self.mode
-            parts = parts if parts is not None and parts > index else max(2, index + 1)
-        if parts is not None:
-            return _part(batch, parts, index)
-        if batch not in self._known:  # looked up once: comparing latents makes a GPU wait
-            self._known[batch] = _part(batch, *_repeats(latents))
-        return self._known[batch]
+            return Verdict(slice(0, latents.shape[0]), how="guidance='none': every sample counts")
+        self.by_calls |= self.mode != "auto" and (as_calls or told.call is not None)
+        wanted = self._wanted_call(latents, told, timestep)
+        if wanted is not None and self.call != wanted:
+            return Verdict(None, how=f"call {self.call} of an evaluation, the conditional one is {wanted}")
+        key = latents.shape[0], told
+        if key not in self._layout or info.step is None:  # without steps, nothing tells where a run ends
+            self._layout[key] = self._look(latents, conditioning, told, wanted, from_keys)
+        return self._layout[key]
+
+    def settle(self, latents: int, verdict: Verdict, told: Told) -> None:
+        """Note which part is conditional, found in the reference keys, for the rest of the run."""
+        self._layout[latents, told] = verdict
+
+    def _again(
+        self, latents: Tensor, conditioning: Sequence[Tensor], timestep: float, info: StepInfo, told: Told
+    ) -> str | None:
+        """Return how a call relates to the one before: None is a new evaluation."""
+        if self._last is None or info.stepped or self._last[1] != timestep:
+            return None
+        if self._last[0].shape != latents.shape:
+            if info.stepped is None:
+                return None
+            return "other latents" if told.call is None else "same latents"
+        if not _same(self._last[0], latents):
+            return "other latents"
+        if info.stepped is None and _all_same(self._last[2], conditioning):
+            return None  # the very same evaluation once more
+        return "same latents"
+
+    def _wanted_call(self, latents: Tensor, told: Told, timestep: float) -> int | None:
+        """Return the index of the conditional call; None: guidance lies in the batch, or there is none."""
+        if self.mode == "auto":
+            if told.call is None and self.call:
+                raise Unexplained(
+                    f"{self.call + 1} calls at timestep {timestep:g} on the same latents without a step between: "
+                    "guidance as "
+                    "calls of its own, and nothing tells which one is conditional: pass its index, guidance=0 for the "
+                    "first call or guidance=1 for the second, or guidance='none' if every call counts"
+                )
+            return told.call
+        index, batch = int(self.mode), latents.shape[0]
+        parts = told.parts if told.parts is not None and told.parts > index else max(2, index + 1)
+        if not self.by_calls and self.call == 0 and batch % parts:
+            self.by_calls = True
+        elif not self.by_calls and self.call:
+            raise Unexplained(
+                f"guidance={index} was taken for a part of the batch of {batch}, but {self.call + 1} calls came at "
+                "timestep "
+                f"{timestep:g} on the same latents: give each call a batch that does not divide into {parts} parts, or "
+                "one "
+                "tracer a call"
+            )
+        return index if self.by_calls else None
+
+    def _look(
+        self, latents: Tensor, conditioning: Sequence[Tensor], told: Told, wanted: int | None, from_keys: bool
+    ) -> Verdict:
+        batch = latents.shape[0]
+        if self.by_calls:
+            return Verdict(slice(0, batch), how=f"guidance={self.mode}: call {wanted} of each evaluation")
+        if self.mode != "auto":
+            index = int(self.mode)
+            parts = told.parts if told.parts is not None and told.parts > index else max(2, index + 1)
+            return Verdict(_part(batch, parts, index), parts, f"guidance={index}: part {index} of {parts}")
+        if told.parts is not None and told.index is not None:
+            chosen = _part(batch, told.parts, told.index)
+            if told.parts > 1 and not _repeats(latents, told.parts):
+                raise ValueError(
+                    f"{told.how} says that the batch of {batch} is {told.parts} parts of guidance, but they denoise "
+                    "different "
+                    "latents: pass guidance='none' if every sample counts, or the index of the conditional part"
+                )
+            how = (
+                f"{told.how}: part {told.index} of {told.parts}"
+                if told.parts > 1
+                else f"{told.how}: no guidance in the batch"
+            )
+            return Verdict(chosen, told.parts, how)
+        if batch % 2 == 0 and _repeats(latents, 2):
+            empty = [i for i in (0, 1) if _empty(conditioning, i)]
+            if len(empty) == 1:
+                index, how = 1 - empty[0], f"latents repeat, and part {empty[0]} has embeddings of zeros"
+            else:
+                index, how = 1, "latents repeat: [unconditional, conditional], diffusers' order"
+            return Verdict(_part(batch, 2, index), 2, how, provisional=from_keys and len(empty) != 1)
+        if batch % 3 == 0 and _repeats(latents, 3):
+            how = f"latents repeat three times, of which part {told.of_three} is conditional"
+            return Verdict(_part(batch, 3, told.of_three), 3, how, provisional=from_keys)
+        return Verdict(slice(0, batch), how="latents do not repeat: no guidance in the batch")
 
 
-def _repeats(latents: Tensor) -> tuple[int, int]:
-    """(parts, index of the conditional one) of a batch that repeats the same latents."""
-    batch = latents.shape[0]
-    for parts, index in ((2, 1), (3, 0)):
-        if batch % parts == 0:
-            first, *others = latents.chunk(parts)
-            if all(first.equal(other) for other in others):
-                return parts, index
-    return 1, 0
+def empty_parts(keys: Tensor, parts: int) -> list[int]:
+    """Return the parts of a batch whose keys ``[B, H, N, d]`` are all alike: they were made of zeros."""
+    return [i for i, part in enumerate(keys.chunk(parts)) if bool((part == part[:, :, :1]).all())]
+
+
+def _repeats(latents: Tensor, parts: int) -> bool:
+    first, *others = latents.chunk(parts)
+    return all(first.equal(other) for other in others)
+
+
+def _empty(conditioning: Sequence[Tensor], half: int) -> bool:
+    """Whether a half of the embeddings is all zeros."""
+    halves = [x.chunk(2)[half] for x in conditioning if x.shape[0] % 2 == 0]
+    return bool(halves) and all(not bool(x.any()) for x in halves)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values; a GPU waits only where pointers differ."""
+    if a.shape != b.shape or a.device != b.device or a.dtype != b.dtype:
+        return False
+    if a is b:
+        return True
+    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
+        return True
+    return a.device.type == "meta" or bool(torch.equal(a, b))
+
+
+def _all_same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _part(batch: int, parts: int, index: int) -> slice:

@@ -1,4 +1,4 @@
-"""Running sums of attribution: per layer, reference and time group, kept where the model runs."""
+"""Running sums of attribution: per layer, reference, tile and time group, kept where the model runs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from i2am.families import TokenLayout
 from i2am.ops import Sums
-from i2am.references import Carried, Grid, Reference
+from i2am.references import Grid, Reference
+
+Place = tuple[int, int] | None  # of a tile's latents on the picture's: (top, left); None: the whole picture
 
 
 @dataclass
@@ -18,48 +21,52 @@ class Track:
     layer: str
     reference: Reference
     grid: Grid
-    keys: int  # all keys of the attention, of which K are the reference's; in proportion where these are rolled back
+    keys: int  # what `lift` multiplies by: keys of the whole attention; scaled by X / K with rollout
     r2g: Tensor  # [T, B, H, Q]
     g2r: Tensor  # [T, B, H, K]
     mass: Tensor | None  # [T, B, H, Q]
     sram: Tensor | None  # [T, B, H, R, K]
     counts: list[int] = field(default_factory=list)  # [T] calls seen
+    tokens: str = ""  # of the reference among the keys, for the provenance
 
     def at(self, group: int) -> Sums:
+        """Return the sums of one time group; what is added to them is added here."""
         return Sums(*(None if x is None else x[group] for x in (self.r2g, self.g2r, self.mass, self.sram)))
 
 
-class Recorder:
-    """Holds the tracks of a tracer, in the order in which layers first ran."""
+class SumStore:
+    """The tracks of a tracer, in the order in which layers first ran."""
 
     def __init__(self, time_groups: int):
-        if isinstance(time_groups, bool) or not isinstance(time_groups, int) or time_groups < 1:
-            raise ValueError(f"time_groups must be a positive integer, got {time_groups!r}")
         self.time_groups = time_groups
-        self.tracks: dict[tuple[str, str], Track] = {}
+        self.tracks: dict[tuple[str, str, Place], Track] = {}
 
     def clear(self) -> None:
+        """Forget all sums."""
         self.tracks.clear()
 
-    def open(self, layer: str, carried: Carried, q: Tensor, k: Tensor, queries: int, regions: int = 0) -> list[Track]:
-        """The tracks that one attention call adds to, made on the first call.
+    def open(
+        self, layer: str, layout: TokenLayout, q: Tensor, k: Tensor, queries: int, regions: int = 0, place: Place = None
+    ) -> list[Track]:
+        """Return the tracks that one attention call adds to, made on the first call.
 
         Args:
             layer: its name.
-            carried: which references are among the keys.
+            layout: which references are among the keys.
             q: ``[B, H, Nq, d]`` conditional queries.
             k: ``[B, H, Nk, d]`` conditional keys.
             queries: number of generated ones among the queries.
             regions: how many are registered.
+            place: where the tile lies.
 
         Raises:
             ValueError: the call does not look like the earlier ones of this layer (batch, heads, grids).
         """
-        share = any(reference.count(k.shape[2]) < k.shape[2] for reference in carried.references)
-        rolls = carried.rolls or [None] * len(carried.references)
+        share = any(reference.count(k.shape[2]) < k.shape[2] for reference in layout.references)
+        rolls = layout.rollout or [None] * len(layout.references)
         return [
-            self._track(layer, carried.grid, r, q, k, queries, share, regions, roll)
-            for r, roll in zip(carried.references, rolls, strict=True)
+            self._track(layer, layout.grid, r, q, k, queries, share, regions, roll, place)
+            for r, roll in zip(layout.references, rolls, strict=True)
         ]
 
     def _track(
@@ -73,16 +80,18 @@ class Recorder:
         share: bool,
         regions: int,
         roll: Tensor | None,
+        place: Place,
     ) -> Track:
         T, (B, H), K, keys = self.time_groups, q.shape[:2], reference.count(k.shape[2]), k.shape[2]
         if roll is not None:
             keys, K = round(keys * roll.shape[-1] / K), roll.shape[-1]
-        key = (layer, reference.name)
+        key = (layer, reference.name, place)
         track = self.tracks.get(key)
         if track is None:
 
             def zeros(*shape: int) -> Tensor:
-                return torch.zeros(T, B, H, *shape, dtype=torch.float32, device=q.device)
+                with torch.inference_mode(False):  # sums outlive the mode of the call that made them
+                    return torch.zeros(T, B, H, *shape, dtype=torch.float32, device=q.device)
 
             track = self.tracks[key] = Track(
                 layer=layer,
@@ -94,6 +103,7 @@ class Recorder:
                 mass=zeros(queries) if share else None,
                 sram=zeros(regions, K) if regions else None,
                 counts=[0] * T,
+                tokens=_tokens(reference, k.shape[2]),
             )
         seen = (track.grid, tuple(track.r2g.shape[1:]), tuple(track.g2r.shape[1:]))
         now = (grid, (B, H, queries), (B, H, K))
@@ -105,3 +115,12 @@ class Recorder:
         if track.r2g.device != q.device:
             raise ValueError(f"layer {layer} moved from {track.r2g.device} to {q.device}; reset() the tracer first")
         return track
+
+
+def _tokens(reference: Reference, keys: int) -> str:
+    """Say which of ``keys`` keys are a reference's: "512…4607 of 4608"."""
+    if isinstance(reference.tokens, slice):
+        chosen = range(keys)[reference.tokens]
+        if chosen.step == 1:
+            return f"all {keys}" if len(chosen) == keys else f"{chosen.start}…{chosen.stop - 1} of {keys}"
+    return f"{reference.count(keys)} of {keys}"

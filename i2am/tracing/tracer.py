@@ -2,493 +2,502 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from i2am.families import Family
+from i2am.families import Family, ForwardInputs, TokenLayout
 from i2am.maps import AttributionMaps
-from i2am.maps.sram import MAX_REGIONS, Region, Weights, region_weights, several
-from i2am.ops import BACKENDS, Selection, Sums, accumulate
-from i2am.references import Carried, Grid, LayerFilter, choose_layers
-from i2am.tracing.clock import Clock, SchedulerClock, TimestepClock, read_timestep
-from i2am.tracing.guidance import Guidance
+from i2am.ops.tokens import TokenSet
+from i2am.references import Grid, choose_layers
+from i2am.tracing import hooks
+from i2am.tracing.clock import Clock, StepInfo, read_timestep
+from i2am.tracing.guidance import Guidance, Told, Unexplained, Verdict, empty_parts
 from i2am.tracing.intercept import (
-    Call,
-    Carries,
-    RunningLayer,
-    Scope,
-    close_scope,
-    eager,
+    AttentionCall,
+    ForwardContext,
+    LayerContext,
+    close_context,
     frame_of_forward,
-    open_scope,
+    open_context,
     refuse_compiled,
-    running_scope,
+    running_context,
 )
-from i2am.tracing.qk import Record, RecordOptions, check_limit, logger, mask_between, run_on_shapes
-from i2am.tracing.sums import Recorder
+from i2am.tracing.observe import Observer
+from i2am.tracing.options import TraceSettings
+from i2am.tracing.provenance import Ledger
+from i2am.tracing.qk import QKRecord
+from i2am.tracing.qk_size import check_limit, record_size
+from i2am.tracing.regions import RegisteredRegions
+from i2am.tracing.sums import Place, SumStore
+from i2am.tracing.tiles import check_place, extent, on_canvas
+from i2am.tracing.who import Caller, PipelineCaller, ThreadCaller
 
-OUTPUTS = ("i2am", "model")
-PADDING = -1e4  # an additive mask this low means "no such key"
+logger = logging.getLogger("i2am")
+
+_tracers: weakref.WeakKeyDictionary[nn.Module, Tracer] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 class BlindLayerError(RuntimeError):
-    """A reference-carrying layer ran, but its attention went past the seam: its maps would be missing."""
-
-
-_traced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_traced_lock = threading.Lock()
+    """A reference-carrying layer ran, but its attention could not be seen: its maps would be missing."""
 
 
 class Tracer:
-    """A model being traced, and the running sums. Made by :func:`trace` and :func:`patch_unet`."""
+    """A model being traced, and its running sums. Made by :func:`trace`, :func:`patch_unet` and their kin.
+
+    Args:
+        model: the denoiser.
+        family: what it is.
+        clock: which step is running.
+        settings: the caller's options.
+        pipe: the pipeline whose calls count; None: the model's own thread's.
+        told: returns what the pipeline says of its running call's guidance.
+        places: returns where the pipeline's running call lies on the picture, from the frame of its call; None: whole.
+        pixels: of the output image per latent pixel.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         family: Family,
-        *,
         clock: Clock,
-        time_groups: int,
-        layers: LayerFilter,
-        guidance: str | int,
-        guidance_parts=lambda: (None, None),
-        output: str,
-        backend: str | None,
-        sram: Mapping[str, Region] | None = None,
-        canvas: Grid | None = None,
+        settings: TraceSettings,
+        *,
+        pipe: Any = None,
+        told: Callable[[], Told] = Told,
         pixels: int = 1,
-        record: Mapping[str, Any] | None = None,
     ):
-        self._undo = ExitStack()
-        with ExitStack() as undo:  # a failure on the way in leaves nothing behind
-            if isinstance(clock, SchedulerClock):
-                undo.callback(clock.close)
-            if output not in OUTPUTS:
-                raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
-            if backend is not None and backend not in BACKENDS:
-                raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-            self._family = family
-            self._clock = clock
-            self._guidance = Guidance(guidance)
-            self._guidance_parts = guidance_parts
-            self._output = output
-            self._backend = backend
-            self._recorder = Recorder(time_groups)
-            self._record = Record(RecordOptions(**(record or {})))
-            if self._record.options.record and isinstance(clock, TimestepClock):
+        self._model = weakref.ref(model)
+        self._family = family
+        self._clock = clock
+        self._settings = settings
+        self._told = told
+        self._pixels = pixels
+        self._caller: PipelineCaller | ThreadCaller = ThreadCaller() if pipe is None else PipelineCaller(pipe)
+        self._pipe = None if pipe is None else weakref.ref(pipe)
+        self._ledger = Ledger(type(model).__name__, None if pipe is None else type(pipe).__name__)
+        self._local = threading.local()  # the place of the tile that this thread's next call is
+        self._entered = False
+        try:  # a failure or an interrupt on the way in leaves nothing behind
+            if settings.record is not None and not clock.knows_steps:
                 raise ValueError(
                     "record= needs num_steps= or scheduler=, so that its size is known before the first step"
                 )
-            self._sram = _Registered(sram or {}, canvas, pixels)
-            self._scope: Scope | None = None
-            self._measuring = False
+            self._sums = SumStore(settings.time_groups)
+            self._record = QKRecord(settings.record_options)
+            self._regions = RegisteredRegions(settings.sram or {}, settings.canvas, pixels)
+            self._forget()
             modules = family.layers()
-            chosen = choose_layers(modules, layers)
-            self._defaults = set(chosen) if layers is not None else {n for n in chosen if family.by_default(n)}
+            chosen = choose_layers(modules, settings.layers)
+            named = settings.layers is not None
+            self._defaults = {name for name in chosen if named or family.by_default(name)}
             refuse_compiled(model)
-            _claim(model, undo)
-            undo.callback(self._close)
+            self._claim(model)
+            clock.open()
             for name in chosen:
-                for handle in self._watch_layer(name, modules[name]):
-                    undo.callback(handle.remove)
-            for handle in family.watch():
-                undo.callback(handle.remove)
-            for handle in (
-                model.register_forward_pre_hook(eager(self._begin), with_kwargs=True),
-                model.register_forward_hook(eager(self._end), always_call=True),
-            ):
-                undo.callback(handle.remove)
-            self._undo = undo.pop_all()
+                self._watch_layer(name, modules[name])
+            for module, function, when in family.watch():
+                (hooks.before if when == "before" else hooks.after)(self, module, function)
+            hooks.before(self, model, self._begin)
+            hooks.after(self, model, self._end, always=True)
+        except BaseException:
+            self.unpatch()
+            raise
 
     def __enter__(self) -> Tracer:
+        self._entered = True
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.unpatch()
 
     def unpatch(self) -> None:
-        """Stops tracing: no hook, no replaced function stays; what was recorded remains readable. Idempotent."""
-        self._undo.close()
+        """Stop tracing: no hook, no replaced function stays; what was recorded remains readable. Idempotent."""
+        model = self._model()
+        if model is not None:
+            hooks.remove(self, model)
+            with _lock:
+                if _tracers.get(model) is self:
+                    del _tracers[model]
+        self._clock.close()
+        context = running_context()
+        while context is not None and context.owner is self:
+            close_context(context)
+            context = running_context()
 
     def reset(self) -> None:
-        """Forgets what was recorded and goes on tracing: call it between runs of different batches or sizes."""
-        self._recorder.clear()
-        self._record = Record(self._record.options)
-        self._guidance.restart()
+        """Forget what was recorded and go on tracing: call it between runs of different batches or sizes."""
         self._clock.restart()
-        self._sram.restart()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._sums.clear()
+        self._record = QKRecord(self._settings.record_options)
+        self._regions.restart()
+        self._ledger.restart()
+        self._guidance: dict[Place, Guidance] = {}
+        self._tiles: dict[Place, Grid] = {}
+        self._spoiled: str | None = None  # why what was counted can't be trusted
+        self._observer = Observer(self._settings, self._sums, self._record, self._regions, self._ledger.note)
+
+    @contextmanager
+    def tile(self, top: int, left: int) -> Iterator[None]:
+        """Place the calls inside on the picture: their latents begin at row ``top``, column ``left`` of the whole.
+
+        ::
+
+            with tracer.tile(top, left):
+                noise[..., top : top + 64, left : left + 64] = unet(part, t, …).sample
+
+        Maps are on the whole picture then; where tiles overlap, their mean stands.
+
+        Args:
+            top, left: in latent pixels (tokens of a transformer whose latents are tokens).
+        """
+        if not all(isinstance(x, int) and x >= 0 for x in (top, left)):
+            raise ValueError(f"tile takes the row and column of latents where the tile begins, got {(top, left)!r}")
+        before = getattr(self._local, "place", None)
+        self._local.place = (top, left)
+        try:
+            yield
+        finally:
+            self._local.place = before
 
     def maps(self) -> AttributionMaps:
-        """The maps of all that was recorded since the start or the last ``reset``, detached from the model (on CPU).
+        """Return the maps of all that was recorded since the start or the last ``reset``, detached from the model.
 
         Raises:
-            ValueError: nothing was recorded.
+            ValueError: nothing was recorded, or what was recorded can't be trusted; says why.
         """
-        tracks = self._recorder.tracks.values()
-        if not tracks:
+        if self._spoiled is not None:
             raise ValueError(
-                "nothing was recorded: no reference-carrying attention has run since tracing began (run the model "
-                "inside the trace; an IP-Adapter of scale 0 is skipped by diffusers)"
+                f"there are no maps that can be trusted: {self._spoiled} (reset() forgets what was recorded)"
             )
+        if not self._sums.tracks:
+            calls = max((g.calls for g in self._guidance.values()), default=0)
+            raise ValueError(self._ledger.nothing() + self._unmet(calls))
+        tracks, canvas = list(self._sums.tracks.values()), None
+        if self._ledger.tiles:
+            canvas = self._canvas_latents()
+            tracks = on_canvas(self._sums.tracks, self._tiles, canvas)
+        self._observer.check_finite(tracks)
+        pixels = self._regions.canvas
+        if canvas is not None:
+            pixels = (canvas[0] * self._pixels, canvas[1] * self._pixels)
         return AttributionMaps.of(
             tracks,
             default=self._defaults,
-            canvas=self._sram.canvas,
-            regions=self._sram.names,
+            canvas=pixels,
+            regions=self._regions.names,
             entries=self._record.entries,
+            provenance=self.provenance,
         )
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the maps are a mean of: calls seen, counted, passed by, steps, guidance, layers, references, tiles."""
+        canvas = self._canvas_latents() if self._ledger.tiles else None
+        return self._ledger.told(self._sums.tracks.values(), canvas)
 
     @property
     def record_bytes(self) -> int:
         """What the recorded queries and keys take so far."""
         return self._record.nbytes
 
+    def _unmet(self, calls: int) -> str:
+        """Say what a user's index was taken for, when nothing fitted it."""
+        guidance = self._settings.guidance
+        if not isinstance(guidance, int) or not any(g.by_calls for g in self._guidance.values()):
+            return ""
+        return (
+            f" (the batch does not divide into {max(2, guidance + 1)} parts, or the model runs guidance as calls of "
+            "its own, so "
+            f"guidance={guidance} names a call of each evaluation; there were {calls} a step)"
+        )
+
+    def _canvas_latents(self) -> Grid:
+        stepped = self._clock.latents()
+        return (stepped[-2], stepped[-1]) if stepped is not None and len(stepped) >= 4 else extent(self._tiles.items())
+
     # ------------------------------------------------------------------------------------------------------- hooks
 
-    def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._measuring:  # a shape-only forward of _measured
+    def _claim(self, model: nn.Module) -> None:
+        """Register ``model`` as traced by this tracer. A tracer that nobody holds in a with statement makes way."""
+        with _lock:
+            other = _tracers.get(model)
+            if other is not None and other._entered:
+                raise ValueError(
+                    f"this {type(model).__name__} is being traced already: unpatch() the other tracer first, or "
+                    "i2am.unpatch(model)"
+                )
+        if other is not None:
+            logger.warning("i2am: another tracer of this %s is ended, and this one takes over", type(model).__name__)
+            other.unpatch()
+        hooks.remove(None, model)  # what a copy of a traced model has inherited
+        with _lock:
+            _tracers[model] = self
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running = running_context()
+        if running is not None and running.owner is self:
+            if running.dry:
+                return
+            open_context(_nobody(frame_of_forward()))
+            self._ledger.pass_by(f"calls of {self._ledger.model} inside its own forward")
             return
-        self._close()
+        if isinstance(self._caller, ThreadCaller) and self._caller.taken_over:
+            self._forget()
+            self._ledger.note(
+                "another thread had called the model before the one that traces it: those calls do not count"
+            )
+        caller = self._caller.who()
+        if not caller.ours:
+            self._ledger.pass_by(caller.why)
+            return
         _refuse_faster_cache(model)
         forward = self._family.begin(args, kwargs)
-        self._sram.see(forward.grid or tuple(forward.latents.shape[-2:]))
         timestep = read_timestep(forward.timestep)
-        moment = self._clock.read(timestep, self._recorder.time_groups)
-        if not self._guidance.counts(forward.latents, timestep, self._clock.stepped, self._family.conditional_call):
+        info = self._clock.read(timestep, self._settings.time_groups)
+        place = self._place(forward, caller)
+        if info.first:
+            self._guidance.clear()
+        self._ledger.runs += info.first or self._ledger.runs == 0
+        guidance = self._guidance.setdefault(place, Guidance(self._settings.guidance))
+        told = self._told()
+        try:
+            verdict = guidance.judge(
+                forward.latents,
+                forward.conditioning,
+                timestep,
+                info,
+                told,
+                as_calls=not self._family.batched_guidance,
+                from_keys=self._family.told_by_keys and self._settings.guidance == "auto",
+            )
+        except Unexplained as error:
+            self._spoiled = str(error)
+            raise
+        if verdict.samples is None:
+            self._ledger.pass_by(f"calls beside the denoising: {verdict.how}")
             return
-        conditional = self._guidance.conditional(
-            forward.latents, *self._guidance_parts(), by_calls=self._family.conditional_call is not None
-        )
-        scope = Scope(
-            attend=self._attend,
+        self._regions.see(forward.grid or _size(forward))
+        context = ForwardContext(
+            owner=self,
+            attend=self._observer.attend,
             batch=forward.latents.shape[0] * forward.frames,
-            conditional=slice(conditional.start * forward.frames, conditional.stop * forward.frames),
-            moment=moment,
+            conditional=_frames(verdict.samples, forward.frames),
+            info=info,
             frame=frame_of_forward(),
+            tile=place,
+            parts=verdict.parts,
         )
-        if self._record.options.record and moment.first:
-            nbytes = self._measured(model, args, kwargs, scope)
+        if verdict.provisional:
+            context.settle = self._settle(guidance, verdict, forward, told)
+        if self._record.options.record and info.first:
+            nbytes = record_size(model, args, kwargs, context, self._record.options)
             if nbytes is not None:
-                check_limit(self._record.options, nbytes, moment, self._recorder.time_groups, have=self._record.nbytes)
-        self._open(scope)
+                check_limit(self._record.options, nbytes, info, self._settings.time_groups, have=self._record.nbytes)
+        self._ledger.count(verdict.how, place)
+        self._ledger.steps = info.steps
+        open_context(context)
 
-    def _open(self, scope: Scope) -> None:
-        open_scope(scope)
-        self._scope = scope
+    def _place(self, forward: ForwardInputs, caller: Caller) -> Place:
+        """Return where a call lies on the picture; None: it is the whole of it.
 
-    def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
-        if self._measuring:
+        Raises:
+            ValueError: its latents are a part of what the scheduler steps, and nothing says which.
+        """
+        place: Place = getattr(self._local, "place", None)
+        size, stepped = _size(forward), self._clock.latents()
+        whole = (stepped[-2], stepped[-1]) if stepped is not None and len(stepped) >= 4 and forward.stepped else None
+        if place is None:
+            if whole is not None and whole != size:
+                raise ValueError(
+                    f"the model's latents are {size[0]}×{size[1]}, those that the scheduler steps are "
+                    f"{whole[0]}×{whole[1]}: a tile needs its place on the picture: "
+                    "with tracer.tile(top, left): model(…)"
+                )
+            if self._tiles:
+                raise ValueError(
+                    "a call without a place came after tiles with one: place every call with tracer.tile(…)"
+                )
+            return None
+        if self._settings.record is not None or self._settings.sram:
+            raise ValueError("tiles keep sums only: trace without record= and sram=, or without tiles")
+        if not forward.stepped:
+            raise ValueError(f"tiles of a {self._ledger.model} can't be placed: its latents are not the picture alone")
+        if whole is not None:
+            check_place(place, size, whole)
+        if None in {place for _, _, place in self._sums.tracks}:
+            raise ValueError("a tile with a place came after calls without one: place every call, or reset() first")
+        if self._tiles.setdefault(place, size) != size:
+            raise ValueError(f"the tile at {place} was {self._tiles[place]} latents and is now {size}: reset() between")
+        return place
+
+    def _settle(
+        self, guidance: Guidance, verdict: Verdict, forward: ForwardInputs, told: Told
+    ) -> Callable[[ForwardContext, LayerContext, TokenLayout, AttentionCall], None]:
+        """Return what finds the conditional part in the first reference keys that come."""
+
+        def settle(context: ForwardContext, layer: LayerContext, layout: TokenLayout, call: AttentionCall) -> None:
+            if _alike(call, layout, verdict.parts):  # guidance by text: each part looks at the same reference
+                context.settle = None
+                self._ledger.note(f"guidance: every part holds the same reference; {verdict.how}")
+                return
+            indices = [TokenSet.of(r.tokens, call.key.shape[2], "keys").index for r in layout.references]
+            empty = set.intersection(*(set(empty_parts(call.key[:, :, i], verdict.parts)) for i in indices))
+            full = [i for i in range(verdict.parts) if i not in empty]
+            if len(full) != 1:
+                self._spoiled = (
+                    f"layer {layer.name}: the batch is {verdict.parts} parts of guidance, and the reference keys of "
+                    f"{len(full)} of them are not empty, so nothing tells which one is conditional: pass guidance=0 "
+                    "for "
+                    "the first part or guidance=1 for the second"
+                )
+                raise ValueError(self._spoiled)
+            size = forward.latents.shape[0] // verdict.parts
+            samples = slice(full[0] * size, (full[0] + 1) * size)
+            how = f"the reference keys of the other parts are empty: part {full[0]} of {verdict.parts}"
+            guidance.settle(forward.latents.shape[0], Verdict(samples, verdict.parts, how), told)
+            context.conditional = _frames(samples, forward.frames)
+            context.settle = None
+            self._ledger.note(f"guidance: {how}")
+
+        return settle
+
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        context = running_context()
+        if context is None or context.dry or context.frame is not frame_of_forward():
             return
-        scope = self._scope
-        self._close()
-        if scope is None or output is None:  # the forward itself failed
-            self._record.drop()
+        close_context(context)
+        if context.owner is not self:
             return
-        if scope.blind:
+        if output is None:  # the forward itself failed
             self._record.drop()
-            raise BlindLayerError(_blind(scope.blind))
+            self._ledger.note("a forward failed half-way: the layers before that point hold one call more")
+            return
+        if context.blind:
+            self._record.drop()
+            raise BlindLayerError(_blind(context.blind))
         self._record.flush()
 
-    def _close(self) -> None:
-        if self._scope is not None:
-            close_scope(self._scope)
-            self._scope = None
-
-    def _measured(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], scope: Scope) -> int | None:
-        """Bytes that one forward will record, from a run on shapes alone; None where the model can't be run so."""
-        sizes: dict[object, int] = {}
-
-        def attend(scope: Scope, layer: RunningLayer, carries: Carries, call: Call) -> Tensor | None:
-            carried = carries(call) if callable(carries) else carries
-            if carried is None:
-                return call.run()
-            part = call.on(scope.conditional)
-            B, H, Nq, d = part.query.shape
-            width = d * (self._record.options.record_dtype or _autocast(part.query).dtype).itemsize
-            Q = Selection.of(carried.queries, Nq, "queries").count
-            sizes[layer.name] = B * H * Q * width
-            for reference in carried.references:
-                sizes[layer.name, reference.name] = B * H * (reference.count(part.key.shape[2]) * (width + 4) + Q * 4)
-            return None if call.value is None else call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1])
-
-        if _keeps_state(model):
-            logger.warning(
-                "the record's size is not known beforehand (the model is offloaded, or has a cache); its limit is "
-                "watched as it grows"
-            )
-            return None
-        self._open(replace(scope, attend=attend, frame=sys._getframe()))
-        self._measuring = True
-        try:
-            run_on_shapes(model, args, kwargs)
-        except Exception as error:
-            logger.warning("the record's size is not known beforehand (%s); its limit is watched as it grows", error)
-            return None
-        finally:
-            self._measuring = False
-            self._close()
-        return sum(sizes.values())
-
-    def _watch_layer(self, name: str, module: nn.Module):
-        def enter(module, args, kwargs):
-            scope = running_scope()
-            if scope is not None and scope is self._scope:
-                layer = RunningLayer(name, grid=scope.grid, computed=not parts)
-                scope.layers.append(layer)
+    def _watch_layer(self, name: str, module: nn.Module) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            context = running_context()
+            if context is not None and context.owner is self:
+                layer = LayerContext(name, grid=context.grid, computed=not parts)
+                context.layers.append(layer)
                 self._family.enter(layer, module, args, kwargs)
 
-        def leave(module, args, output):
-            scope = self._scope
-            if scope is None or not scope.layers or scope.layers[-1].name != name:
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            context = running_context()
+            if context is None or context.owner is not self or not context.layers or context.layers[-1].name != name:
                 return
-            layer = scope.layers.pop()
-            if layer.carries is None or not layer.computed:
+            layer = context.layers.pop()
+            if layer.awaits is None or not layer.computed or output is None:
                 return
-            call = None if output is None else self._family.leave(layer, module)
-            if call is None:
-                scope.blind.append(name)
-            else:
-                scope.attend(scope, layer, layer.carries, call)
+            call = self._family.leave(layer, module)
+            if call is not None:
+                context.attend(context, layer, call)
+            elif not (callable(layer.awaits) and self._family.told_by_keys):  # a bank was only written
+                context.blind[name] = layer
 
-        def computed(*_):
-            scope = self._scope
-            if scope is not None and scope.layers and scope.layers[-1].name == name:
-                scope.layers[-1].computed = True
+        def computed(*_: Any) -> None:
+            context = running_context()
+            if context is not None and context.owner is self and context.layers and context.layers[-1].name == name:
+                context.layers[-1].computed = True
 
         parts = _parts(module)
         for part in parts:
-            yield part.register_forward_pre_hook(eager(computed))
-        yield module.register_forward_pre_hook(eager(enter), with_kwargs=True)
-        yield module.register_forward_hook(eager(leave), always_call=True)
-
-    def _attend(self, scope: Scope, layer: RunningLayer, carries: Carries, call: Call) -> Tensor | None:
-        """An attention call: adds it to the sums; its output, the fused op's or the model's own."""
-        carried = carries(call) if callable(carries) else carries
-        if carried is None:
-            return call.run()
-        if call.value is None:
-            return self._observe(scope, layer, carried, call)
-        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
-        if self._output == "model" or call.dropout_p != 0 or trained:
-            self._observe(scope, layer, carried, replace(call, value=None))
-            return call.run()
-        return _among_others(self._observe(scope, layer, carried, call), call, scope.conditional)
-
-    def _observe(self, scope: Scope, layer: RunningLayer, carried: Carried, call: Call) -> Tensor | None:
-        """Adds one attention call to the sums; its output for the conditional samples, where the call has values."""
-        part = call.on(scope.conditional)
-        mask = _padding_is_masked(part.attn_mask)
-        q, k, v = (None if x is None else _autocast(x) for x in (part.query, part.key, part.value))
-        self._check_call(layer, carried, call, scope)
-        if call.enable_gqa:
-            k, v = (None if x is None else x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        queries = Selection.of(carried.queries, q.shape[2], "queries").count
-        group = scope.moment.group
-        regions = self._sram.weights(carried.grid)
-        tracks = self._recorder.open(layer.name, carried, q, k, queries, len(self._sram.names))
-        sums = [track.at(group) for track in tracks]
-        if carried.rolls is not None:
-            rolled = _RolledBack(carried, scope.conditional, k.shape[2], sums)
-            sums = rolled.sums
-        with torch.no_grad():
-            out, row_lse, col_lse = accumulate(
-                q,
-                k,
-                v,
-                sums=sums,
-                queries=carried.queries,
-                keys=[reference.tokens for reference in carried.references],
-                scale=call.scale,
-                attn_mask=mask,
-                regions=None if regions is None else regions.to(q.device),
-                backend=self._backend,
-            )
-            if carried.rolls is not None:
-                rolled.add()
-        for track in tracks:
-            track.counts[group] += 1
-        if self._record.options.wants(scope.moment):
-            self._keep(layer, carried, q, k, mask, call.scale, row_lse, col_lse, group)
-        return out
-
-    def _keep(self, layer, carried, q, k, mask, scale, row_lse, col_lse: list[Tensor], group: int) -> None:
-        """Records one call's generated queries and reference keys."""
-        queries = Selection.of(carried.queries, q.shape[2], "queries").index
-        references = {}
-        for reference, lse in zip(carried.references, col_lse, strict=True):
-            keys = Selection.of(reference.tokens, k.shape[2], "keys").index
-            references[reference.name] = {"k": k[:, :, keys], "col_lse": lse}
-            if mask is not None:
-                references[reference.name]["mask"] = mask_between(mask, queries, keys, layer.name)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        self._record.add(layer.name, group, scale, q[:, :, queries], row_lse[:, :, queries], references)
-
-    def _check_call(self, layer: RunningLayer, carried: Carried, call: Call, scope: Scope) -> None:
-        if call.query.ndim != 4 or call.query.shape[0] != scope.batch:
-            raise ValueError(
-                f"layer {layer.name}: attention on {tuple(call.query.shape)}, expected [B, H, N, d] with the model's "
-                f"batch of {scope.batch}"
-            )
-        if call.is_causal:
-            raise ValueError(f"layer {layer.name}: causal attention is not supported")
-        count = Selection.of(carried.queries, call.query.shape[2], "queries").count
-        if carried.grid[0] * carried.grid[1] != count:
-            raise ValueError(f"layer {layer.name}: {count} generated queries do not fill its grid {carried.grid}")
+            hooks.before(self, part, computed)
+        hooks.before(self, module, enter)
+        hooks.after(self, module, leave, always=True)
 
 
-class _RolledBack:
-    """Sums of one call over a reference's keys, to be added over what these keys were made of.
+def unpatch(target: Any) -> bool:
+    """End whatever traces a model or a pipeline: no hook, no replaced function stays.
 
     Args:
-        carried: with ``rolls [B, K, X]``.
-        samples: the conditional ones.
-        keys: number of keys of the call.
-        totals: where to add, over ``X``.
-    """
+        target: a model, or a pipeline whose denoiser may be traced.
 
-    def __init__(self, carried: Carried, samples: slice, keys: int, totals: Sequence[Sums]):
-        self._rolls = [None if roll is None else roll[samples] for roll in carried.rolls]
-        self._totals = totals
-        self.sums = [
-            total if roll is None else _without_keys(total, reference.count(keys))
-            for total, roll, reference in zip(totals, self._rolls, carried.references, strict=True)
+    Returns: whether something was tracing it.
+    """
+    with _lock:
+        found = [
+            tracer
+            for model, tracer in _tracers.items()
+            if model is target
+            or (tracer._pipe is not None and tracer._pipe() is target)
+            or any(part is model for part in getattr(target, "components", {}).values())
         ]
-
-    def add(self) -> None:
-        for total, one, roll in zip(self._totals, self.sums, self._rolls, strict=True):
-            if roll is not None:
-                total.g2r.add_(torch.einsum("bhk,bkx->bhx", one.g2r, roll.to(one.g2r)))
-                if total.sram is not None:
-                    total.sram.add_(torch.einsum("bhrk,bkx->bhrx", one.sram, roll.to(one.sram)))
+    for tracer in found:
+        tracer.unpatch()
+    if isinstance(target, nn.Module):
+        hooks.remove(None, target)
+    return bool(found)
 
 
-def _without_keys(total: Sums, keys: int) -> Sums:
-    """Fresh sums over ``keys`` keys; those over queries stay where they are."""
-    sram = None if total.sram is None else total.sram.new_zeros(*total.sram.shape[:-1], keys)
-    return total._replace(g2r=total.g2r.new_zeros(*total.g2r.shape[:-1], keys), sram=sram)
+def _nobody(frame: Any) -> ForwardContext:
+    """Return a context in which nothing is looked for: of a forward inside a traced one."""
+    return ForwardContext(
+        owner=None, attend=lambda *_: None, batch=0, conditional=slice(0, 0), info=StepInfo(0), frame=frame
+    )
 
 
-class _Registered:
-    """The registered regions of a tracer, as weights on each layer's grid.
-
-    Args:
-        regions: name → point or mask.
-        canvas: where points are given; None: known from the first forward, ``pixels`` per latent pixel.
-    """
-
-    def __init__(self, regions: Mapping[str, Region], canvas: Grid | None, pixels: int):
-        if len(regions) > MAX_REGIONS:
-            raise ValueError(f"at most {MAX_REGIONS} regions can be registered, got {len(regions)}")
-        self.names = list(regions)
-        self._given = canvas
-        self._regions = list(regions.values())
-        self._pixels = pixels
-        self.restart()
-        if canvas is not None or not any(isinstance(r, tuple) for r in self._regions):
-            self._read(canvas or (1, 1))  # what can be refused now is
-
-    def restart(self) -> None:
-        """Forgets the sizes of earlier runs."""
-        self.canvas = self._given
-        self._on_grid: dict[Grid, Tensor] = {}
-        self._all: Weights | None = None
-
-    def see(self, latent: Grid) -> None:
-        """A forward is about to run on latents of this size."""
-        if self.canvas is None:
-            self.canvas = (latent[0] * self._pixels, latent[1] * self._pixels)
-        if self._all is None:
-            self._read(self.canvas)
-
-    def weights(self, grid: Grid) -> Tensor | None:
-        """``[1 | B, R, h·w]`` on a layer's grid; None without regions."""
-        if not self.names:
-            return None
-        if grid not in self._on_grid:
-            self._on_grid[grid] = self._all(grid)
-        return self._on_grid[grid]
-
-    def _read(self, canvas: Grid) -> None:
-        self._all = several([region_weights(region, canvas) for region in self._regions])
+def _alike(call: AttentionCall, layout: TokenLayout, parts: int) -> bool:
+    """Whether the reference keys of every part of a batch are the same."""
+    for reference in layout.references:
+        first, *others = call.key[:, :, TokenSet.of(reference.tokens, call.key.shape[2], "keys").index].chunk(parts)
+        if not all(torch.allclose(first, other, rtol=1e-4, atol=1e-6) for other in others):
+            return False
+    return True
 
 
-def _among_others(out: Tensor, call: Call, samples: slice) -> Tensor:
-    """``out [b, H, N, d]`` of the chosen samples, in its place among the model's own output for the others.
-
-    In memory heads come after tokens, as torch's kernels leave them: processors take a view of it.
-    """
-    before, after = slice(0, samples.start), slice(samples.stop, call.query.shape[0])
-    parts = [
-        call.on(before).run() if samples.start else None,
-        out,
-        call.on(after).run() if after.start < after.stop else None,
-    ]
-    parts = [part.transpose(1, 2) for part in parts if part is not None]
-    return (parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)).transpose(1, 2)
+def _size(forward: ForwardInputs) -> Grid:
+    return forward.grid or (forward.latents.shape[-2], forward.latents.shape[-1])
 
 
-def _padding_is_masked(mask: Tensor | None) -> Tensor | None:
-    """An additive mask whose padding is -inf: diffusers adds -10000, which a softmax over queries would not notice.
-
-    A row with nothing but padding keeps it, so that the output stays the model's.
-    """
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    padding = mask <= PADDING
-    return mask.masked_fill(padding & ~padding.all(-1, keepdim=True), float("-inf"))
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """What ``scaled_dot_product_attention`` would see under the autocast that is on."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype in (torch.float16, torch.bfloat16, torch.float32):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
-
-
-def _claim(model: nn.Module, undo: ExitStack) -> None:
-    """Registers ``model`` as traced until ``undo`` runs."""
-    with _traced_lock:
-        if model in _traced:
-            raise ValueError(f"this {type(model).__name__} is being traced already: unpatch() the other tracer first")
-        _traced.add(model)
-    undo.callback(_traced.discard, model)
+def _frames(samples: slice, frames: int) -> slice:
+    return slice(samples.start * frames, samples.stop * frames)
 
 
 def _refuse_faster_cache(model: nn.Module) -> None:
-    """It leaves the unconditional half of the batch out of some calls and extrapolates."""
-    hooks = getattr(getattr(model, "_diffusers_hook", None), "hooks", {})
-    if "faster_cache_denoiser" in hooks:
+    """Raise ValueError for a cache that leaves the unconditional half of the batch out of some calls."""
+    cached = getattr(getattr(model, "_diffusers_hook", None), "hooks", {})
+    if "faster_cache_denoiser" in cached:
         raise ValueError(
             "FasterCache changes the batch from call to call, so that the conditional samples are not known: "
             "disable_cache() before tracing (PyramidAttentionBroadcast and FirstBlockCache can be traced)"
         )
 
 
-def _keeps_state(model: nn.Module) -> bool:
-    """Whether caches or offloading hook into the forward: a run on shapes would leave fake tensors behind in them."""
-    return any(
-        hasattr(module, "_hf_hook") or getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
-        for module in model.modules()
-    )
-
-
 def _parts(attention: nn.Module) -> list[nn.Module]:
-    """What an attention module calls on its way, unless a cache answers in its place."""
+    """Return what an attention module calls on its way, unless a cache answers in its place."""
     children = [m[0] if isinstance(m, nn.ModuleList) and len(m) else m for m in attention.children()]
     return [m for m in children if not isinstance(m, nn.ModuleList)]
 
 
-def _blind(layers: list[str]) -> str:
-    shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+def _blind(layers: dict[str, LayerContext]) -> str:
+    names = list(layers)
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    other = next((layer for layer in layers.values() if layer.seen), None)
+    if other is not None:
+        calls = ", ".join(f"{keys} keys (batch of {batch})" for batch, keys in other.seen)
+        wanted = other.expects if other.expects is not None else getattr(other.awaits, "keys", None)
+        described = "the keys that were described" if wanted is None else f"{wanted} keys"
+        return (
+            f"{shown}: the reference is described among {described}, but its attention calls have {calls}, so none is "
+            "the one "
+            "that is meant: say which call it is with Reference(call=…), counted from 0, its tokens counted in that "
+            "call"
+        )
     return (
         f"{shown}: ran with the reference, but through no attention function that can be seen (torch's, a backend of "
         "diffusers, xformers'), so nothing was recorded. Switch off attention slicing (disable_attention_slicing), set "

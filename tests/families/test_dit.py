@@ -181,7 +181,7 @@ def test_kontext_inpainting():
 @pytest.mark.parametrize("fresh", [False, True], ids=["same tensor", "equal tensor"])
 @pytest.mark.parametrize("clock", ["num_steps", "scheduler", "timestep"])
 def test_bare_transformer(clock, fresh):
-    """A loop of one's own; guidance is the call on the latents of the call before."""
+    """A loop of one's own; guidance is calls of its own, of which the user says which one is conditional."""
     transformer, scheduler = dit.flux_transformer(), dit.flow()
     ids = torch.cat(
         [torch.cartesian_prod(*map(torch.arange, (1, 2, 3))), torch.cartesian_prod(*map(torch.arange, (1, 4, 2)))]
@@ -225,9 +225,14 @@ def test_bare_transformer(clock, fresh):
     )
     options = {"num_steps": {"num_steps": 4}, "scheduler": {"scheduler": scheduler}, "timestep": {}}[clock]
     want = go()
-    with i2am.patch_transformer(transformer, time_groups=2, output="model", **options) as tracer:
+    with i2am.patch_transformer(transformer, time_groups=2, output="model", guidance=0, **options) as tracer:
         assert go().equal(want)
     check(tracer.maps(), truth, 2)
+    with i2am.patch_transformer(transformer, time_groups=2, **options) as tracer:
+        with pytest.raises(ValueError, match=r"2 calls at timestep 1000 on the same latents.*guidance=0"):
+            go()
+        with pytest.raises(ValueError, match="no maps that can be trusted"):
+            tracer.maps()
     assert tracer.maps().canvas == (2, 3)
     assert go().equal(want)
 

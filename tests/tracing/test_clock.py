@@ -1,16 +1,37 @@
 """Which step is running: counted for solvers of every kind, in pipelines and on bare models."""
 
+import copy
+import pickle
+
 import diffusers
 import pytest
 import torch
 
-from i2am.tracing.clock import CountingClock, Moment, SchedulerClock, TimestepClock, read_timestep
+from i2am.tracing.clock import CountingClock, SchedulerClock, StepInfo, TimestepClock, read_timestep
 from tests.helpers.tiny_models import unet as pipelines
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_watched():
+    yield
+    for clock in WATCHING:
+        clock.close()
+    WATCHING.clear()
+
+
+WATCHING = []
+
+
+def watching(scheduler):
+    clock = SchedulerClock(scheduler)
+    clock.open()
+    WATCHING.append(clock)
+    return clock
 
 
 def groups(scheduler, steps, T, start=0):
     """Time groups of a loop's evaluations, from the evaluation ``start`` of the schedule on."""
-    clock = SchedulerClock(scheduler)
+    clock = watching(scheduler)
     scheduler.set_timesteps(steps)
     x, seen = torch.randn(1, 4, 4, 4), []
     for t in scheduler.timesteps[start:]:
@@ -69,7 +90,7 @@ def test_img2img_pipeline_counts_its_own_steps():
 
 def test_a_new_run_starts_over():
     scheduler = diffusers.DDIMScheduler()
-    clock = SchedulerClock(scheduler)
+    clock = watching(scheduler)
     for steps in (4, 2):
         scheduler.set_timesteps(steps)
         seen = []
@@ -79,12 +100,52 @@ def test_a_new_run_starts_over():
         assert seen == [i * 2 // steps for i in range(steps)]
 
 
-def test_scheduler_gets_its_methods_back():
+def test_nothing_is_written_into_a_scheduler():
     scheduler = diffusers.DDIMScheduler()
-    clock = SchedulerClock(scheduler)
-    assert {"step", "set_timesteps"} <= set(vars(scheduler))
+    before, own = dict(vars(scheduler)), vars(diffusers.DDIMScheduler)["step"]
+    clock = watching(scheduler)
+    assert vars(scheduler) == before
+    assert vars(diffusers.DDIMScheduler)["step"] is not own
     clock.close()
-    assert not {"step", "set_timesteps"} & set(vars(scheduler))
+    assert vars(diffusers.DDIMScheduler)["step"] is own
+
+
+def test_a_copy_of_a_watched_scheduler_is_its_own():
+    scheduler = diffusers.DDIMScheduler()
+    clock = watching(scheduler)
+    twin = copy.deepcopy(scheduler)
+    pickled = pickle.loads(pickle.dumps(scheduler))
+    scheduler.set_timesteps(50)
+    for other in (twin, pickled):
+        other.set_timesteps(7)
+        assert len(other.timesteps) == 7
+        x = torch.zeros(1, 4, 2, 2)
+        other.step(x, other.timesteps[0], x)
+    assert len(scheduler.timesteps) == 50
+    assert clock.read(float(scheduler.timesteps[0]), 5).group == 0  # the copies' steps are not counted
+
+
+def test_two_tracers_watch_two_schedulers_of_one_class():
+    first, second = diffusers.DDIMScheduler(), diffusers.DDIMScheduler()
+    clocks = [watching(first), watching(second)]
+    for scheduler in (first, second):
+        scheduler.set_timesteps(4)
+    x = torch.zeros(1, 4, 2, 2)
+    first.step(x, first.timesteps[0], x)
+    assert clocks[0].read(float(first.timesteps[1]), 4).group == 1
+    assert clocks[1].read(float(second.timesteps[0]), 4).group == 0
+    clocks[0].close()
+    second.step(x, second.timesteps[0], x)
+    assert clocks[1].read(float(second.timesteps[1]), 4).group == 1  # still told
+
+
+def test_a_call_at_another_timestep_than_the_schedulers_is_refused():
+    scheduler = diffusers.DDIMScheduler()
+    clock = watching(scheduler)
+    scheduler.set_timesteps(4)
+    clock.read(float(scheduler.timesteps[0]), 4)
+    with pytest.raises(ValueError, match=r"called at timestep 251, but DDIMScheduler.*stands at"):
+        clock.read(251.0, 4)
 
 
 def test_bare_timesteps():
@@ -111,16 +172,31 @@ def test_counting():
 
 def test_moments_tell_how_long_a_run_is():
     scheduler = diffusers.HeunDiscreteScheduler()
-    clock = SchedulerClock(scheduler)
+    clock = watching(scheduler)
     scheduler.set_timesteps(4)
-    assert clock.read(float(scheduler.timesteps[0]), 2) == Moment(0, step=0, steps=4, evaluations=7, first=True)
+    assert clock.read(float(scheduler.timesteps[0]), 2) == StepInfo(
+        0, step=0, steps=4, evaluations=7, first=True, stepped=True
+    )
     assert not clock.read(float(scheduler.timesteps[0]), 2).first
     counting = CountingClock(3)
-    assert counting.read(900, 3) == Moment(0, step=0, steps=3, evaluations=3, first=True)
-    assert counting.read(600, 3) == Moment(1, step=1, steps=3, evaluations=3, first=False)
+    assert counting.read(900, 3) == StepInfo(0, step=0, steps=3, evaluations=3, first=True)
+    assert counting.read(600, 3) == StepInfo(1, step=1, steps=3, evaluations=3, first=False)
 
 
 def test_read_timestep():
     assert read_timestep(torch.tensor([7, 7])) == 7.0
     assert read_timestep(torch.tensor(3)) == 3.0
     assert read_timestep(5) == 5.0
+
+
+def test_samples_at_different_timesteps_are_refused():
+    with pytest.raises(ValueError, match=r"different timesteps \(900, 100\)"):
+        read_timestep(torch.tensor([900, 100]))
+
+
+def test_sigmas_are_no_timesteps():
+    clock = TimestepClock()
+    with pytest.raises(ValueError, match="a sigma rather than a timestep"):
+        clock.read(14.6, 5)
+    assert clock.read(981, 5).group == 0
+    assert clock.read(14.6, 5).group == 4  # the end of a schedule that began high

@@ -1,0 +1,135 @@
+"""From a diffusers pipeline to the model to trace, its family, and what the pipeline says of its guidance."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from i2am.families import CHANNELS, RESIDUAL, Family, Request, no_reference_keys
+from i2am.families.ip_adapter import has_ip_adapter
+from i2am.families.kandinsky import added_key_attentions
+from i2am.families.registry import facts_of, read_model, why_not, with_adapter
+from i2am.families.tokens import patch_grid
+from i2am.families.unet import channels_beside
+from i2am.tracing.guidance import Told
+
+
+class TracedPipeline(NamedTuple):
+    """What a pipeline says about how it is to be traced."""
+
+    model: nn.Module
+    family: Family
+    told: Callable[[], Told]  # about the guidance of its running call
+    pixels: int  # of the output image per latent pixel (per token where latents are tokens)
+
+
+def read_pipeline(pipe: Any, request: Request) -> TracedPipeline:
+    """Find the denoising model of ``pipe`` and where the reference enters it.
+
+    Raises:
+        ValueError: not a pipeline, or one whose reference never becomes attention keys.
+    """
+    transformer = getattr(pipe, "transformer", None)
+    unet = getattr(pipe, "unet", None) or getattr(pipe, "image_unet", None)
+    if hasattr(pipe, "scheduler") and isinstance(transformer, nn.Module):
+        return _read_transformer(pipe, transformer, request)
+    if hasattr(pipe, "scheduler") and isinstance(unet, nn.Module):
+        return _read_unet(pipe, unet, request)
+    facts = facts_of(type(pipe))
+    if facts is not None and facts.refused is not None:
+        raise ValueError(no_reference_keys(type(pipe).__name__, facts.refused))
+    raise ValueError(
+        f"trace takes a diffusers pipeline with a UNet or transformer and a scheduler, got {type(pipe).__name__}; "
+        "for a bare model use i2am.patch_unet, i2am.patch_transformer or i2am.patch_modules"
+    )
+
+
+def _read_unet(pipe: Any, unet: nn.Module, request: Request) -> TracedPipeline:
+    facts = facts_of(type(pipe))
+    if facts is not None and facts.described is not None and request.references is None:
+        request = request._replace(references=facts.described)
+    encoder = getattr(pipe, "image_encoder", None)
+    text = any(getattr(pipe, part, None) is not None for part in ("text_encoder", "text_encoder_2", "tokenizer"))
+    described = request.references or has_ip_adapter(unet) or added_key_attentions(unet)
+    if not (request.self_attention or described) and (encoder is None or text):
+        raise ValueError(no_reference_keys(type(pipe).__name__, _why_not(pipe, unet)))
+    request = request._replace(image_only=encoder is not None and not text, image_grid=patch_grid(encoder))
+    family = read_model(unet, request, entry="patch_unet")
+    return TracedPipeline(unet, family, lambda: told_by(pipe, family), _latent_pixels(pipe))
+
+
+def _read_transformer(pipe: Any, transformer: nn.Module, request: Request) -> TracedPipeline:
+    name, facts = type(pipe).__name__, facts_of(type(pipe))
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError(f"{name} has two denoising models: trace one with i2am.patch_transformer")
+    request = request._replace(image_grid=patch_grid(getattr(pipe, "image_encoder", None)))
+    refused = facts is None or facts.refused is not None
+    if refused and not (request.self_attention or request.references) and not _adapted(transformer):
+        raise ValueError(no_reference_keys(name, why_not(type(pipe))))
+    family = read_model(transformer, request, entry="patch_transformer")
+    if refused and not (request.self_attention or request.references or family.has_adapters()):
+        raise ValueError(no_reference_keys(name, why_not(type(pipe))))
+    return TracedPipeline(
+        transformer, family, lambda: told_by(pipe, family), _latent_pixels(pipe) * family.latent_pixels
+    )
+
+
+def _adapted(transformer: nn.Module) -> bool:
+    """Whether modules of an adapter may be in a transformer: then its family is asked."""
+    return any("_ip" in name or "image_proj" in name or "add_k_proj" in name for name, _ in transformer.named_modules())
+
+
+def told_by(pipe: Any, family: Family) -> Told:
+    """Return how the running call of ``pipe`` lays out guidance.
+
+    In a batch: [unconditional, conditional], with perturbed attention [unconditional, conditional, perturbed],
+    InstructPix2Pix [conditional, image only, unconditional]. Older pipelines (Paint-by-Example, ImageVariation) keep it
+    in a local variable: then the latents must tell.
+    """
+    name = type(pipe).__name__
+    guider = getattr(pipe, "guider", None)
+    predictions = getattr(guider, "_input_predictions", None)
+    if predictions and "pred_cond" in predictions:
+        how = f"{name}'s guider {type(guider).__name__}"
+        return Told(1, 0, predictions.index("pred_cond"), how=how)
+    facts = facts_of(type(pipe))
+    if facts is not None and facts.told is not None:
+        return facts.told(pipe)
+    call = family.conditional_call if _of_diffusers(pipe) else None
+    if not family.batched_guidance:
+        return Told(1, 0, call, how=f"{name}'s order of calls")
+    try:
+        guided = bool(pipe.do_classifier_free_guidance)
+    except AttributeError:  # no such property, or not called yet
+        return Told(call=call)
+    if guided and hasattr(pipe, "image_guidance_scale"):
+        return Told(3, 0, call, how=name)
+    perturbed = bool(getattr(pipe, "do_perturbed_attention_guidance", False))
+    return Told(1 + guided + perturbed, 1 if guided else 0, call, how=name)
+
+
+def _of_diffusers(pipe: Any) -> bool:
+    """Whether the pipeline's call is diffusers' own code, whose order of calls is known."""
+    module = getattr(type(pipe).__call__, "__module__", "") or ""
+    return module.startswith("diffusers.") and module in sys.modules
+
+
+def _latent_pixels(pipe: Any) -> int:
+    """Return pixels of the output image per pixel of its latents."""
+    own = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", None)
+    if own:
+        return int(own)
+    coder = getattr(pipe, "vae", None) or getattr(pipe, "movq", None)  # Kandinsky's
+    return 2 ** (len(coder.config.block_out_channels) - 1) if coder is not None else 1
+
+
+def _why_not(pipe: Any, unet: nn.Module) -> str:
+    """Return why a UNet pipeline without adapter has no reference keys."""
+    if channels_beside(unet):
+        return with_adapter(type(pipe), CHANNELS)
+    if getattr(pipe, "controlnet", None) is not None or getattr(pipe, "adapter", None) is not None:
+        return with_adapter(type(pipe), RESIDUAL)
+    return why_not(type(pipe))

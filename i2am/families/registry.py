@@ -1,0 +1,132 @@
+"""From a model or a pipeline to its family: the one place that knows them all, each from its own file."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+from torch import nn
+
+import i2am.families
+from i2am.families import Family, PipelineFacts, Request
+from i2am.references import Banked, Concatenated
+from i2am.tracing.intercept import refuse_compiled
+
+PICTURES = ("image", "video")  # what names of arguments that take pictures contain
+
+
+@functools.cache
+def families() -> tuple[type[Family], ...]:
+    """Return every family of this folder that names models or pipelines."""
+    for module in pkgutil.iter_modules(i2am.families.__path__):
+        importlib.import_module(f"i2am.families.{module.name}")
+    found, waiting = [], [Family]
+    while waiting:
+        below = waiting.pop().__subclasses__()
+        waiting += below
+        found += [kind for kind in below if "models" in vars(kind) or "pipelines" in vars(kind)]
+    return tuple(sorted(found, key=lambda kind: kind.__name__))
+
+
+def read_model(model: nn.Module, request: Request, *, entry: str) -> Family:
+    """Return the family of a model.
+
+    Args:
+        model: a diffusion transformer or UNet.
+        request: how it is to be read.
+        entry: "patch_transformer" or "patch_unet"; the latter also takes UNets that are only built like diffusers'.
+
+    Raises:
+        ValueError: its tokens' layout is not known, or the request does not fit; says what to write.
+    """
+    refuse_compiled(model)
+    name = type(model).__name__
+    names = [kind.__name__ for kind in type(model).__mro__]  # FSDP2 and PEFT rename classes, and keep the old one
+    known = {model_name: family for family in families() for model_name in family.models}
+    family = next((known[n] for n in names if n in known), None)
+    if family is None and entry == "patch_unet":
+        family = known["UNet2DConditionModel"]
+    if family is None:
+        raise ValueError(
+            f"i2am does not know where {name} keeps its reference; it knows {', '.join(sorted(known))}. For attention "
+            "modules with to_q, to_k and heads use i2am.patch_modules"
+        )
+    return family.read(model, request)
+
+
+def facts_of(kind: type[Any]) -> PipelineFacts | None:
+    """Return what is known of a pipeline class: of its own name before those of the classes that it is made from."""
+    every = [facts for family in families() for facts in family.pipelines]
+    for name in (base.__name__ for base in kind.__mro__):
+        fitting = [facts for facts in every if fnmatch.fnmatchcase(name, facts.pattern)]
+        if fitting:
+            return max(fitting, key=lambda facts: len(facts.pattern))
+    return None
+
+
+def reference_argument(kind: type[Any], *, adapter: bool = False) -> str:
+    """Return the argument of a pipeline's call that takes the reference image.
+
+    Args:
+        kind: class of the pipeline.
+        adapter: whether an IP-Adapter is loaded.
+
+    Raises:
+        ValueError: its call takes no reference that becomes attention keys, or only through an adapter.
+    """
+    parameters = call_parameters(kind)
+    facts = facts_of(kind)
+    if facts is not None and facts.refused is None and not facts.adapter and not adapter:
+        return facts.argument
+    if "ip_adapter_image" in parameters:
+        if adapter:
+            return "ip_adapter_image"
+        raise ValueError(f"{kind.__name__} takes a reference through an IP-Adapter only")
+    if "image" in parameters and not parameters & {"prompt", "mask_image"}:
+        return "image"
+    raise ValueError(f"{kind.__name__} takes no reference image that i2am could trace: {why_not(kind)}")
+
+
+def call_parameters(kind: type[Any]) -> set[str]:
+    """Return the names that a pipeline's call takes."""
+    return set(inspect.signature(kind.__call__).parameters) - {"self"}
+
+
+def why_not(kind: type[Any]) -> str:
+    """Return why a pipeline without an adapter has no reference keys, as far as that is known."""
+    facts, parameters = facts_of(kind), call_parameters(kind)
+    if facts is not None and facts.refused is not None:
+        reason = facts.refused
+    elif not _pictures(parameters):
+        reason = "it draws from text alone"
+    else:
+        reason = f"i2am does not know how {kind.__name__} uses its image"
+    return with_adapter(kind, reason)
+
+
+def with_adapter(kind: type[Any], reason: str) -> str:
+    """Return a reason, and what may be done about it where a pipeline takes IP-Adapters."""
+    if "ip_adapter_image" not in call_parameters(kind):
+        return reason
+    return f"{reason}, and its attention looks at text; load the IP-Adapter first, or describe the keys with reference="
+
+
+def _pictures(parameters: set[str]) -> list[str]:
+    return [
+        p
+        for p in parameters
+        if any(x in p for x in PICTURES) and not p.startswith(("ip_adapter", "num_", "negative_ip"))
+    ]
+
+
+def check_described(model: nn.Module, request: Request) -> None:
+    """Refuse a description of pictures side by side for a model that joins its pictures as tokens."""
+    if isinstance(request.references, (Concatenated, Banked)):
+        raise ValueError(
+            f"{type(model).__name__} joins its pictures as tokens, which need no description: got "
+            f"{request.references!r}"
+        )

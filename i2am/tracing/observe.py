@@ -1,0 +1,268 @@
+"""One intercepted attention call → the running sums, and the output that goes on into the model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from i2am.families import TokenLayout
+from i2am.ops import Sums, accumulate
+from i2am.ops.tokens import TokenSet
+from i2am.tracing.intercept import AttentionCall, ForwardContext, LayerContext
+from i2am.tracing.options import TraceSettings
+from i2am.tracing.qk import QKRecord, mask_between
+from i2am.tracing.regions import RegisteredRegions
+from i2am.tracing.sums import SumStore, Track
+
+PADDING = -1e4  # an additive mask this low means "no such key"
+
+
+def layout_of(layer: LayerContext, call: AttentionCall) -> TokenLayout | None:
+    """Return the layout of a call, if it is the one that its layer waits for; else note what came."""
+    awaited = layer.awaits
+    layout = awaited(call) if callable(awaited) else awaited
+    if layout is not None and layout.keys is not None and layout.keys != call.key.shape[2]:
+        layout = None
+    if layout is None:
+        layer.seen.append((call.query.shape[0], call.key.shape[2]))
+    else:
+        layer.awaits = None
+    return layout
+
+
+class Observer:
+    """Adds the attention calls of a tracer to its sums.
+
+    Args:
+        settings: the tracer's.
+        sums, record, regions: where to.
+        note: keeps a sentence for the provenance.
+    """
+
+    def __init__(
+        self,
+        settings: TraceSettings,
+        sums: SumStore,
+        record: QKRecord,
+        regions: RegisteredRegions,
+        note: Callable[[str], None],
+    ):
+        self.settings = settings
+        self.note = note
+        self._finite = True
+        self.sums = sums
+        self.record = record
+        self.regions = regions
+
+    def attend(self, context: ForwardContext, layer: LayerContext, call: AttentionCall) -> Tensor | None:
+        """Add an attention call to the sums; return its output, the fused op's or the model's own."""
+        awaited = layer.awaits
+        layout = layout_of(layer, call)
+        if layout is None:
+            layer.awaits = None  # what the call itself calls is not asked again
+            try:
+                return call.run()
+            finally:
+                layer.awaits = awaited
+        if context.settle is not None:
+            context.settle(context, layer, layout, call)
+        if call.value is None:
+            return self._observe(context, layer, layout, call)
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
+        if self.settings.output == "model" or call.dropout_p != 0 or trained:
+            self._observe(context, layer, layout, replace(call, value=None))
+            return call.run()
+        return among_others(self._observe(context, layer, layout, call), call, context.conditional)
+
+    def _observe(
+        self, context: ForwardContext, layer: LayerContext, layout: TokenLayout, call: AttentionCall
+    ) -> Tensor | None:
+        """Add one call to the sums; return its output for the conditional samples, where the call has values."""
+        queries = self._check(context, layer, layout, call)
+        part = call.on(context.conditional)
+        mask = padding_is_masked(part.attn_mask)
+        q, k, v = (None if x is None else as_autocast(x) for x in (part.query, part.key, part.value))
+        assert q is not None
+        assert k is not None
+        if call.enable_gqa:
+            k, v = (None if x is None else x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        group = context.info.group
+        regions = self.regions.weights(layout.grid)
+        tracks = self.sums.open(layer.name, layout, q, k, queries, len(self.regions.names), context.tile)
+        totals = [track.at(group) for track in tracks]
+        if layout.weights is not None and not self.settings.weighted:
+            self.note(
+                "R2G is before the IP-Adapter's masks and scales, which the model multiplies its part with: "
+                "weighted=True "
+                "multiplies R2G with them"
+            )
+        aside = _Aside(layout, context.conditional, k.shape[2], totals, weighted=self.settings.weighted)
+        with torch.no_grad():
+            out, row_lse, col_lse = accumulate(
+                q,
+                k,
+                v,
+                sums=aside.sums,
+                queries=layout.queries,
+                keys=[reference.tokens for reference in layout.references],
+                scale=call.scale,
+                attn_mask=mask,
+                regions=None if regions is None else regions.to(q.device),
+                backend=self.settings.backend,
+            )
+            aside.add()
+        for track in tracks:
+            track.counts[group] += 1
+        if self._finite and q.device.type == "cpu":  # elsewhere it would wait for the device: see check_finite
+            self._see_finite(layer.name, context, q, k, row_lse)
+        if self.record.options.wants(context.info):
+            self._keep(layer.name, layout, q, k, mask, call.scale, row_lse, col_lse, group)
+        return out
+
+    def _check(self, context: ForwardContext, layer: LayerContext, layout: TokenLayout, call: AttentionCall) -> int:
+        """Return the number of generated queries. Raises ValueError for a call that is not the one described."""
+        if call.query.ndim != 4 or call.query.shape[0] != context.batch:
+            before = "".join(f"; a call on a batch of {b} with {n} keys came before" for b, n in layer.seen)
+            raise ValueError(
+                f"layer {layer.name}: attention on {tuple(call.query.shape)} with {call.key.shape[2]} keys, expected "
+                f"[B, H, N, d] with the model's batch of {context.batch}{before}: i2am can't tell which samples these "
+                "are"
+            )
+        if call.is_causal:
+            raise ValueError(f"layer {layer.name}: causal attention is not supported")
+        count = TokenSet.of(layout.queries, call.query.shape[2], "queries").count
+        if layout.grid[0] * layout.grid[1] != count:
+            raise ValueError(f"layer {layer.name}: {count} generated queries do not fill its grid {layout.grid}")
+        return count
+
+    def _see_finite(self, layer: str, context: ForwardContext, q: Tensor, k: Tensor, row_lse: Tensor) -> None:
+        """Say once where values stop being finite."""
+        if not bool((row_lse.isnan() | row_lse.isposinf()).any()):
+            return
+        which = (
+            " and ".join(name for name, x in (("q", q), ("k", k)) if not bool(x.isfinite().all())) or "their product"
+        )
+        when = "" if context.info.step is None else f" at step {context.info.step}"
+        self._tell(f"layer {layer}: {which} is not finite{when}: did {str(q.dtype).removeprefix('torch.')} overflow?")
+
+    def check_finite(self, tracks: Iterable[Track]) -> None:
+        """Say which layer's sums are the first that are not finite, if any are."""
+        for track in tracks if self._finite else ():
+            bad = [g for g, n in enumerate(track.counts) if n and not bool(track.r2g[g].isfinite().all())]
+            if bad:
+                self._tell(
+                    f"layer {track.layer}: sums are not finite from time group {bad[0]} on: did the model overflow?"
+                )
+                return
+
+    def _tell(self, text: str) -> None:
+        self._finite = False
+        self.note(text)
+        warnings.warn(f"i2am: {text} Maps that it is part of are not finite", RuntimeWarning, stacklevel=2)
+
+    def _keep(
+        self,
+        layer: str,
+        layout: TokenLayout,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        row_lse: Tensor,
+        col_lse: list[Tensor],
+        group: int,
+    ) -> None:
+        """Record one call's generated queries and reference keys."""
+        queries = TokenSet.of(layout.queries, q.shape[2], "queries").index
+        references: dict[str, dict[str, Tensor]] = {}
+        for reference, lse in zip(layout.references, col_lse, strict=True):
+            keys = TokenSet.of(reference.tokens, k.shape[2], "keys").index
+            references[reference.name] = {"k": k[:, :, keys], "col_lse": lse}
+            if mask is not None:
+                references[reference.name]["mask"] = mask_between(mask, queries, keys, layer)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        self.record.add(layer, group, scale, q[:, :, queries], row_lse[:, :, queries], references)
+
+
+class _Aside:
+    """Sums of one call that are worked on before they are added: rolled back through a resampler, or weighted.
+
+    Args:
+        layout: with ``rollout [B, K, X]``, ``weights [B | 1, Q]``, or neither.
+        samples: the conditional ones.
+        keys: number of keys of the call.
+        totals: where to add.
+        weighted: whether R2G is multiplied with the weights.
+    """
+
+    def __init__(self, layout: TokenLayout, samples: slice, keys: int, totals: Sequence[Sums], weighted: bool):
+        nothing = (None,) * len(layout.references)
+        self._rolls = [None if roll is None else roll[samples] for roll in layout.rollout or nothing]
+        self._weights = list(layout.weights or nothing) if weighted else list(nothing)
+        self._totals = totals
+        self.sums = [
+            self._fresh(total, reference.count(keys), roll, weight)
+            for total, roll, weight, reference in zip(
+                totals, self._rolls, self._weights, layout.references, strict=True
+            )
+        ]
+
+    @staticmethod
+    def _fresh(total: Sums, keys: int, roll: Tensor | None, weight: Tensor | None) -> Sums:
+        """Return sums in which what is worked on begins at zero, and the rest is the totals' own."""
+        changes: dict[str, Any] = {}
+        if weight is not None:
+            changes["r2g"] = torch.zeros_like(total.r2g)
+        if roll is not None:
+            changes["g2r"] = total.g2r.new_zeros(*total.g2r.shape[:-1], keys)
+            changes["sram"] = None if total.sram is None else total.sram.new_zeros(*total.sram.shape[:-1], keys)
+        return total._replace(**changes)
+
+    def add(self) -> None:
+        """Add what was worked on to the totals."""
+        for total, one, roll, weight in zip(self._totals, self.sums, self._rolls, self._weights, strict=True):
+            if weight is not None:
+                total.r2g.add_(one.r2g * weight.to(one.r2g)[:, None])
+            if roll is not None:
+                total.g2r.add_(torch.einsum("bhk,bkx->bhx", one.g2r, roll.to(one.g2r)))
+                if total.sram is not None and one.sram is not None:
+                    total.sram.add_(torch.einsum("bhrk,bkx->bhrx", one.sram, roll.to(one.sram)))
+
+
+def among_others(out: Tensor | None, call: AttentionCall, samples: slice) -> Tensor:
+    """Concatenate our output ``[b, H, N, d]`` for the conditional samples with the model's own for the others.
+
+    In memory heads come after tokens, as torch's kernels leave them: processors take a view of it.
+    """
+    before, after = slice(0, samples.start), slice(samples.stop, call.query.shape[0])
+    parts = [
+        call.on(before).run() if samples.start else None,
+        out,
+        call.on(after).run() if after.start < after.stop else None,
+    ]
+    turned = [part.transpose(1, 2) for part in parts if part is not None]
+    return (turned[0].contiguous() if len(turned) == 1 else torch.cat(turned)).transpose(1, 2)
+
+
+def padding_is_masked(mask: Tensor | None) -> Tensor | None:
+    """Return an additive mask whose padding is -inf: diffusers adds -10000, which a column softmax would not notice.
+
+    A row with nothing but padding keeps it, so that the output stays the model's.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    padding = mask <= PADDING
+    return mask.masked_fill(padding & ~padding.all(-1, keepdim=True), float("-inf"))
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """Return what ``scaled_dot_product_attention`` would see under the autocast that is on."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype in (torch.float16, torch.bfloat16, torch.float32):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x

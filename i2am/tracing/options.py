@@ -1,0 +1,306 @@
+"""What a caller of ``trace`` and its kin may set: every keyword, default and check, written once."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+
+import torch
+
+from i2am._files import parse_size
+from i2am.maps.sram import MAX_REGIONS, Region
+from i2am.ops import BACKENDS
+from i2am.references import Grid, LayerFilter
+
+if TYPE_CHECKING:
+    from i2am.tracing.clock import StepInfo
+
+Mode = Literal["reference", "self"]
+Output = Literal["i2am", "model"]
+Backend = Literal["triton", "streaming", "reference"]
+GuidanceMode = Literal["auto", "none"] | int
+MODES: tuple[Mode, ...] = ("reference", "self")
+OUTPUTS: tuple[Output, ...] = ("i2am", "model")
+
+
+class TraceOptions(TypedDict, total=False):
+    """The keywords of :func:`i2am.trace`, :func:`i2am.patch_unet`, :func:`i2am.patch_transformer` and
+    :func:`i2am.patch_modules`. :class:`TraceSettings` holds their defaults and what each one means.
+    """
+
+    time_groups: int
+    layers: LayerFilter
+    guidance: GuidanceMode
+    mode: Mode
+    rollout: bool
+    weighted: bool
+    output: Output
+    backend: Backend | None
+    sram: Mapping[str, Region] | None
+    canvas: Grid | None
+    record: Literal["qk"] | None
+    record_to: str | os.PathLike[str] | None
+    record_every: int
+    record_times: Sequence[int] | None
+    record_dtype: torch.dtype | None
+    record_limit: str | int
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """What to keep while tracing, so that patches can be asked afterwards.
+
+    Args:
+        record: "qk" keeps queries and keys of the conditional samples; None: nothing.
+        record_to: "cpu" (main memory), "disk" (a new folder, which survives the process), the path of a folder to make,
+            or None (where the model runs).
+        record_every: keep every so many-th step.
+        record_times: keep only these time groups. None: all.
+        record_dtype: dtype of the kept queries and keys; None: the model's own.
+        record_limit: what a run may take, "2GB" or bytes; checked before its first step.
+    """
+
+    record: Literal["qk"] | None = None
+    record_to: str | os.PathLike[str] | None = "cpu"
+    record_every: int = 1
+    record_times: Sequence[int] | None = None
+    record_dtype: torch.dtype | None = None
+    record_limit: str | int = "2GB"
+
+    def __post_init__(self) -> None:
+        if self.record not in (None, "qk"):
+            raise ValueError(f'record must be "qk" or None, got {self.record!r}')
+        if not _is_count(self.record_every):
+            raise ValueError(f"record_every must be a positive number of steps, got {self.record_every!r}")
+        if self.record_dtype is not None and not (
+            isinstance(self.record_dtype, torch.dtype) and self.record_dtype.is_floating_point
+        ):
+            raise ValueError(f"record_dtype must be a floating point dtype, got {self.record_dtype!r}")
+        parse_size(self.record_limit)
+
+    def wants(self, info: StepInfo) -> bool:
+        """Return whether the calls of an evaluation are kept."""
+        if self.record is None or (self.record_times is not None and info.group not in self.record_times):
+            return False
+        return info.step is None or info.step % self.record_every == 0
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """The options of one tracer, checked."""
+
+    time_groups: int = field(
+        default=5,
+        metadata={"doc": ("into how many groups the steps are summed.")},
+    )
+    layers: LayerFilter = field(
+        default=None,
+        metadata={
+            "doc": (
+                "which attention modules: a name, a glob pattern, several, or a predicate. None: all that carry the "
+                "reference."
+            )
+        },
+    )
+    guidance: GuidanceMode = field(
+        default="auto",
+        metadata={
+            "doc": (
+                '"auto": what the pipeline says, else the evidence (repeated latents, embeddings that are all zeros); '
+                '"none": every sample of every call counts; or the index of the conditional part of a guided batch '
+                "(of max(2, index + 1) parts unless the pipeline says), or of the conditional call where guidance "
+                "runs as calls of its own."
+            )
+        },
+    )
+    mode: Mode = field(
+        default="reference",
+        metadata={
+            "doc": (
+                '"reference"; or "self" for a model without reference keys (channel concatenation, ControlNet): maps '
+                "of the generated picture's attention to itself, which say what positions exchange information, never "
+                'what came from the reference. They are named "self".'
+            )
+        },
+    )
+    rollout: bool = field(
+        default=False,
+        metadata={
+            "doc": (
+                "roll G2R and SRAM of an IP-Adapter Plus, or SD3's, back through its resampler to the image encoder's "
+                "patches, since its few tokens have no layout of their own."
+            )
+        },
+    )
+    weighted: bool = field(
+        default=False,
+        metadata={
+            "doc": (
+                "multiply R2G of an IP-Adapter's image with what its part is multiplied with in the model: its mask "
+                "(ip_adapter_masks) and its scale. False: attention alone, as the paper has it; maps.provenance says "
+                "where a mask or a scale comes after it."
+            )
+        },
+    )
+    output: Output = field(
+        default="i2am",
+        metadata={
+            "doc": (
+                '"i2am": the fused op\'s output goes on into the model; "model": the model\'s own attention runs too, '
+                "and its output goes on, so that images are bit-identical to an untraced run."
+            )
+        },
+    )
+    backend: Backend | None = field(
+        default=None,
+        metadata={"doc": ("as in i2am.attention.")},
+    )
+    sram: Mapping[str, Region] | None = field(
+        default=None,
+        metadata={
+            "doc": (
+                "name → patch of the generated image to follow, a point (y, x) or a mask, at most 64: read with "
+                "maps.sram(name)."
+            )
+        },
+    )
+    canvas: Grid | None = field(
+        default=None,
+        metadata={
+            "doc": (
+                "(height, width) in which points are given; None: pixels of the output image (of a bare model: its "
+                "latent grid)."
+            )
+        },
+    )
+    record: Literal["qk"] | None = field(
+        default=None,
+        metadata={
+            "doc": (
+                '"qk" keeps queries and keys, so that any patch can be asked afterwards; needs num_steps or scheduler.'
+            )
+        },
+    )
+    record_to: str | os.PathLike[str] | None = field(
+        default="cpu",
+        metadata={
+            "doc": (
+                '"cpu" (main memory), "disk" (a new folder, which survives the process), the path of a folder to '
+                "make, or None (where the model runs)."
+            )
+        },
+    )
+    record_every: int = field(
+        default=1,
+        metadata={"doc": ("keep every so many-th step.")},
+    )
+    record_times: Sequence[int] | None = field(
+        default=None,
+        metadata={"doc": ("keep only these time groups. None: all.")},
+    )
+    record_dtype: torch.dtype | None = field(
+        default=None,
+        metadata={"doc": ("dtype of the kept queries and keys; None: the model's own.")},
+    )
+    record_limit: str | int = field(
+        default="2GB",
+        metadata={"doc": ("what a run's record may take, like this or in bytes; checked before its first step.")},
+    )
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.time_groups):
+            raise ValueError(f"time_groups must be a positive integer, got {self.time_groups!r}")
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.output not in OUTPUTS:
+            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {self.backend!r}")
+        if self.guidance not in ("auto", "none") and not _is_index(self.guidance):
+            raise ValueError(
+                f'guidance must be "auto", "none" or the index of the conditional part, got {self.guidance!r}'
+            )
+        if self.sram is not None and len(self.sram) > MAX_REGIONS:
+            raise ValueError(f"at most {MAX_REGIONS} regions can be registered, got {len(self.sram)}")
+        self._check_record()
+
+    def _check_record(self) -> None:
+        options = self.record_options
+        if self.record is None:
+            idle = [f.name for f in fields(options) if getattr(options, f.name) != f.default]
+            if idle:
+                raise ValueError(f'{", ".join(f"{n}=" for n in idle)} without record= keeps nothing: add record="qk"')
+            return
+        if self.rollout:
+            raise ValueError(
+                "rollout=True rolls sums back, not recorded keys: register patches with sram= instead of record="
+            )
+        times = self.record_times
+        if times is not None:
+            groups = range(self.time_groups)
+            if (
+                isinstance(times, (int, str))
+                or not all(isinstance(t, int) and t in groups for t in times)
+                or not len(times)
+            ):
+                raise ValueError(
+                    f"record_times must be a sequence of time groups 0…{self.time_groups - 1} "
+                    f"(time_groups={self.time_groups}), got {times!r}"
+                )
+
+    @property
+    def record_options(self) -> RecordOptions:
+        """What to keep while tracing."""
+        return RecordOptions(**{f.name: getattr(self, f.name) for f in fields(RecordOptions)})
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def takes_trace_options(*without: str) -> Callable[[F], F]:
+    """Decorate an entry point ``f(…, **options)``: unknown names are refused, signature and help list every option.
+
+    Args:
+        without: options that it does not take.
+    """
+    known = {f.name: f for f in fields(TraceSettings) if f.name not in without}
+
+    def decorate(function: F) -> F:
+        own = inspect.signature(function)
+        named = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **given: Any) -> Any:
+            names = [*(p.name for p in named), *known]
+            for name in given:
+                if name not in names:
+                    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+                    hint = f"did you mean {near[0]}=?" if near else f"it takes {', '.join(names[1:])}"
+                    raise TypeError(f"{function.__name__}() takes no {name}=; {hint}")
+            return function(*args, **given)
+
+        taken = {p.name for p in named}
+        options = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in known.values()
+            if f.name not in taken
+        ]
+        wrapper.__signature__ = own.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
+        lines = "".join(f"\n    {f.name}: {f.metadata['doc']}" for f in known.values())
+        wrapper.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:{lines}\n"
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
+
+
+def _is_index(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
+def _is_count(x: object) -> bool:
+    return _is_index(x) and x != 0

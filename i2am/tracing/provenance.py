@@ -1,0 +1,100 @@
+"""What the maps of a tracer are a mean of: counted while it traces, told with every map."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from i2am.references import Grid
+from i2am.tracing.sums import Place, Track
+from i2am.versions import versions
+
+
+class Ledger:
+    """Counts of what a tracer has seen, and how each decision was made.
+
+    Args:
+        model: class name of the traced model.
+        pipeline: class name of the pipeline; None: a bare model.
+    """
+
+    def __init__(self, model: str, pipeline: str | None = None):
+        self.model = model
+        self.pipeline = pipeline
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was seen."""
+        self.seen = 0
+        self.counted = 0
+        self.runs = 0
+        self.steps: int | None = None  # of the last run
+        self.passed_by: Counter[str] = Counter()
+        self.guidance: dict[str, int] = {}  # how the conditional samples are known → calls
+        self.tiles: set[Place] = set()
+        self.notes: dict[str, None] = {}
+
+    def pass_by(self, why: str) -> None:
+        """Note a call that does not count."""
+        self.seen += 1
+        self.passed_by[why] += 1
+
+    def count(self, how: str, place: Place) -> None:
+        """Note a call that counts."""
+        self.seen += 1
+        self.counted += 1
+        self.guidance[how] = self.guidance.get(how, 0) + 1
+        if place is not None:
+            self.tiles.add(place)
+
+    def note(self, text: str) -> None:
+        """Keep a sentence that a reader of the maps should know."""
+        self.notes[text] = None
+
+    def told(self, tracks: Iterable[Track], canvas: Grid | None) -> dict[str, Any]:
+        """Return the provenance of maps: plain values, as they are saved."""
+        tracks = list(tracks)
+        calls: dict[str, list[int]] = {}
+        for track in tracks:
+            before = calls.get(track.layer, [0] * len(track.counts))
+            calls[track.layer] = [max(a, b) for a, b in zip(before, track.counts, strict=True)]
+        uneven = [layer for layer, counts in calls.items() if counts != max(calls.values())]
+        notes = list(self.notes)
+        if uneven:
+            notes.append(
+                f"{len(uneven)} of {len(calls)} layers ran in fewer calls than the others (a cache, a cut-off or a "
+                "scale of "
+                f"0), among them {uneven[0]}: each layer's mean is over its own calls"
+            )
+        return {
+            "model": self.model,
+            "pipeline": self.pipeline,
+            "runs": self.runs,
+            "steps": self.steps,
+            "calls": {"seen": self.seen, "counted": self.counted, "passed_by": dict(self.passed_by)},
+            "guidance": dict(self.guidance),
+            "layers": calls,
+            "references": {track.reference.name: track.tokens for track in tracks},
+            "tiles": sorted([list(place) for place in self.tiles if place is not None]),
+            "canvas": None if canvas is None else list(canvas),
+            "notes": notes,
+            "versions": versions(),
+        }
+
+    def nothing(self) -> str:
+        """Return why there are no maps, as far as it is known."""
+        if self.passed_by:
+            told = "; ".join(f"{n} {why}" for why, n in self.passed_by.items())
+            return f"nothing was recorded: none of {self.seen} calls of {self.model} counted: {told}"
+        if self.counted:
+            return (
+                f"nothing was recorded: {self.counted} calls of {self.model} ran, but no reference-carrying attention "
+                "in them "
+                "(an IP-Adapter of scale 0 is skipped by diffusers; a cache may have answered)"
+            )
+        return (
+            "nothing was recorded: no reference-carrying attention has run since tracing began (run the model inside "
+            "the "
+            "trace; an IP-Adapter of scale 0 is skipped by diffusers)"
+        )

@@ -1,0 +1,112 @@
+"""Which samples and calls count: told, shown by the evidence, said by the user, or refused."""
+
+import pytest
+import torch
+
+from i2am.tracing.clock import StepInfo
+from i2am.tracing.guidance import Guidance, Told, Unexplained
+
+STEPPED, SAME_STEP, UNKNOWN = (StepInfo(0, step=0, stepped=s) for s in (True, False, None))
+
+
+def latents(batch):
+    return torch.randn(batch, 4, 2, 2)
+
+
+def judge(mode, x, told=Told(), info=STEPPED, conditioning=(), timestep=900.0, guidance=None):  # noqa: B008
+    return (guidance or Guidance(mode)).judge(x, conditioning, timestep, info, told)
+
+
+def test_told_by_a_pipeline():
+    x, y = latents(2), latents(1)
+    assert judge("auto", torch.cat([x, x]), Told(2, 1)).samples == slice(2, 4)
+    assert judge("auto", torch.cat([y, y, y]), Told(3, 0)).samples == slice(0, 1)
+    assert judge("auto", latents(3), Told(1, 0)).samples == slice(0, 3)
+    assert judge("auto", torch.cat([y, y]), Told(1, 0)).samples == slice(0, 2)  # two images of one seed, no guidance
+
+
+def test_a_pipeline_that_the_latents_contradict():
+    with pytest.raises(ValueError, match="2 parts of guidance, but they denoise different latents"):
+        judge("auto", latents(4), Told(2, 1))
+    with pytest.raises(ValueError, match="does not divide into the 2 parts"):
+        judge("auto", latents(3), Told(2, 1))
+
+
+def test_the_latents_tell():
+    x = latents(2)
+    assert judge("auto", torch.cat([x, x])).samples == slice(2, 4)
+    assert judge("auto", torch.cat([x, x, x])).samples == slice(0, 2)
+    assert judge("auto", torch.cat([x, x, x]), Told(of_three=1)).samples == slice(2, 4)
+    assert judge("auto", torch.cat([x, x + 1e-6])).samples == slice(0, 4)
+    assert judge("none", torch.cat([x, x])).samples == slice(0, 4)
+
+
+@pytest.mark.parametrize("empty", [0, 1])
+def test_a_half_of_zeros_is_unconditional(empty):
+    x = latents(1)
+    halves = [torch.randn(1, 3, 8), torch.randn(1, 3, 8)]
+    halves[empty] = torch.zeros(1, 3, 8)
+    got = judge("auto", torch.cat([x, x]), conditioning=(torch.cat(halves),))
+    assert got.samples == slice(1 - empty, 2 - empty)
+
+
+def test_a_users_index_wins():
+    x, y = latents(1), latents(2)
+    assert judge(0, y).samples == slice(0, 1)
+    assert judge(2, latents(3)).samples == slice(2, 3)
+    assert judge(1, latents(3), Told(3, 0)).samples == slice(1, 2)  # three parts, as the pipeline says
+    assert judge(0, torch.cat([x, x]), Told(2, 1)).samples == slice(0, 1)
+
+
+def run(mode, calls, told=Told(), *, steps=3, info=SAME_STEP, batch=1):  # noqa: B008
+    """Which calls count of ``calls`` calls a step on the same latents."""
+    guidance, seen = Guidance(mode), []
+    for step in range(steps):
+        x = latents(batch)
+        for call in range(calls):
+            now = STEPPED if call == 0 and info is not UNKNOWN else info
+            text = (torch.full((batch, 2, 3), float(call)),)
+            verdict = guidance.judge(x, text, 900.0 - step, now._replace(first=step == call == 0), told)
+            seen.append(None if verdict.samples is None else call)
+    return seen
+
+
+@pytest.mark.parametrize("info", [SAME_STEP, UNKNOWN], ids=["a scheduler", "no scheduler"])
+def test_calls_of_their_own(info):
+    assert run("auto", 2, Told(1, 0, call=0), info=info) == [0, None] * 3
+    assert run("auto", 3, Told(1, 0, call=1), info=info) == [None, 1, None] * 3
+    assert run(1, 2, info=info) == [None, 1] * 3  # a batch of one does not divide: the index is a call's
+    assert run(0, 2, info=info) == [0, None] * 3
+    assert run(2, 3, batch=2, info=info) == [None, None, 2] * 3
+    assert run("none", 2, info=info) == [0, 1] * 3
+    with pytest.raises(Unexplained, match=r"2 calls at timestep 900 on the same latents"):
+        run("auto", 2, info=info)
+    with pytest.raises(Unexplained, match="taken for a part of the batch of 2, but 2 calls"):
+        run(1, 2, batch=2, info=info)
+
+
+def test_other_latents_without_a_step():
+    guidance = Guidance("auto")
+    guidance.judge(latents(1), (), 900.0, STEPPED, Told())
+    with pytest.raises(Unexplained, match=r"on other latents.*tracer\.tile"):
+        guidance.judge(latents(1), (), 900.0, SAME_STEP, Told())
+    guidance = Guidance("auto")
+    guidance.judge(latents(1), (), 900.0, STEPPED, Told(extra="degraded"))
+    beside = guidance.judge(latents(1), (), 900.0, SAME_STEP, Told(extra="degraded"))
+    assert beside.samples is None
+    assert beside.how == "degraded"
+
+
+def test_the_very_same_call_again_is_no_guidance():
+    x, text = latents(1), torch.randn(1, 2, 3)
+    guidance = Guidance("auto")
+    for _ in range(3):
+        assert guidance.judge(x.clone(), (text.clone(),), 500.0, UNKNOWN, Told()).samples == slice(0, 1)
+
+
+def test_each_run_is_looked_at_anew():
+    x = latents(1)
+    guidance = Guidance("auto")
+    first = StepInfo(0, step=0, first=True, stepped=True)
+    assert guidance.judge(torch.cat([x, x]), (), 900.0, first, Told()).samples == slice(1, 2)
+    assert guidance.judge(latents(2), (), 900.0, first, Told()).samples == slice(0, 2)
