@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from i2am.families import Described, Family, Request
 from i2am.references import Banked, Concatenated, Grid, LayerFilter, Reference
+from i2am.tracing.claims import unpatch
 from i2am.tracing.clock import Clock, CountingClock, SchedulerClock, TimestepClock
 from i2am.tracing.guidance import Told
+from i2am.tracing.layers import BlindLayerError
 from i2am.tracing.options import TraceOptions, TraceSettings, takes_trace_options
-from i2am.tracing.tracer import BlindLayerError, Tracer, unpatch
+from i2am.tracing.tracer import Tracer
 from i2am.tracing.who import calling_pipeline
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from i2am.families import Family, ForwardInputs, TokenLayout
 from i2am.maps import AttributionMaps
 from i2am.ops.tokens import TokenSet
 from i2am.references import Grid, choose_layers
-from i2am.tracing import hooks
+from i2am.tracing import claims, hooks
 from i2am.tracing.clock import Clock, StepInfo, read_timestep
 from i2am.tracing.guidance import Guidance, Told, Unexplained, Verdict, empty_parts
 from i2am.tracing.intercept import (
@@ -29,6 +28,7 @@ from i2am.tracing.intercept import (
     refuse_compiled,
     running_context,
 )
+from i2am.tracing.layers import BlindLayerError, blind_message, watch_layer
 from i2am.tracing.observe import Observer
 from i2am.tracing.options import TraceSettings
 from i2am.tracing.provenance import Ledger
@@ -38,15 +38,6 @@ from i2am.tracing.regions import RegisteredRegions
 from i2am.tracing.sums import Place, SumStore
 from i2am.tracing.tiles import check_place, extent, on_canvas
 from i2am.tracing.who import Caller, PipelineCaller, ThreadCaller
-
-logger = logging.getLogger("i2am")
-
-_tracers: weakref.WeakKeyDictionary[nn.Module, Tracer] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
-
-
-class BlindLayerError(RuntimeError):
-    """A reference-carrying layer ran, but its attention could not be seen: its maps would be missing."""
 
 
 class Tracer:
@@ -84,7 +75,7 @@ class Tracer:
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._ledger = Ledger(type(model).__name__, None if pipe is None else type(pipe).__name__)
         self._local = threading.local()  # the place of the tile that this thread's next call is
-        self._entered = False
+        self.entered = False
         try:  # a failure or an interrupt on the way in leaves nothing behind
             if settings.record is not None and not clock.knows_steps:
                 raise ValueError(
@@ -99,10 +90,10 @@ class Tracer:
             named = settings.layers is not None
             self._defaults = {name for name in chosen if named or family.by_default(name)}
             refuse_compiled(model)
-            self._claim(model)
+            claims.claim(model, self)
             clock.open()
             for name in chosen:
-                self._watch_layer(name, modules[name])
+                watch_layer(self, family, name, modules[name])
             for module, function, when in family.watch():
                 (hooks.before if when == "before" else hooks.after)(self, module, function)
             hooks.before(self, model, self._begin)
@@ -112,7 +103,7 @@ class Tracer:
             raise
 
     def __enter__(self) -> Tracer:
-        self._entered = True
+        self.entered = True
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -123,9 +114,7 @@ class Tracer:
         model = self._model()
         if model is not None:
             hooks.remove(self, model)
-            with _lock:
-                if _tracers.get(model) is self:
-                    del _tracers[model]
+            claims.release(model, self)
         self._clock.close()
         context = running_context()
         while context is not None and context.owner is self:
@@ -207,6 +196,11 @@ class Tracer:
         return self._ledger.told(self._sums.tracks.values(), canvas)
 
     @property
+    def pipe(self) -> Any:
+        """The pipeline whose calls count; None: the model's own thread's."""
+        return None if self._pipe is None else self._pipe()
+
+    @property
     def record_bytes(self) -> int:
         """What the recorded queries and keys take so far."""
         return self._record.nbytes
@@ -227,22 +221,6 @@ class Tracer:
         return (stepped[-2], stepped[-1]) if stepped is not None and len(stepped) >= 4 else extent(self._tiles.items())
 
     # ------------------------------------------------------------------------------------------------------- hooks
-
-    def _claim(self, model: nn.Module) -> None:
-        """Register ``model`` as traced by this tracer. A tracer that nobody holds in a with statement makes way."""
-        with _lock:
-            other = _tracers.get(model)
-            if other is not None and other._entered:
-                raise ValueError(
-                    f"this {type(model).__name__} is being traced already: unpatch() the other tracer first, or "
-                    "i2am.unpatch(model)"
-                )
-        if other is not None:
-            logger.warning("i2am: another tracer of this %s is ended, and this one takes over", type(model).__name__)
-            other.unpatch()
-        hooks.remove(None, model)  # what a copy of a traced model has inherited
-        with _lock:
-            _tracers[model] = self
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running = running_context()
@@ -385,63 +363,8 @@ class Tracer:
             return
         if context.blind:
             self._record.drop()
-            raise BlindLayerError(_blind(context.blind))
+            raise BlindLayerError(blind_message(context.blind))
         self._record.flush()
-
-    def _watch_layer(self, name: str, module: nn.Module) -> None:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            context = running_context()
-            if context is not None and context.owner is self:
-                layer = LayerContext(name, grid=context.grid, computed=not parts)
-                context.layers.append(layer)
-                self._family.enter(layer, module, args, kwargs)
-
-        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            context = running_context()
-            if context is None or context.owner is not self or not context.layers or context.layers[-1].name != name:
-                return
-            layer = context.layers.pop()
-            if layer.awaits is None or not layer.computed or output is None:
-                return
-            call = self._family.leave(layer, module)
-            if call is not None:
-                context.attend(context, layer, call)
-            elif not (callable(layer.awaits) and self._family.told_by_keys):  # a bank was only written
-                context.blind[name] = layer
-
-        def computed(*_: Any) -> None:
-            context = running_context()
-            if context is not None and context.owner is self and context.layers and context.layers[-1].name == name:
-                context.layers[-1].computed = True
-
-        parts = _parts(module)
-        for part in parts:
-            hooks.before(self, part, computed)
-        hooks.before(self, module, enter)
-        hooks.after(self, module, leave, always=True)
-
-
-def unpatch(target: Any) -> bool:
-    """End whatever traces a model or a pipeline: no hook, no replaced function stays.
-
-    Args:
-        target: a model, or a pipeline whose denoiser may be traced.
-
-    Returns: whether something was tracing it.
-    """
-    with _lock:
-        found = [
-            tracer
-            for model, tracer in _tracers.items()
-            if model is target
-            or (tracer._pipe is not None and tracer._pipe() is target)
-            or any(part is model for part in getattr(target, "components", {}).values())
-        ]
-    for tracer in found:
-        tracer.unpatch()
-    if isinstance(target, nn.Module):
-        hooks.remove(None, target)
-    return bool(found)
 
 
 def _nobody(frame: Any) -> ForwardContext:
@@ -476,30 +399,3 @@ def _refuse_faster_cache(model: nn.Module) -> None:
             "FasterCache changes the batch from call to call, so that the conditional samples are not known: "
             "disable_cache() before tracing (PyramidAttentionBroadcast and FirstBlockCache can be traced)"
         )
-
-
-def _parts(attention: nn.Module) -> list[nn.Module]:
-    """Return what an attention module calls on its way, unless a cache answers in its place."""
-    children = [m[0] if isinstance(m, nn.ModuleList) and len(m) else m for m in attention.children()]
-    return [m for m in children if not isinstance(m, nn.ModuleList)]
-
-
-def _blind(layers: dict[str, LayerContext]) -> str:
-    names = list(layers)
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    other = next((layer for layer in layers.values() if layer.seen), None)
-    if other is not None:
-        calls = ", ".join(f"{keys} keys (batch of {batch})" for batch, keys in other.seen)
-        wanted = other.expects if other.expects is not None else getattr(other.awaits, "keys", None)
-        described = "the keys that were described" if wanted is None else f"{wanted} keys"
-        return (
-            f"{shown}: the reference is described among {described}, but its attention calls have {calls}, so none is "
-            "the one "
-            "that is meant: say which call it is with Reference(call=…), counted from 0, its tokens counted in that "
-            "call"
-        )
-    return (
-        f"{shown}: ran with the reference, but through no attention function that can be seen (torch's, a backend of "
-        "diffusers, xformers'), so nothing was recorded. Switch off attention slicing (disable_attention_slicing), set "
-        "the default processors (set_attn_processor(AttnProcessor2_0())), or call i2am.attention inside the module"
-    )
