@@ -228,12 +228,12 @@ def test_bare_transformer(clock, fresh):
     with i2am.patch_transformer(transformer, time_groups=2, output="model", guidance=0, **options) as tracer:
         assert go().equal(want)
     check(tracer.maps(), truth, 2)
+    assert tracer.maps().canvas == (2, 3)
     with i2am.patch_transformer(transformer, time_groups=2, **options) as tracer:
         with pytest.raises(ValueError, match=r"2 calls at timestep 1000 on the same latents.*guidance=0"):
             go()
         with pytest.raises(ValueError, match="no maps that can be trusted"):
             tracer.maps()
-    assert tracer.maps().canvas == (2, 3)
     assert go().equal(want)
 
 
