@@ -1,7 +1,6 @@
-"""The documentation: its code runs, its commands parse, its pages build, its notebook executes."""
+"""The documentation: its code runs, its commands parse, its pages build. Notebooks: test_notebooks.py."""
 
 import importlib.util
-import json
 import re
 import shlex
 import subprocess
@@ -16,25 +15,21 @@ from i2am.evaluate import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NOT_RUN = "<!-- not run:"
 BLOCK = re.compile(rf"({NOT_RUN}[^\n]*\n)?```(\w+)\n(.*?)```", re.S)
 
 
 def blocks(page, language):
-    """(text, whether to run it) of the code blocks of a page, or of a notebook's cells."""
-    if page.suffix == ".ipynb":
-        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
-        return [("".join(cell["source"]), True) for cell in cells if cell["cell_type"] == "code"]
+    """(text, whether to run it) of the code blocks of a page."""
     found = BLOCK.findall(page.read_text(encoding="utf-8"))
     return [(text, not mark) for mark, name, text in found if name == language]
 
 
 def named(path):
-    return str(path.relative_to(ROOT / "docs" if path.suffix == ".md" else ROOT))
+    return str(path.relative_to(ROOT / "docs"))
 
 
-@pytest.mark.parametrize("page", [*(p for p in PAGES if blocks(p, "python")), *NOTEBOOKS], ids=named)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=named)
 def test_code_runs(page, tmp_path, monkeypatch, one_thread):
     """Block after block in one namespace, as a reader would type them."""
     code = [text for text, run in blocks(page, "python") if run]
@@ -95,28 +90,6 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     missing = [named(p) for p in PAGES if f": {named(p)}\n" not in navigation]
     assert missing == []
-
-
-def test_notebooks_hold_no_outputs():
-    for path in NOTEBOOKS:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
-def test_notebooks_execute(path, tmp_path):
-    """In a kernel of their own, with what they show."""
-    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install i2am[docs]")
-    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install i2am[docs]")
-    notebook = nbformat.read(path, as_version=4)
-    for name in re.findall(r'zoo\.load\("(\w+)"\)', path.read_text(encoding="utf-8")):
-        if not (zoo.WEIGHTS / f"{name}.safetensors").exists():
-            pytest.skip(f"the zoo has no weights of {name} yet")
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    assert any("image/png" in output.get("data", {}) for output in shown)
-    assert any("<table>" in output.get("data", {}).get("text/html", "") for output in shown)
 
 
 def test_site_builds(tmp_path):
