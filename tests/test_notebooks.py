@@ -39,7 +39,7 @@ def pictures(cell):
 
 
 def test_there_are_notebooks_for_every_way_in():
-    ways = {"quickstart", "ip_adapter", "flux_kontext", "tryon_patch_modules", "refinement"}
+    ways = {"quickstart", "ip_adapter", "flux_kontext", "tryon_patch_modules", "superres_tiles", "refinement"}
     assert {p.stem for p in NOTEBOOKS} >= ways
 
 
