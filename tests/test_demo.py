@@ -1,5 +1,6 @@
 """``i2am demo``: a trained model on real photographs, offline, whose maps can be checked against the truth."""
 
+import shlex
 import socket
 import sys
 
@@ -58,6 +59,20 @@ def test_demo_writes_everything(tmp_path, capsys, offline):
     assert maps.hlam("r2g").shape[1] == 4
     seen = ~maps.tlam("r2g")[0].isnan().any(-1).any(-1)
     assert seen.tolist() == [True, True, False, True, False]  # step i of 3 is in group ⌊5i/3⌋
+
+
+@pytest.mark.slow
+def test_what_to_try_next_works(tmp_path, capsys, monkeypatch):
+    """The commands that the demo prints, with fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo", "--out", "first", "--steps", "1"]) == 0
+    after = capsys.readouterr().out.split("Then try:\n")[1].splitlines()
+    commands = [shlex.split(line, comments=True) for line in after]
+    assert [c[:2] for c in commands] == [["i2am", "demo"], ["i2am", "compare"], ["i2am", "trace"]]
+    for command in commands:
+        more = ["--steps", "1"] if command[1] == "demo" else []
+        assert cli.main([*command[1:], *more]) == 0
+    assert (tmp_path / "first-1" / "demo.png").is_file()
 
 
 def test_demo_maps_mean_something():

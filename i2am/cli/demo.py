@@ -17,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed, default=0, metavar="S", help="of the initial noise (default: 0)")
 
 
-# What to try next; each works as it stands, in the folder that the demo wrote.
+# What to try next: (what it shows, command).
 NEXT = (
-    ("another noise, and what it changes", "i2am demo --seed 1 --out {out}-1"),
-    ("a model and photographs of yours", "i2am trace --help"),
-    ("two folders of maps, side by side", "i2am compare --help"),
+    ("the same shirt from another noise", "i2am demo --seed 1 --out {out}-1"),
+    ("what that changed in the maps", "i2am compare {out} {out}-1"),
+    ("a pipeline and pictures of yours", "i2am trace --help"),
 )
 
 

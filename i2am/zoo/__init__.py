@@ -11,6 +11,15 @@ The shipped weights were made by the trainer of version 0.1, ``python -m i2am.zo
 beside other work on two cores, in 1,575 and 1,601 steps; superres with ``--minutes 62``, 6,789 steps, of which the last
 17 minutes were resumed with more tokens from elsewhere than planned at first. A run is bounded by time, so another
 machine ends a little elsewhere.
+
+The trainer has learned since: superres diffuses what a bicubic enlargement lacks; exemplar and tryon attend from 2-px
+cells to 2-px patches, start on 32-px pictures and are told where to look in the first part of the run (:mod:`.flow`).
+Its commands, for weights to come (single-threaded; each goes on where it was stopped)::
+
+    python -m i2am.zoo.train superres --minutes 180 --rate 7e-4 --start i2am/zoo/weights/superres.safetensors
+    python -m i2am.zoo.train inpainting --minutes 180 --rate 2e-3
+    python -m i2am.zoo.train tryon --minutes 30 --start zoo-training/inpainting/inpainting.safetensors
+    python -m i2am.zoo.train exemplar --minutes 30 --start zoo-training/inpainting/inpainting.safetensors
 """
 
 from __future__ import annotations
