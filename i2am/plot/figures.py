@@ -11,7 +11,7 @@ from i2am._images import one_of
 from i2am.maps import AXES, LEVELS, AttributionMaps
 from i2am.maps.names import level_of
 from i2am.plot.arrays import as_map, as_picture, check_finite, grey, limits_of, refuse_swapped, resized
-from i2am.plot.labels import meaning, panel_labels, units, wrap
+from i2am.plot.labels import meaning, panel_labels, quantity, units, wrap
 from i2am.plot.panels import CMAP, SCALES, balanced, bare, colorbar_of, draw, grid, instead, note
 from i2am.references import SELF
 
@@ -34,6 +34,7 @@ def overlay(
     vmax: float | None = None,
     colorbar: bool = True,
     title: str | None = None,
+    quantity: str | None = None,
 ) -> Axes:
     """Draws a map over the image that it is about, resized smoothly (bicubic) to the image.
 
@@ -50,6 +51,7 @@ def overlay(
         vmin, vmax: values of the colour map's ends. None: the map's own minimum and maximum.
         colorbar: whether to draw one.
         title: above the image.
+        quantity: what the colour bar measures, written beside it.
 
     Raises:
         ValueError: not an image or a map of these shapes, or the two swapped; the map is not finite (a time group
@@ -66,7 +68,7 @@ def overlay(
         ax = single_axes(4.6, 4.0 * height / width + 0.3)
     heat = draw(ax, picture, values, cmap, alpha, *limits_of([values], vmin, vmax))
     if colorbar:
-        colorbar_of(ax.figure, heat, [ax])
+        colorbar_of(ax.figure, heat, [ax], quantity=quantity)
     if title:
         ax.set_title(wrap(title, 42), fontsize=9)
     return ax
@@ -127,6 +129,7 @@ def levels(
         alpha=alpha,
         title=f"{name.upper()} ({LEVELS[name].several}) · {meaning(maps, direction)}",
         footer="\n".join(filter(None, (units(direction, options) + "; " + said, footer))),
+        quantity=quantity(direction, options),
     )
 
 
@@ -172,7 +175,8 @@ def summary(
             instead(mapped, "no 2-D layout, no G2R map", found[direction])
             continue
         ulam = one_of(found[direction], index, "maps")
-        overlay(picture, ulam, mapped, cmap=cmap, alpha=alpha, title=meaning(maps, direction))
+        says = {"title": meaning(maps, direction), "quantity": quantity(direction, options)}
+        overlay(picture, ulam, mapped, cmap=cmap, alpha=alpha, **says)
     figure.suptitle("ULAM: attribution over all time groups, heads and layers", fontsize=10)
     note(
         figure, "\n".join(filter(None, (units("r2g", options) + "; each map from its minimum to its maximum", footer)))
@@ -213,7 +217,7 @@ def thumbnail(maps: AttributionMaps, *, cmap: str = CMAP) -> bytes:
     for ax, (direction, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         low, high = limits_of([values])
         heat = bare(ax).imshow(values, cmap=cmap, vmin=low, vmax=high, interpolation="bicubic")
-        colorbar_of(figure, heat, [ax])
+        colorbar_of(figure, heat, [ax], quantity=quantity(direction, options))
         ax.set_title(wrap(meaning(maps, direction), 40), fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)

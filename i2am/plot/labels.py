@@ -106,6 +106,17 @@ def signed(value: float, form: str = ".3f") -> str:
     return format(value, form).replace("-", "\N{MINUS SIGN}")
 
 
+def quantity(direction: str, options: dict) -> str:
+    """Return what a colour bar measures."""
+    lift = options.get("normalize", "raw") == "lift"
+    names = {
+        "r2g": "R2G: mean column probability",
+        "g2r": "G2R: mean row probability",
+        "mass": "mass: share of attention",
+    }
+    return f"{names[direction].split(':')[0]}, times uniform" if lift else names[direction]
+
+
 def units(direction: str, options: dict) -> str:
     if direction == "mass":
         return "0…1 of a token's attention"

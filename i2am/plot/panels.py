@@ -31,6 +31,7 @@ def grid(
     alpha: float,
     title: str,
     footer: str,
+    quantity: str | None = None,
 ) -> Figure:
     """Panels ``[h, w]`` over one picture, with a label under each; a panel that is not finite says "no step"."""
     from i2am.plot.shown import Figure
@@ -60,7 +61,7 @@ def grid(
             ax.text(0.5, 0.5, "no step", transform=ax.transAxes, ha="center", va="center", fontsize=8)
         ax.set_xlabel(label, fontsize=6.5, labelpad=3)
     if shared and heat is not None:
-        colorbar_of(figure, heat, list(axes[: len(panels)]), shrink=0.8 if rows == 1 else 0.5)
+        colorbar_of(figure, heat, list(axes[: len(panels)]), shrink=0.8 if rows == 1 else 0.5, quantity=quantity)
     figure.suptitle(title, fontsize=9)
     note(figure, footer)
     return figure
@@ -78,7 +79,8 @@ def draw(ax: Axes, picture: np.ndarray, values: np.ndarray, cmap: str, alpha: fl
     return ax.imshow(resized(values, picture.shape[:2]), cmap=cmap, alpha=alpha, vmin=vmin, vmax=vmax)
 
 
-def colorbar_of(figure: Figure, heat, axes: list[Axes], shrink: float = 1.0) -> None:
+def colorbar_of(figure: Figure, heat, axes: list[Axes], shrink: float = 1.0, quantity: str | None = None) -> None:
+    """Draw a colour bar beside some axes, with the name of what it measures."""
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     numbers = ScalarFormatter(useOffset=False, useMathText=True)
@@ -87,6 +89,8 @@ def colorbar_of(figure: Figure, heat, axes: list[Axes], shrink: float = 1.0) -> 
     bar.solids.set_alpha(1)  # full colours are easier to read than those mixed with white
     bar.locator = MaxNLocator(5)
     bar.update_ticks()
+    if quantity:
+        bar.set_label(quantity, fontsize=6.5)
     bar.ax.tick_params(labelsize=6.5, length=2)
     bar.ax.yaxis.get_offset_text().set_fontsize(6.5)
 

@@ -59,14 +59,14 @@ def sram(
     _mark(marked, region, canvas or maps.canvas, left.shape[:2], index)
     marked.set_title("patch of the generated image", fontsize=8)
     heat = draw(heated, right, values, cmap, alpha, *limits_of([values]))
-    colorbar_of(figure, heat, [heated], shrink=0.75)
+    colorbar_of(figure, heat, [heated], shrink=0.75, quantity="share of the patch's attention, a token")
     heated.set_title("SRAM: the reference behind it", fontsize=8)
     bare(outlined).imshow(right)
     smooth = resized(values, right.shape[:2])
     for colour, width in (("black", 2.6), ("white", 1.2)):
         outlined.contour(smooth, levels=[holding(smooth, share)], colors=colour, linewidths=width)
-    outlined.set_title(f"holds {round(100 * share)} % of it", fontsize=8)
-    said = "the reference's share of the patch's attention; its own colour scale"
+    outlined.set_title(f"inside the outline: {round(100 * share)} % of that attention", fontsize=8)
+    said = "where the marked patch looked on the reference; the colours run from the map's minimum to its maximum"
     return note(figure, "\n".join(filter(None, (said, footer))))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from i2am.maps import AttributionMaps
 from i2am.plot.arrays import as_map, as_picture, check_finite, limits_of
-from i2am.plot.labels import meaning, units, wrap
+from i2am.plot.labels import meaning, quantity, units, wrap
 from i2am.plot.panels import CMAP, SCALES, bare, colorbar_of, draw, note
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def side_by_side(
         heat = draw(ax, picture, x, cmap, alpha, *limits_of(values if scale == "shared" else [x]))
         ax.set_title(name, fontsize=9)
         if scale == "each" or name is names[1]:
-            colorbar_of(figure, heat, [ax] if scale == "each" else list(axes[:2]), shrink=0.75)
+            where = [ax] if scale == "each" else list(axes[:2])
+            colorbar_of(figure, heat, where, shrink=0.75, quantity=quantity(direction, options))
     difference(*values, axes[2], title=wrap(f"{names[1]} − {names[0]}", 26), shrink=0.75)
     axes[2].set_aspect("auto")  # the map in the picture's shape, as on the picture
     axes[2].set_box_aspect(pictures[0].shape[0] / pictures[0].shape[1])
@@ -103,7 +104,7 @@ def difference(
         ax = single_axes(4.0, 3.4)
     most = float(np.abs(b - a).max()) or 1.0
     heat = bare(ax).imshow(b - a, cmap=DIFFERENCE_CMAP, vmin=-most, vmax=most, interpolation="bicubic")
-    colorbar_of(ax.figure, heat, [ax], shrink)
+    colorbar_of(ax.figure, heat, [ax], shrink, quantity="change")
     if title:
         ax.set_title(wrap(title, 42), fontsize=9)
     return ax

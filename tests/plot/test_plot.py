@@ -249,6 +249,22 @@ def test_scale_is_shared_or_per_panel_and_stated():
     assert "1 = uniform" in texts(plot.levels(maps, "r2g", photograph(), normalize="lift"))
 
 
+@pytest.mark.parametrize("direction", ["r2g", "g2r", "mass"])
+def test_every_colour_bar_says_what_it_measures(direction):
+    maps, image = some_maps(), photograph()
+    name = {"r2g": "R2G: mean column", "g2r": "G2R: mean row", "mass": "mass: share of attention"}[direction]
+    figures = {
+        name: plot.levels(maps, direction, image, "head"),
+        "times uniform": plot.levels(maps, direction, image, normalize="lift"),
+        "change": plot.side_by_side(maps, maps, direction, [image, image]),
+        "a unit of my own": plot.overlay(image, maps.ulam(direction), quantity="a unit of my own").figure,
+    }
+    for expected, figure in figures.items():
+        assert any(expected in ax.get_ylabel() for ax in figure.axes), expected
+    bars = [ax.get_ylabel() for ax in plot.summary(maps, image, image).axes if ax.get_ylabel()]
+    assert bars == ["R2G: mean column probability", "G2R: mean row probability"]
+
+
 def test_mass():
     figure = plot.levels(some_maps(), "mass", photograph(), "head")
     assert "share of attention" in texts(figure)
@@ -357,7 +373,7 @@ def test_sram_marks_the_patch_and_outlines_its_source():
     points = np.concatenate([path.vertices for c in outlined.collections for path in c.get_paths()])
     assert points[:, 0].min() > 100  # around the last column
     assert points[:, 1].min() > 30
-    assert "50 % of it" in texts(figure)
+    assert "inside the outline: 50 % of that attention" in texts(figure)
     with pytest.raises(ValueError, match="share"):
         plot.sram(maps, (0, 0), photograph(), photograph(), share=1)
 

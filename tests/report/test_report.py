@@ -150,6 +150,9 @@ def test_scores_are_the_metrics(maps, report, masks):
     box = i2am.detect_box(maps.ulam("r2g")[0], size=tuple(mask.shape))
     want = 0 if box is None else box.iou(i2am.Box(30, 20, 90, 70))
     assert scores["Box IoU"] == pytest.approx(want, abs=5e-4)
+    height, width = mask.shape
+    drawn = [box.top / height, box.left / width, box.bottom / height, box.right / width]
+    assert contents(report)[0]["box"] == pytest.approx(drawn)
 
 
 def test_file_is_self_contained_and_safe(report):
