@@ -152,12 +152,14 @@ def _fitted(picture: np.ndarray) -> np.ndarray:
 
 def _captioned(pixels: np.ndarray, label: str, number: int, count: int) -> Image:
     """A frame: the picture, a bar of how far the run is, and which part of it this is."""
-    from PIL import Image, ImageDraw
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
 
+    font = ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 11)  # Pillow's own has no dash
     height, width = pixels.shape[:2]
     frame = Image.new("RGB", (width, height + CAPTION), "white")
     frame.paste(Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8)), (0, 0))
     pen = ImageDraw.Draw(frame)
     pen.rectangle([0, height, round(width * number / count) - 1, height + 3], fill=(154, 52, 18))
-    pen.text((4, height + 7), label, fill=(29, 31, 35))
+    pen.text((4, height + 6), label, fill=(29, 31, 35), font=font)
     return frame

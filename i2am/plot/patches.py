@@ -65,7 +65,7 @@ def sram(
     smooth = resized(values, right.shape[:2])
     for colour, width in (("black", 2.6), ("white", 1.2)):
         outlined.contour(smooth, levels=[holding(smooth, share)], colors=colour, linewidths=width)
-    outlined.set_title(f"inside the outline: {round(100 * share)} % of that attention", fontsize=8)
+    outlined.set_title(f"outlined: {round(100 * share)} % of that attention", fontsize=8)
     said = "where the marked patch looked on the reference; the colours run from the map's minimum to its maximum"
     return note(figure, "\n".join(filter(None, (said, footer))))
 

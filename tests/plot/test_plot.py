@@ -373,7 +373,7 @@ def test_sram_marks_the_patch_and_outlines_its_source():
     points = np.concatenate([path.vertices for c in outlined.collections for path in c.get_paths()])
     assert points[:, 0].min() > 100  # around the last column
     assert points[:, 1].min() > 30
-    assert "inside the outline: 50 % of that attention" in texts(figure)
+    assert "outlined: 50 % of that attention" in texts(figure)
     with pytest.raises(ValueError, match="share"):
         plot.sram(maps, (0, 0), photograph(), photograph(), share=1)
 
