@@ -31,7 +31,7 @@ def read_levels(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def small_levels(maps: AttributionMaps) -> dict[str, Tensor]:
-    """The first image's maps, as :func:`keep_levels` keeps them."""
+    """Return the first image's maps, as :func:`keep_levels` keeps them."""
     small = {}
     for direction in ("r2g", "g2r"):
         for level in LEVELS:

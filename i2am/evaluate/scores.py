@@ -23,7 +23,7 @@ def score(
     reference_mask: np.ndarray | Tensor | None = None,
     box: Box | None = None,
 ) -> dict[str, float]:
-    """The scores that the masks allow.
+    """Compute the scores that the masks allow.
 
     Args:
         r2g, g2r: unified maps ``[h, w]``; None: there is no G2R.
@@ -50,7 +50,7 @@ def score(
 
 
 def box_of(mask: Tensor) -> Box:
-    """The box of a mask's pixels of at least one half.
+    """Find the box of a mask's pixels of at least one half.
 
     Raises:
         ValueError: there are none.

@@ -27,7 +27,7 @@ STORED = ("r2g", "g2r", "mass", "sram")  # the tensors of LayerSums
 
 @dataclass(frozen=True)
 class LayerSums:
-    """What one layer saw of one reference. ``T`` time groups, ``Q`` generated queries, ``K`` reference keys."""
+    """Sums of one layer over one reference. ``T`` time groups, ``Q`` generated queries, ``K`` reference keys."""
 
     layer: str
     reference: str
@@ -89,11 +89,11 @@ def check_sums(sums: Sequence[LayerSums], regions: Sequence[str]) -> None:
 
 
 class Source(Protocol):
-    """Where a level's token values come from."""
+    """Source of a level's token values."""
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """Name in error messages."""
 
     def values(self, s: LayerSums, heads: list[int], times: list[int]) -> tuple[Tensor, Tensor]:
         """Return ``(sums [T', X, heads, N], counts [T'])`` of a layer's chosen time groups; ``X`` maps a head."""

@@ -27,7 +27,7 @@ from i2am.references import Grid, LayerFilter, choose_layers
 
 
 class Options(TypedDict, total=False):
-    """What every level takes; see :class:`AttributionMaps`."""
+    """Options that every level takes; see :class:`AttributionMaps`."""
 
     reference: str | None
     layers: LayerFilter

@@ -30,7 +30,9 @@ class TokenSet:
 
     def __init__(self, positions: range | Positions):
         self.positions = positions
-        self._hash = hash(positions if isinstance(positions, range) else positions.tobytes())
+        # (torch.compile of PyTorch 2.7 cannot trace the hash of a range.)
+        ends = (positions.start, positions.stop) if isinstance(positions, range) else positions.tobytes()
+        self._hash = hash(ends)
 
     @classmethod
     def of(cls, selector: Selector, length: int, name: str) -> TokenSet:
@@ -103,7 +105,7 @@ class TokenSet:
 
     @property
     def index(self) -> slice | Tensor:
-        """What to index an axis of tokens with: a slice, or int64 positions ``[n]`` on CPU."""
+        """Index for an axis of tokens: a slice, or int64 positions ``[n]`` on CPU."""
         if isinstance(self.positions, range):
             return slice(self.positions.start, self.positions.stop)
         return torch.from_numpy(self.positions.copy())

@@ -29,7 +29,7 @@ Ask = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Axes:
-    """What can be picked."""
+    """Axes of the maps along which one can pick."""
 
     times: int
     heads: int  # 0: the layers' head counts differ
@@ -43,14 +43,14 @@ class Axes:
         return cls(maps.time_groups, counts.pop() if len(counts) == 1 else 0, tuple(chosen))
 
     def count(self, order: int) -> int:
-        """How many picks fix at most ``order`` of the three."""
+        """Count the picks that fix at most ``order`` of the three."""
         T, H, L = self.times, self.heads, len(self.layers)
         return sum([1, T + H + L, T * H + T * L + H * L, T * H * L][: order + 1])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of the attention's rows a report holds."""
+    """Amount of the attention's rows that a report holds."""
 
     order: int  # how many of time, head and layer may be picked at once
     cells: int  # on the longer side of the generated image
@@ -111,7 +111,7 @@ class Arrays:
 def choose_plan(
     maps: AttributionMaps, axes: Axes, reference: str, budget: float, detail: int | None, asked: bool
 ) -> tuple[Plan, dict[str, Grid]]:
-    """The richest plan of which maps and rows fit ``budget`` bytes, and its cells on both images.
+    """Choose the richest plan of which maps and rows fit ``budget`` bytes, and its cells on both images.
 
     Args:
         detail: at most so many of time, head and layer at once.
@@ -141,7 +141,7 @@ def fitted(grid: Grid, side: int) -> Grid:
 def picked(
     ask: Ask, axes: Axes, order: int, size: Grid, side: int, tick: Callable[[], Any] = lambda: None
 ) -> Iterator[tuple[Pick, np.ndarray]]:
-    """Every pick of at most ``order``, with its maps ``[..., h, w]``; picks in which nothing ran are left out.
+    """Yield every pick of at most ``order``, with its maps ``[..., h, w]``; picks in which nothing ran are left out.
 
     Goes through the layers once: a layer's own picks are on its own grid; what has no layer picked is the mean over
     layers on the common grid, the last step of every level.
@@ -181,14 +181,14 @@ def _of_layer(ask: Ask, axes: Axes, order: int, **options) -> Iterator[tuple[int
 
 
 def key(pick: Pick) -> str:
-    """A pick as the page writes it: ``"0,*,3"``."""
+    """Write a pick as the page does: ``"0,*,3"``."""
     return ",".join("*" if n is None else str(n) for n in pick)
 
 
 def level_maps(
     maps: AttributionMaps, axes: Axes, direction: str, order: int, index: int, arrays: Arrays, **options
 ) -> dict[str, Any]:
-    """A direction's maps for every pick, kept in ``arrays``: ``{pick: where}``.
+    """Put a direction's maps for every pick into ``arrays``: ``{pick: where}``.
 
     Raises:
         ValueError: there is no such map, as the maps say.

@@ -46,7 +46,7 @@ __all__ = [
 
 
 def load(name: str) -> ZooPipeline:
-    """A trained model as a diffusers pipeline, float32 on CPU, ready to run, trace, move and save.
+    """Load a trained model as a diffusers pipeline, float32 on CPU, ready to run, trace, move and save.
 
     Args:
         name: "exemplar" (an object put into a scene), "tryon" (a garment moved, scaled, turned and bent into a scene;

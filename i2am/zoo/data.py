@@ -53,7 +53,7 @@ class Sample(NamedTuple):
 
 
 def photograph_file(name: str) -> Path:
-    """A file of scikit-image's own folder; nothing is ever downloaded. Raises MissingPhotographs."""
+    """Find a file of scikit-image's own folder; nothing is ever downloaded. Raises MissingPhotographs."""
     package = importlib.util.find_spec("skimage")
     if package is None:
         raise MissingPhotographs('the photographs come with scikit-image: pip install "i2am[demo]"')
@@ -139,7 +139,7 @@ SOFTNESS = 24.0  # of an edge, in object coordinates
 
 
 def blob(rng: np.random.Generator) -> Silhouette:
-    """A random smooth star-shaped outline that touches all four sides of its box."""
+    """Draw a random smooth star-shaped outline that touches all four sides of its box."""
     orders = torch.arange(2, 6)
     waves = torch.from_numpy(rng.normal(0, 0.16, 4) / np.sqrt([1, 1.5, 2, 3])).float()
     phases = torch.from_numpy(rng.uniform(0, 2 * np.pi, 4)).float()
@@ -159,7 +159,7 @@ def blob(rng: np.random.Generator) -> Silhouette:
 
 
 def shirt(rng: np.random.Generator) -> Silhouette:
-    """A garment: a body, two sleeves and a neck."""
+    """Draw a garment: a body, two sleeves and a neck."""
     body, sleeve, neck = rng.uniform(0.55, 0.7), rng.uniform(-0.35, 0.0), rng.uniform(0.15, 0.3)
 
     def inside(points: Tensor) -> Tensor:
@@ -176,13 +176,13 @@ def shirt(rng: np.random.Generator) -> Silhouette:
 
 
 def exemplar(cutter: Cutter, batch: int, size: int = SIZE) -> Sample:
-    """A reference object put into a scene: moved, and scaled each way."""
+    """Draw tasks: a reference object put into a scene: moved, and scaled each way."""
     sample = _inserted(cutter, batch, blob, lambda rng, points: points, MARGIN["exemplar"], (13.0, 25.0), size)
     return sample._replace(pose=None)
 
 
 def tryon(cutter: Cutter, batch: int, size: int = SIZE) -> Sample:
-    """A garment put into a scene: moved, scaled, turned and bent."""
+    """Draw tasks: a garment put into a scene: moved, scaled, turned and bent."""
     return _inserted(cutter, batch, shirt, _bent, MARGIN["tryon"], (18.0, 28.0), size)
 
 
@@ -223,7 +223,7 @@ def _insert(cutter: Cutter, inside: Silhouette, warp, margin: int, halves: tuple
 
 
 def superres(cutter: Cutter, batch: int, size: int = SIZE) -> Sample:
-    """A picture and the same one with a quarter of the pixels each way."""
+    """Draw tasks: a picture and the same one with a quarter of the pixels each way."""
     picture = torch.stack([cutter.cut(size) for _ in range(batch)])
     reference = F.avg_pool2d(picture, FACTOR)
     everywhere = torch.ones(batch, 1, size, size)

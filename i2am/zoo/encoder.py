@@ -65,7 +65,7 @@ class PatchEncoder(ModelMixin, ConfigMixin):
         self.mix = nn.Sequential(*(nn.TransformerEncoderLayer(*layer) for _ in range(mixing)))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """The token grid of a reference of that size. Raises ValueError where patches do not fill it."""
+        """Return the token grid of a reference of that size. Raises ValueError where patches do not fill it."""
         patch = self.config.patch_size
         if height % patch or width % patch:
             raise ValueError(f"a reference of {height}×{width} px is not made of whole {patch}×{patch} patches")

@@ -3,8 +3,7 @@
 No autoencoder: 2×2 pixels become 12 channels and back, without loss, so latents are half as large as pictures.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: up to 0.36 diffusers loads a pipeline by the types that its signature holds.
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,14 +45,14 @@ Pictures = Image.Image | list[Image.Image] | Tensor
 
 
 class Prepared(NamedTuple):
-    """What the UNet is given beside the noisy latents."""
+    """Inputs that the UNet is given beside the noisy latents."""
 
     tokens: Tensor  # [B, 1 + N, width] of the reference
     channels: Tensor  # [B, C, h, w] at the latents' resolution
 
 
 class ZooPipeline(DiffusionPipeline):
-    """What the zoo's pipelines share: DDIM in folded pixel space. Unguided, so batches need no repetition."""
+    """Base of the zoo's pipelines: DDIM in folded pixel space. Unguided, so batches need no repetition."""
 
     model_cpu_offload_seq = "image_encoder->unet"
     vae_scale_factor = FOLD  # pixels of a picture per latent cell, as other pipelines call it
@@ -64,7 +63,7 @@ class ZooPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler, image_encoder=image_encoder)
 
     def predict(self, latents: Tensor, timestep: Tensor, prepared: Prepared) -> Tensor:
-        """The UNet's velocity ``[B, 12, h, w]`` at a noise level."""
+        """Predict the UNet's velocity ``[B, 12, h, w]`` at a noise level."""
         return self.unet(torch.cat([latents, prepared.channels], 1), timestep, prepared.tokens).sample
 
     @torch.no_grad()

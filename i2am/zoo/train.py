@@ -275,7 +275,7 @@ class Run:
         self.losses, self.elapsed, self.cpu = state["losses"], state["elapsed"], state["cpu"]
 
     def save(self, file: Path) -> Path:
-        """The averaged weights, as :func:`i2am.zoo.load` reads them."""
+        """Save the averaged weights, as :func:`i2am.zoo.load` reads them."""
         facts = {
             "seed": self.seed,
             "steps": len(self.losses),

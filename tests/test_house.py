@@ -1,0 +1,163 @@
+"""The house's rules that a program can check: short files, no import circles, docstrings that say what is done."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(p for room in ("i2am", "kernels", "benchmarks", "docs") for p in (ROOT / room).rglob("*.py"))
+LONGEST = 400  # lines
+STILL_LONG = {"i2am/tracing/tracer.py"}
+RIDDLES_LEFT = (
+    "i2am",
+    "i2am/cli",
+    "i2am/evaluate",
+    "i2am/maps",
+    "i2am/families",
+    "i2am/ops",
+    "i2am/plot",
+    "i2am/report",
+    "i2am/tracing",
+    "kernels",
+)
+
+QUESTIONS = {"what", "which", "how", "where", "whether", "why", "who", "whose", "when"}
+NO_VERBS = {
+    "the",
+    "a",
+    "an",
+    "all",
+    "every",
+    "each",
+    "this",
+    "these",
+    "that",
+    "one",
+    "no",
+    "its",
+    "their",
+    "of",
+    "in",
+    "if",
+}
+
+
+def named(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_files_are_short():
+    long = {named(p): n for p in SOURCES if (n := len(p.read_text(encoding="utf-8").splitlines())) > LONGEST}
+    assert long.keys() - STILL_LONG == set()
+
+
+# ------------------------------------------------------------------------------------------------------------ circles
+
+
+def module_name(path):
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_when_loaded(tree):
+    """Import statements that run with the module: not those of functions, nor those for type checkers."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imported_when_loaded(node)
+
+
+def imports(tree, modules):
+    """Modules among ``modules`` that loading this one loads by name."""
+    found = set()
+    for node in imported_when_loaded(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        else:
+            assert node.level == 0, "imports are absolute here"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.add(name if name in modules else node.module)
+    return found & modules
+
+
+def circles(graph):
+    """Modules that reach themselves."""
+
+    def reached(start):
+        seen, waiting = set(), list(graph[start])
+        while waiting:
+            if (name := waiting.pop()) not in seen:
+                seen.add(name)
+                waiting += graph[name]
+        return seen
+
+    return sorted(name for name in graph if name in reached(name))
+
+
+def test_no_import_circles():
+    trees = {module_name(p): ast.parse(p.read_text(encoding="utf-8")) for p in SOURCES if p.parts[-2] != "docs"}
+    graph = {name: imports(tree, trees.keys()) for name, tree in trees.items()}
+    assert sum(map(len, graph.values())) > 100
+    assert circles(graph) == []
+
+
+def test_a_circle_is_found():
+    sources = {"a": "import b", "b": "class B:\n    from c import x", "c": "import a", "d": "import a"}
+    lazy = {"e": "def f():\n    import g", "g": "if TYPE_CHECKING:\n    import e\nelse:\n    import e"}
+    trees = {name: ast.parse(text) for name, text in {**sources, **lazy}.items()}
+    graph = {name: imports(tree, trees.keys()) for name, tree in trees.items()}
+    assert circles(graph) == ["a", "b", "c"]
+
+
+# --------------------------------------------------------------------------------------------------------- docstrings
+
+
+def docstrings(path):
+    """(line, kind, first word) of every docstring of a function, method, property or class."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
+            decorators = {ast.unparse(d).split(".")[-1] for d in node.decorator_list}
+            shown = "property" if decorators & {"property", "cached_property"} else "function"
+            kind = "class" if isinstance(node, ast.ClassDef) else shown
+            yield node.lineno, kind, text.split()[0].strip("*`,:;.").lower()
+
+
+def riddles(path):
+    """Docstrings that begin with a question word, and functions' that begin with none that could be a verb."""
+    return [
+        f"{named(path)}:{line}: {word}"
+        for line, kind, word in docstrings(path)
+        if word in QUESTIONS or (kind == "function" and word in NO_VERBS)
+    ]
+
+
+PACKAGE = [p for p in SOURCES if p.relative_to(ROOT).parts[0] in ("i2am", "kernels")]
+ROOMS = sorted({p.parent for p in PACKAGE if named(p.parent) not in RIDDLES_LEFT})
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=named)
+def test_docstrings_start_with_a_verb(room):
+    assert [line for path in PACKAGE if path.parent == room for line in riddles(path)] == []
+
+
+def test_a_riddle_is_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "module.py"
+    path.write_text(
+        '''class A:
+    """What it is."""
+    @property
+    def b(self):
+        """The number."""
+    def c(self):
+        """The number."""
+    def d(self):
+        """Count."""
+'''
+    )
+    assert riddles(path) == ["module.py:1: what", "module.py:6: the"]
