@@ -41,10 +41,6 @@ class SumStore:
         self.time_groups = time_groups
         self.tracks: dict[tuple[str, str, Place], Track] = {}
 
-    def clear(self) -> None:
-        """Forget all sums."""
-        self.tracks.clear()
-
     def open(
         self, layer: str, layout: TokenLayout, q: Tensor, k: Tensor, queries: int, regions: int = 0, place: Place = None
     ) -> list[Track]:

@@ -81,8 +81,6 @@ class Tracer:
                 raise ValueError(
                     "record= needs num_steps= or scheduler=, so that its size is known before the first step"
                 )
-            self._sums = SumStore(settings.time_groups)
-            self._record = QKRecord(settings.record_options)
             self._regions = RegisteredRegions(settings.sram or {}, settings.canvas, pixels)
             self._forget()
             modules = family.layers()
@@ -127,7 +125,7 @@ class Tracer:
         self._forget()
 
     def _forget(self) -> None:
-        self._sums.clear()
+        self._sums = SumStore(self._settings.time_groups)  # a forward that another thread is in keeps the old one
         self._record = QKRecord(self._settings.record_options)
         self._regions.restart()
         self._ledger.restart()

@@ -1,0 +1,112 @@
+"""Tiles: refused without a place, laid on the picture with one."""
+
+import pytest
+import torch
+
+import i2am
+from tests.helpers.tiny_models import unet as pipelines
+from tests.helpers.truth import Truth, assert_peak, capture
+
+REFERENCE = i2am.Reference(grid=(4, 4), skip=1)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tiled(unet, scheduler, context, lefts, size=(16, 28), place=None, steps=2):
+    """A loop over windows 16 wide, guidance in the batch; ``place(top, left)`` around each call."""
+    scheduler.set_timesteps(steps)
+    x = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            out, n = torch.zeros_like(x), torch.zeros_like(x)
+            for left in lefts:
+                part = (..., slice(left, left + 16))
+                given = torch.cat([x[part]] * 2), t, context
+                if place is None:
+                    u, c = unet(*given).sample.chunk(2)
+                else:
+                    with place(0, left):
+                        u, c = unet(*given).sample.chunk(2)
+                out[part] += u + 5 * (c - u)
+                n[part] += 1
+            x = scheduler.step(out / n, t, x).prev_sample
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return pipelines.unet(), pipelines.ddim(), torch.randn(2, 17, pipelines.CONTEXT)
+
+
+def test_tiles_without_a_place_are_refused(setting):
+    unet, scheduler, context = setting
+    with i2am.patch_unet(unet, reference=REFERENCE, scheduler=scheduler) as tracer:
+        with pytest.raises(ValueError, match=r"on other latents.*tracer\.tile\(top, left\)"):
+            tiled(unet, scheduler, context, (0, 12))
+        with pytest.raises(ValueError, match="no maps that can be trusted"):
+            tracer.maps()
+    with i2am.patch_unet(unet, reference=REFERENCE, scheduler=scheduler):  # one tile a step: told by its size
+        with pytest.raises(ValueError, match=r"latents are 16×16, those that the scheduler steps are 16×28"):
+            tiled(unet, scheduler, context, (0,))
+
+
+@pytest.mark.parametrize("lefts", [(0, 12), (12, 0)], ids=["in order", "the other way round"])
+def test_each_tile_in_its_place(setting, lefts):
+    unet, scheduler, context = setting
+    calls = capture(unet, lambda: tiled(unet, scheduler, context, lefts))
+    finest = "up_blocks.2.attentions.0.transformer_blocks.0.attn2"
+    by_tile = {}
+    for i, left in enumerate(lefts):
+        mine = [c for c in calls if c.evaluation % 2 == i]
+        truth = Truth(mine, groups=[0] * 4, samples=slice(1, 2), reference_grid=(4, 4), skip=1)
+        by_tile[left] = {d: truth.ulam(d, names=[finest]) for d in ("r2g", "g2r")}
+    with i2am.patch_unet(unet, reference=REFERENCE, scheduler=scheduler, time_groups=1) as tracer:
+        tiled(unet, scheduler, context, lefts, place=tracer.tile)
+    maps = tracer.maps()
+    want = torch.zeros(1, 16, 28, dtype=torch.float64)
+    want[..., :12] = by_tile[0]["r2g"][..., :12]
+    want[..., 12:16] = (by_tile[0]["r2g"][..., 12:] + by_tile[12]["r2g"][..., :4]) / 2
+    want[..., 16:] = by_tile[12]["r2g"][..., 4:]
+    assert_peak(maps.ulam("r2g", layers=finest), want)
+    assert_peak(maps.ulam("g2r", layers=finest), (by_tile[0]["g2r"] + by_tile[12]["g2r"]) / 2)
+    assert maps.canvas == (16, 28)
+    assert maps.ulam("r2g").shape == (1, 16, 28)
+    assert maps.provenance["tiles"] == [[0, 0], [0, 12]]
+
+
+def test_tiles_that_do_not_meet_a_layers_grid_are_shared_out(setting):
+    """A tile at column 12 begins in the middle of a token of 8 latents: each of the picture's cells takes its share."""
+    unet, scheduler, context = setting
+    with i2am.patch_unet(unet, reference=REFERENCE, scheduler=scheduler, layers="mid_block*") as tracer:
+        tiled(unet, scheduler, context, (0, 12), place=tracer.tile)
+    coarse = tracer.maps().ulam("r2g")
+    assert coarse.shape == (1, 4, 7)
+    assert (coarse > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (((0, 0), (0, 20)), "does not lie on the picture's 16×28"),
+        (((0, 0), None), "a call without a place came after tiles"),
+    ],
+)
+def test_places_that_can_not_be(setting, places, message):
+    unet, scheduler, context = setting
+    with i2am.patch_unet(unet, reference=REFERENCE, scheduler=scheduler) as tracer:
+        tiled(unet, scheduler, context, (0, 12), place=tracer.tile, steps=1)
+        scheduler.set_timesteps(1)
+        t = scheduler.timesteps[0]
+        scheduler.step(torch.zeros(1, 4, 16, 28), t, torch.zeros(1, 4, 16, 28))
+        with pytest.raises(ValueError, match=message), torch.no_grad():
+            tracer._clock.on_set_timesteps()
+            tracer._clock.on_step(torch.zeros(1, 4, 16, 28))
+            tracer._clock._count = 0
+            if places[1] is None:
+                unet(torch.randn(1, 4, 16, 28).repeat(2, 1, 1, 1), t, context)
+            else:
+                with tracer.tile(*places[1]):
+                    unet(torch.randn(1, 4, 16, 16).repeat(2, 1, 1, 1), t, context)
+
+
+def test_a_place_is_a_row_and_a_column(setting):
+    with i2am.patch_unet(setting[0], reference=REFERENCE) as tracer, pytest.raises(ValueError, match="row and column"):
+        tracer.tile(-1, 0).__enter__()
