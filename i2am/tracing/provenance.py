@@ -22,10 +22,6 @@ class Ledger:
     def __init__(self, model: str, pipeline: str | None = None):
         self.model = model
         self.pipeline = pipeline
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what was seen."""
         self.seen = 0
         self.counted = 0
         self.runs = 0

@@ -128,7 +128,7 @@ class Tracer:
         self._sums = SumStore(self._settings.time_groups)  # a forward that another thread is in keeps the old one
         self._record = QKRecord(self._settings.record_options)
         self._regions.restart()
-        self._ledger.restart()
+        self._ledger = Ledger(self._ledger.model, self._ledger.pipeline)
         self._guidance: dict[Place, Guidance] = {}
         self._tiles: dict[Place, Grid] = {}
         self._spoiled: str | None = None  # why what was counted can't be trusted
@@ -233,9 +233,10 @@ class Tracer:
             self._ledger.note(
                 "another thread had called the model before the one that traces it: those calls do not count"
             )
+        observer, ledger = self._observer, self._ledger  # of now: the thread that made the tracer may take over
         caller = self._caller.who()
         if not caller.ours:
-            self._ledger.pass_by(caller.why)
+            ledger.pass_by(caller.why)
             return
         _refuse_faster_cache(model)
         forward = self._family.begin(args, kwargs)
@@ -244,7 +245,7 @@ class Tracer:
         place = self._place(forward, caller)
         if info.first:
             self._guidance.clear()
-        self._ledger.runs += info.first or self._ledger.runs == 0
+        ledger.runs += info.first or ledger.runs == 0
         guidance = self._guidance.setdefault(place, Guidance(self._settings.guidance))
         told = self._told()
         try:
@@ -261,12 +262,12 @@ class Tracer:
             self._spoiled = str(error)
             raise
         if verdict.samples is None:
-            self._ledger.pass_by(f"calls beside the denoising: {verdict.how}")
+            ledger.pass_by(f"calls beside the denoising: {verdict.how}")
             return
         self._regions.see(forward.grid or _size(forward))
         context = ForwardContext(
             owner=self,
-            attend=self._observer.attend,
+            attend=observer.attend,
             batch=forward.latents.shape[0] * forward.frames,
             conditional=_frames(verdict.samples, forward.frames),
             info=info,
@@ -280,8 +281,8 @@ class Tracer:
             nbytes = record_size(model, args, kwargs, context, self._record.options)
             if nbytes is not None:
                 check_limit(self._record.options, nbytes, info, self._settings.time_groups, have=self._record.nbytes)
-        self._ledger.count(verdict.how, place)
-        self._ledger.steps = info.steps
+        ledger.count(verdict.how, place)
+        ledger.steps = info.steps
         open_context(context)
 
     def _place(self, forward: ForwardInputs, caller: Caller) -> Place:

@@ -108,7 +108,7 @@ def test_calls_of_several_threads_on_a_bare_unet_are_one_threads():
         forwards()
         [t.join() for t in threads]
     maps = tracer.maps()
-    assert counts(maps) == {(4, 4, 4)}
+    assert counts(maps) == {(3, 4, 5)}  # of 0, 80, … 880 in thirds of [0, 1000)
     assert maps.provenance["calls"]["counted"] == 12
 
 
