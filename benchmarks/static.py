@@ -24,11 +24,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from benchmarks import sass
-from benchmarks.peers.flash import flash_kernel
-from i2am.kernels import compile as aot
-from i2am.kernels.attention import attention_kernel
-from i2am.kernels.configuration import KIB, Tiles, attention_constants, attention_tiles
+from benchmarks import aot, sass
+from benchmarks.peers.flash import flash_kernel, flash_tma_kernel
+from i2am.kernels import forward
+from i2am.kernels.tiles import KIB, Call, Configuration, Tiles, attention_tiles, configuration
 
 SCORES = 8192  # the tile that clocks are given for
 RECORD = Path(__file__).with_suffix(".json")

@@ -327,27 +327,13 @@ def _run(
     backend: str,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Call the implementation: ``out`` or None, ``row_lse [B, H, Nq]``, ``col_lse`` over the hull of ``keys``."""
-    if backend != "triton":
-        return streaming.attention(
-            q, k, v, scale=scale, mask=mask, regions=regions, queries=queries, keys=keys, sums=sums
-        )
-    from i2am.kernels import attention as kernels  # type: ignore[attr-defined]  # the shim's path is made at run time
+    if backend == "triton":
+        from i2am.ops import triton
 
-    found: tuple[Tensor | None, Tensor, Tensor] = kernels.attention(
-        q,
-        k,
-        v,
-        scale=scale,
-        mask=mask,
-        regions=regions,
-        queries=queries,
-        keys=list(keys),
-        r2g=[s.r2g for s in sums],
-        g2r=[s.g2r for s in sums],
-        mass=[s.mass for s in sums if s.mass is not None],
-        sram=[s.sram for s in sums if s.sram is not None],
-    )
-    return found
+        implementation = triton.attention
+    else:
+        implementation = streaming.attention
+    return implementation(q, k, v, scale=scale, mask=mask, regions=regions, queries=queries, keys=keys, sums=sums)
 
 
 _custom_op = torch.ops.i2am.attention

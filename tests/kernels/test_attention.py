@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import i2am
-from i2am.kernels import configuration
+from i2am.kernels import tiles
 from i2am.ops import Sums, accumulate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's log2(0) is meant
@@ -81,7 +81,7 @@ def test_larger():
 def test_keys_of_one_tile(Nk, monkeypatch):
     """G2R comes with pass 1 then, whichever queries are generated and however the queries are split."""
     for programs in (1, 64):
-        monkeypatch.setattr(configuration, "CPU_PROGRAMS", programs)
+        monkeypatch.setattr(tiles, "CPU_PROGRAMS", programs)
         check(*qkv(200, Nk), queries=slice(70, 190), keys=slice(2, Nk - 1))
         check_accumulate(*qkv(200, Nk), [slice(3, 9), slice(0, 3), slice(5, Nk)], queries=slice(70, 190))
 
@@ -194,7 +194,7 @@ def test_columns_far_below_their_rows():
 @pytest.mark.parametrize("programs", [1, 64])
 def test_queries_far_above_the_first(programs, monkeypatch):
     """Rows beyond the pivot's headroom: 2^32 above the first tile's, and 2^300."""
-    monkeypatch.setattr(configuration, "CPU_PROGRAMS", programs)
+    monkeypatch.setattr(tiles, "CPU_PROGRAMS", programs)
     for top in (30.0, 200.0):
         check(*leveled(257, 77, torch.linspace(0, top, 257), 0.0), scale=1.0, tolerance=5e-5)
 
@@ -234,7 +234,7 @@ def test_spans(queries, keys):
 @pytest.mark.parametrize("programs", [1, 5, 64])
 def test_splits(programs, monkeypatch):
     """However many programs share the work, with several tiles each or one."""
-    monkeypatch.setattr(configuration, "CPU_PROGRAMS", programs)
+    monkeypatch.setattr(tiles, "CPU_PROGRAMS", programs)
     check(*qkv(257, 257), queries=slice(60, 200), keys=slice(20, 250))
 
 
@@ -323,7 +323,7 @@ def test_without_values(Nk):
 
 @pytest.mark.parametrize("programs", [1, 64])
 def test_splits_of_everything(programs, monkeypatch):
-    monkeypatch.setattr(configuration, "CPU_PROGRAMS", programs)
+    monkeypatch.setattr(tiles, "CPU_PROGRAMS", programs)
     q, k, v = qkv(257, 257, dtype=torch.float16)
     check_accumulate(q, k, v, [slice(9, 200), slice(100, 257)], regions(1, 3, 257))
 
@@ -350,16 +350,16 @@ def test_small_heads_add_up():
     [(1, (16, 0)), (16, (16, 0)), (24, (16, 16)), (40, (32, 16)), (64, (64, 0)), (80, (64, 16)), (96, (64, 32)),
      (100, (64, 64)), (128, (128, 0)), (160, (128, 32)), (256, (256, 0))],
 )  # fmt: skip
-def test_head_chunks(d, chunks):
-    assert configuration.head_chunks(d) == chunks
+def test_split_head_dim(d, chunks):
+    assert tiles.split_head_dim(d) == chunks
     assert sum(chunks) >= d
 
 
-@pytest.mark.parametrize(("tiles", "heads"), [(512, 10), (32, 20), (32, 160), (1, 2), (3, 1000)])
-def test_programs_are_bounded(tiles, heads):
+@pytest.mark.parametrize(("count", "heads"), [(512, 10), (32, 20), (32, 160), (1, 2), (3, 1000)])
+def test_programs_are_bounded(count, heads):
     """The workspace stays O(N) a program: at 65,536 tokens × 10 heads far below what one partial a tile would take."""
     slot = 4 * heads * 65536
-    each = configuration.per_program(tiles, heads, 264, slot)
-    splits = -(-tiles // each)
-    assert 1 <= splits <= tiles
+    each = tiles.tiles_per_program(count, heads, 264, slot)
+    splits = -(-count // each)
+    assert 1 <= splits <= count
     assert splits == 1 or (splits * heads <= 2 * 264 and splits * slot <= 64 * 2**20)

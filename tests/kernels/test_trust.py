@@ -11,7 +11,7 @@ import triton.language as tl
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from i2am.kernels import configuration
+from i2am.kernels import tiles
 from i2am.ops import Sums, accumulate
 from tests.helpers.interpreter_watch import Fault, watched
 
@@ -122,15 +122,15 @@ def run(tensors, queries, keys, attn_mask, regions, mass, backend="triton"):
 def test_any_call_is_sound(call):
     """Writes have one owner, reads stay inside and apart, any order gives the same bits, and they are right."""
     *arguments, programs = call
-    before = configuration.CPU_PROGRAMS
-    configuration.CPU_PROGRAMS = programs
+    before = tiles.CPU_PROGRAMS
+    tiles.CPU_PROGRAMS = programs
     try:
         with watched() as launches:
             first = run(*arguments)
         with watched(order=7):
             second = run(*arguments)
     finally:
-        configuration.CPU_PROGRAMS = before
+        tiles.CPU_PROGRAMS = before
     assert len(launches) == 2 + 2 * len(arguments[2])  # both passes and what lies between; each reference's two
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     truth = run(*arguments, backend="reference")

@@ -1,0 +1,401 @@
+"""Host side of the Triton kernels: what to launch for a call, one workspace, the launches. The twin of ``streaming``.
+
+What depends on shapes alone (tiles, grids, constants, where each partial lies) is a :class:`Plan`, made once and kept;
+a call allocates its results and one workspace and launches. Where a configuration does not compile or fit, the call
+runs with smaller tiles and at last in torch ops, and says so once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+from i2am.kernels import accumulate, attribution, column_lse, forward, tiles
+from i2am.kernels.tiles import FALLBACKS, MAX_REGIONS, Call, Device, MaskKind, Tiles, cdiv
+from i2am.ops import streaming
+from i2am.ops.results import Sums
+from i2am.ops.tokens import Span
+
+LOG2E = 1.4426950408889634
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NONE3, NONE4 = (0, 0, 0), (0, 0, 0, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- device
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """Return what the choice of tiles depends on."""
+    if device.type != "cuda":
+        return Device(64 * tiles.KIB, "none")
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Device(properties.shared_memory_per_block, "cdna" if properties.warp_size == 64 else "rdna")
+    units = "fma" if properties.major < 8 else "tmem" if properties.major == 10 else "mma"
+    descriptors = properties.major >= 9 and tiles.has_descriptors()
+    return Device(properties.shared_memory_per_block_optin, units, descriptors)
+
+
+def programs(device: torch.device) -> int:
+    """Return how many programs the device works on at once."""
+    return _processors(device) * tiles.PROGRAMS_PER_PROCESSOR if device.type == "cuda" else tiles.CPU_PROGRAMS
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# --------------------------------------------------------------------------------------------------------------- plan
+
+
+class Launch(NamedTuple):
+    """One kernel's grid and constants."""
+
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
+    tiles: Tiles
+
+
+class ReferencePlan(NamedTuple):
+    """Pass 2 and the addition of one reference; places are floats of the workspace."""
+
+    attribution: Launch
+    sizes: tuple[int, int, int, int]  # of accumulate: (H, Q, K, R)
+    tiles_per_group: int
+    tiles_per_split: int
+    r2g: Span
+    g2r: Span | None  # None: pass 1 has it
+    mass: Span | None
+    sram: Span | None
+    counts: tuple[int, int, int]  # of key groups, query splits, splits of G2R
+    accumulate_grid: tuple[int, int]
+
+
+class Plan(NamedTuple):
+    """All launches of a call; places are floats of the workspace."""
+
+    workspace: int
+    forward: Launch
+    tiles_per_split: int
+    splits: int
+    columns: int  # of a split's slot: whole key tiles
+    column_sum: Span
+    pivots: Span
+    g2r: Span | None
+    column_lse: Launch
+    row_lse_max: Span
+    references: tuple[ReferencePlan, ...]
+
+
+class Shape(NamedTuple):
+    """What a plan depends on."""
+
+    call: Call  # keys: all of the call; regions, mass, output
+    B: int
+    H: int
+    Nq: int
+    queries: Span
+    keys: tuple[Span, ...]
+    at_once: int
+    unit: int
+    out_unit: int
+
+
+class _Workspace:
+    """Hands out places; a place may be given back all at once to what comes later."""
+
+    def __init__(self) -> None:
+        self.at = self.size = 0
+
+    def place(self, floats: int) -> Span:
+        start = self.at
+        self.at = start + floats
+        end, self.at = self.at, -(-self.at // 64) * 64  # every place is aligned to 256 bytes
+        self.size = max(self.size, self.at)
+        return start, end
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(shape: Shape) -> Plan:
+    """Choose tiles, grids and places for calls of one shape."""
+    call, B, H, Nq, queries, keys, at_once, unit, out_unit = shape
+    heads, start, stop = B * H, min(a for a, _ in keys), max(b for _, b in keys)
+    workspace = _Workspace()
+
+    t = forward.attention_tiles(call.d, call.itemsize, call.device, call.kind, call.keys, call.level)
+    query_tiles = cdiv(Nq, t.m)
+    columns = cdiv(stop - start // t.n * t.n, t.n) * t.n
+    each = tiles.tiles_per_program(query_tiles, heads, at_once, 4 * heads * columns)
+    splits = cdiv(query_tiles, each)
+    first = Launch((heads, splits), forward.constants(call, t, unit, out_unit, _upcast(call)), t)
+    one_tile = call.keys <= t.n
+    pivots = workspace.place(heads * splits)
+    g2r = workspace.place(heads * splits * t.n) if one_tile else None
+
+    t2 = attribution.attribution_tiles(call.d, call.itemsize, call.device, call.kind, call.regions, call.level)
+    between = tiles.column_tiles(t2)
+    peak_tiles = cdiv(queries[1] - queries[0], t2.m)
+    row_lse_max = workspace.place(heads * peak_tiles)
+    grid = heads, cdiv(stop - start, between.n) + peak_tiles
+    head = tiles.head_constants(call.d, between, call.kind, unit, _upcast(call))
+    freed = workspace.at  # when pass 2 runs, the column sums' memory serves its partials
+    column_sum = workspace.place(heads * splits * columns)
+    references = []
+    for span in keys:
+        workspace.at = freed
+        references.append(_reference(shape, span, t2, splits if one_tile else None, workspace))
+    return Plan(
+        workspace.size, first, each, splits, columns, column_sum, pivots, g2r,
+        Launch(grid, head, between), row_lse_max, tuple(references),
+    )  # fmt: skip
+
+
+def _reference(shape: Shape, span: Span, t: Tiles, spent: int | None, workspace: _Workspace) -> ReferencePlan:
+    """Plan pass 2 of one reference; ``spent``: splits of the G2R that pass 1 left."""
+    call, heads = shape.call, shape.B * shape.H
+    Q, K, R = shape.queries[1] - shape.queries[0], span[1] - span[0], call.regions
+    t = t.fit(K)
+    key_tiles, query_tiles = cdiv(K, t.n), cdiv(Q, t.m)
+    group = tiles.tiles_per_program(key_tiles, heads, shape.at_once, 4 * heads * Q * (1 + call.mass))
+    groups = cdiv(key_tiles, group)
+    split = tiles.tiles_per_program(query_tiles, heads * groups, shape.at_once, 4 * heads * K * (1 + R))
+    splits = cdiv(query_tiles, split)
+    constants = attribution.constants(call._replace(keys=K), t, shape.unit, _upcast(call))
+    return ReferencePlan(
+        Launch((heads, groups, splits), constants, t),
+        (shape.H, Q, K, R),
+        group,
+        split,
+        r2g=workspace.place(heads * groups * Q),
+        g2r=workspace.place(heads * splits * K) if spent is None else None,
+        mass=workspace.place(heads * groups * Q) if call.mass else None,
+        sram=workspace.place(heads * splits * R * K) if R else None,
+        counts=(groups, splits, splits if spent is None else spent),
+        accumulate_grid=(heads, cdiv(Q, accumulate.BLOCK) + cdiv(K, accumulate.BLOCK) * (1 + R)),
+    )
+
+
+def _upcast(call: Call) -> bool:
+    return INTERPRETED and call.dtype == "bf16"
+
+
+# --------------------------------------------------------------------------------------------------------------- call
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    *,
+    scale: float,
+    mask: Tensor | None,
+    regions: Tensor | None,
+    queries: Span,
+    keys: Sequence[Span],
+    sums: Sequence[Sums],
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Run one attention call and add to the running sums of every reference. See :func:`i2am.ops.accumulate`.
+
+    Args:
+        mask: expanded to ``[B, H, Nq, Nk]``.
+        regions: ``[1 | B, R, Q]`` with weights that sum to 1.
+        queries: ``[start, stop)`` of the generated tokens; keys: of each reference.
+
+    Returns:
+        ``out [B, H, Nq, d]`` (in memory ``[B, Nq, H, d]``, so that the transpose and reshape that follow in a model
+        cost nothing; None without ``v``), ``row_lse [B, H, Nq]``, ``col_lse`` over the hull of ``keys``; natural.
+
+    Raises:
+        ValueError: more than :data:`MAX_REGIONS` regions.
+    """
+    R = 0 if regions is None else regions.shape[1]
+    if R > MAX_REGIONS:
+        raise ValueError(f"at most {MAX_REGIONS} regions at a time, got {R}")
+    if scale < 0:
+        q, scale = -q, -scale  # the kernels take the maximum before they scale
+    (B, H, Nq, d), device = q.shape, q.device
+    kind: MaskKind = None if mask is None else "keys" if mask.stride(2) == 0 else "rows"
+    call = Call(
+        device_of(device), NAMES[q.dtype], d, k.shape[2], None if mask is None else str(mask.dtype), kind,
+        sums[0].mass is not None, R, v is not None,
+    )  # fmt: skip
+    unit, whole = unit_of(q, k, v), tiles.unit_of(q.element_size())
+    shape = Shape(
+        call, B, H, Nq, queries, tuple(keys), programs(device), unit, whole if d % whole == 0 else 1
+    )
+    progress = Progress()
+    for level in range(_broken.get(shape, 0), FALLBACKS + 1):
+        try:
+            with torch.cuda.device_of(q):
+                return _run(shape._replace(call=call._replace(level=level)), progress, q, k, v, scale, mask, regions, sums)
+        except Exception as error:
+            if not is_compilers(error):
+                raise
+            _broken[shape] = level + 1
+            _warn_once(device, shape, level, error)
+    left = {"keys": keys[progress.done :], "sums": sums[progress.done :], "queries": queries}
+    found = streaming.attention(q, k, v, scale=scale, mask=mask, regions=regions, **left)
+    return progress.results or found
+
+
+class Progress:
+    """How far a call has come: a configuration that fails must not make anything count twice."""
+
+    def __init__(self) -> None:
+        self.results: tuple[Tensor | None, Tensor, Tensor] | None = None
+        self.done = 0  # references added to their sums
+
+
+def _run(
+    shape: Shape,
+    progress: Progress,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    scale: float,
+    mask: Tensor | None,
+    regions: Tensor | None,
+    sums: Sequence[Sums],
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    p = plan(shape)
+    call, B, H, Nq, queries, keys, _, unit, out_unit = shape
+    start, stop = min(a for a, _ in keys), max(b for _, b in keys)
+    out = None if v is None else torch.empty(B, Nq, H, call.d, dtype=q.dtype, device=q.device).transpose(1, 2)
+    row_lse = torch.empty(B, H, Nq, dtype=torch.float32, device=q.device)
+    col_lse = torch.empty(B, H, stop - start, dtype=torch.float32, device=q.device)
+    memory = torch.empty(p.workspace, dtype=torch.float32, device=q.device)
+    column_sum, pivots, row_lse_max = (memory[slice(*x)] for x in (p.column_sum, p.pivots, p.row_lse_max))
+    g2r = None if p.g2r is None else memory[slice(*p.g2r)]
+
+    factor = max(scale, 1e-30) * LOG2E  # a masked score stays -inf even when the scale is 0
+    sizes = (H, Nq, k.shape[2])
+    q_strides, k_strides = strides(q, unit), strides(k, unit)
+    mask_strides = NONE4 if mask is None else mask.stride()
+
+    f = p.forward
+    launch(
+        forward.attention_fwd_kernel, f,
+        head(q, f, f.tiles.m), q_strides, head(k, f, f.tiles.n), k_strides,
+        None if v is None else head(v, f, f.tiles.n), NONE3 if v is None else strides(v, unit),
+        mask, mask_strides, out, NONE3 if out is None else strides(out, out_unit), row_lse,
+        column_sum, pivots, g2r, factor, sizes, queries, (start, stop), p.tiles_per_split,
+    )  # fmt: skip
+    first = start - start // f.tiles.n * f.tiles.n  # the hull's first column within the slot
+    c = p.column_lse
+    launch(
+        column_lse.column_lse_kernel, c, q, q_strides, k, k_strides, mask, mask_strides,
+        column_sum[first:] if first else column_sum, p.columns, pivots, row_lse, col_lse, row_lse_max,
+        factor, sizes, queries, (start, stop), p.splits, p.tiles_per_split * f.tiles.m,
+    )  # fmt: skip
+    progress.results = out, row_lse, col_lse
+    for i in range(progress.done, len(keys)):
+        r, total, span = p.references[i], sums[i], keys[i]
+        r2g_partial, g2r_partial, mass_partial, sram_partial = (
+            None if x is None else memory[slice(*x)] for x in (r.r2g, r.g2r, r.mass, r.sram)
+        )
+        a = r.attribution
+        launch(
+            attribution.attribution_kernel, a, head(q, a, a.tiles.m), q_strides, head(k, a, a.tiles.n), k_strides,
+            mask, mask_strides, regions,
+            NONE3 if regions is None else (regions.stride(0) * (regions.shape[0] > 1), *regions.stride()[1:]),
+            row_lse, col_lse.view(-1)[span[0] - start :] if span[0] > start else col_lse, stop - start, row_lse_max,
+            r2g_partial, g2r_partial, mass_partial, sram_partial,
+            factor, sizes, queries, span, r.tiles_per_group, r.tiles_per_split, call.regions,
+        )  # fmt: skip
+        if g2r is not None:
+            spent, stride = g2r[span[0] :], f.tiles.n
+        else:
+            spent, stride = g2r_partial, r.sizes[2]
+        accumulate.accumulate_kernel[r.accumulate_grid](
+            total.r2g, total.r2g.stride()[:2], total.g2r, total.g2r.stride()[:2],
+            total.mass, (0, 0) if total.mass is None else total.mass.stride()[:2],
+            total.sram if call.regions else None, NONE3 if not call.regions else total.sram.stride()[:3],
+            r2g_partial, spent, stride, mass_partial, sram_partial, r.sizes, r.counts,
+            BLOCK=accumulate.BLOCK, num_warps=accumulate.TILES.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+        progress.done = i + 1
+    return progress.results
+
+
+def launch(kernel: Any, what: Launch, *arguments: Any) -> None:
+    """Start a kernel. Contraction of multiply-adds is asked for, since not every Triton does it unasked."""
+    kernel[what.grid](
+        *arguments,
+        **what.constants,
+        num_warps=what.tiles.num_warps,
+        num_stages=what.tiles.num_stages,
+        enable_fp_fusion=True,
+    )
+
+
+def head(x: Tensor, what: Launch, rows: int) -> Any:
+    """Return what loads tiles of ``x [B, H, N, d]``: its pointer, or a tensor descriptor."""
+    if not what.tiles.tma:
+        return x
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, x.shape, x.stride(), [1, 1, rows, what.constants["D_MAIN"]])
+
+
+def unit_of(*tensors: Tensor | None) -> int:
+    """Return the elements of 16 bytes if every tensor and its strides are whole multiples of these, else 1."""
+    unit = 1
+    for x in tensors:
+        if x is None:
+            continue
+        unit = tiles.unit_of(x.element_size())
+        b, h, n, _ = x.stride()
+        if x.data_ptr() % 16 or b % unit or h % unit or n % unit:
+            return 1
+    return unit
+
+
+def strides(x: Tensor, unit: int) -> tuple[int, int, int]:
+    """Return the strides of batch, head and token, in units."""
+    b, h, n, _ = x.stride()
+    return b // unit, h // unit, n // unit
+
+
+# ----------------------------------------------------------------------------------------------------------- fallback
+
+_broken: dict[Shape, int] = {}  # the first level that is worth trying
+_warned: set[tuple[str, str]] = set()
+
+
+def is_compilers(error: Exception) -> bool:
+    """Return whether a kernel could not be built or does not fit the device; not whether it went wrong there."""
+    if isinstance(error, (OutOfResources, CompilationError, subprocess.CalledProcessError)):
+        return True
+    text = f"{type(error).__name__}: {error}"
+    return any(said in text for said in ("PTXAS", "PassManager::run failed", "C compiler", "LLVM ERROR"))
+
+
+def _warn_once(device: torch.device, shape: Shape, level: int, error: Exception) -> None:
+    """Warn of a configuration that cannot be built, once a head dim, dtype and what it is replaced by."""
+    call = shape.call
+    instead = "in torch ops (slower)" if level == FALLBACKS else "with smaller tiles"
+    key = f"{call.dtype} {call.d}", instead
+    if key in _warned:
+        return
+    _warned.add(key)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    warnings.warn(
+        f"i2am: an attention kernel does not build on {name} with Triton {triton.__version__} for {shape.B} × {shape.H} "
+        f"heads, {shape.Nq} × {call.keys} tokens, d {call.d}, {call.dtype}; such calls run {instead} from now on. "
+        f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
