@@ -103,15 +103,16 @@ def _successors(found: list[list[Instruction]], labels: dict[str, int]) -> list[
 
 
 def _loops(edges: list[list[int]]) -> dict[int, set[int]]:
-    """Header → body of every natural loop of code laid out in order: an edge backwards closes one."""
+    """Header → body of every natural loop: an edge to a block that every way here has passed closes one."""
     sources: list[list[int]] = [[] for _ in edges]
     for i, follows in enumerate(edges):
         for j in follows:
             sources[j].append(i)
+    dominators = _dominators(edges, sources)
     loops: dict[int, set[int]] = {}
     for latch, follows in enumerate(edges):
         for header in follows:
-            if header > latch:
+            if header not in dominators[latch]:
                 continue
             body, waiting = {header}, [latch]
             while waiting:
@@ -121,6 +122,25 @@ def _loops(edges: list[list[int]]) -> dict[int, set[int]]:
                     waiting += sources[block]
             loops[header] = loops.get(header, set()) | body
     return loops
+
+
+def _dominators(edges: list[list[int]], sources: list[list[int]]) -> list[set[int]]:
+    """Which blocks every way from the first one to each block passes; of unreached code, none but itself."""
+    reached, waiting = set(), [0]
+    while waiting:
+        i = waiting.pop()
+        if i not in reached:
+            reached.add(i)
+            waiting += edges[i]
+    found = [set(reached) if i in reached and i else {i} for i in range(len(edges))]
+    changed = True
+    while changed:
+        changed = False
+        for i in sorted(reached - {0}):
+            new = {i} | set.intersection(*(found[j] for j in sources[i] if j in reached))
+            changed |= new != found[i]
+            found[i] = new
+    return found
 
 
 def main_loops(code: str, rare: bool = False) -> Iterator[list[Instruction]]:
@@ -148,14 +168,21 @@ def _turn(found, edges, header: int, body: set[int], rare: bool) -> list[int]:
         work = sum(x.pipe in ("fma", "exp", "tensor") for x in found[i])
         return -len(found[i]) if rare else work - 1e-3 * len(found[i])
 
-    best: dict[int, tuple[float, list[int]]] = {}
-    for i in sorted(body, reverse=True):  # inner code lies below its header, so later blocks are done first
-        ways = [(0.0, [])] if header in edges[i] else []
-        ways += [best[j] for j in edges[i] if j in best and j > i]
-        if ways:
-            value, way = max(ways, key=lambda x: x[0])
-            best[i] = value + worth(i), [i, *way]
-    return best[header][1]
+    best: dict[int, tuple[float, list[int]] | None] = {}
+
+    def way(i: int, above: frozenset[int]) -> tuple[float, list[int]] | None:
+        """The best way from a block to the header; None where it only leads into an inner loop, a wait."""
+        if i not in best:
+            ways = [(0.0, [])] if header in edges[i] else []
+            onwards = (j for j in edges[i] if j in body and j != header and j not in above)
+            ways += [found for j in onwards if (found := way(j, above | {i})) is not None]
+            value, path = max(ways, key=lambda x: x[0]) if ways else (0.0, None)
+            best[i] = None if path is None else (value + worth(i), [i, *path])
+        return best[i]
+
+    found_way = way(header, frozenset())
+    assert found_way is not None, "a loop that does not come round"
+    return found_way[1]
 
 
 def usage(instructions: Iterable[Instruction]) -> Counter:

@@ -27,12 +27,13 @@ from typing import NamedTuple
 from benchmarks import aot, sass
 from benchmarks.peers.flash import flash_kernel, flash_tma_kernel
 from i2am.kernels import forward
-from i2am.kernels.tiles import KIB, Call, Configuration, Tiles, attention_tiles, configuration
+from i2am.kernels.tiles import KIB, Call, Configuration, Tiles, configuration
 
 SCORES = 8192  # the tile that clocks are given for
 RECORD = Path(__file__).with_suffix(".json")
 RECORDED = {"sm_90": (64, 128), "sm_80": (64, 128)}
-OURS = ("i2am pass 1", "i2am pass 2")
+OURS = {"attention": "i2am pass 1", "attribution": "i2am pass 2"}
+TMA_TILES = (Tiles(128, 64, 4, 2), Tiles(128, 128, 8, 2))
 
 
 class Processor(NamedTuple):
@@ -73,36 +74,53 @@ class Cost(NamedTuple):
     issue_bound: float = 0.0  # the same, with issue slots among the pipes
 
 
-def baselines(d: int, arch: str) -> Iterator[tuple[str, aot.Configuration, Tiles]]:
-    """The peers, as configurations: name, configuration, tiles."""
+def baselines(d: int, arch: str) -> Iterator[Configuration]:
+    """Yield the peers."""
     device = aot.TARGETS[arch]
-    tiles = attention_tiles(d, 2, device, None, 4096)
-    plain = {"p_q": "fp16", "p_k": "fp16", "p_v": "fp16", "p_out": "fp16"}
-    constants = attention_constants(d, 4096, tiles, None)
-    without = dict.fromkeys(("p_mask", "p_sum", "p_pivot", "p_g2r"))
-    yield "pass 1 without attribution", _configured(attention_kernel, plain | without, constants, tiles), tiles
+    call = Call(device, "fp16", d)
+    (ours,) = forward.configurations(call)
+    without = {"column_sum", "pivots", "g2r_partial"}
+    types = {name: kind for name, kind in ours.signature.items() if kind != "constexpr" and name not in without}
+    values = {name: value for name, value in ours.constants.items() if value is not None}
+    yield configuration("pass 1 without attribution", ours.kernel, types, values, ours.tiles)
     if d & (d - 1) == 0:
+        names = ("q", "k", "v", "out")
+        types = dict.fromkeys(names, "*fp16") | {"lse": "*fp32", "scale": "fp32"}
+        types |= dict.fromkeys(("N", "stride_h", "stride_n"), "i32")
         for tiles in (Tiles(128, 64, 4, 2), Tiles(128, 64, 8, 2)):
-            constants = {"D": d, "BM": tiles.m, "BN": tiles.n}
-            yield f"tutorial flash, {tiles.num_warps} warps", _configured(flash_kernel, plain, constants, tiles), tiles
+            values = {"D": d, "BM": tiles.m, "BN": tiles.n}
+            name = f"tutorial flash, {tiles.num_warps} warps"
+            yield _aligned(configuration(name, flash_kernel, types, values, tiles))
+        for tiles in TMA_TILES if device.tma else ():
+            blocks = {"q": tiles.m, "k": tiles.n, "v": tiles.n, "out": tiles.m}
+            types = {name: f"tensordesc<fp16[{rows}, {d}]>" for name, rows in blocks.items()}
+            types |= {"lse": "*fp32", "scale": "fp32", "N": "i32"}
+            values = {"D": d, "BM": tiles.m, "BN": tiles.n}
+            name = f"tutorial by TMA, {tiles.m}x{tiles.n}, {tiles.num_warps} warps"
+            yield configuration(name, flash_tma_kernel, types, values, tiles)
     try:
         from flash_colreduce.flash import _flash_colreduce_kernel as tuned
     except ImportError:
         return  # the table says that it is missing
     tiles = Tiles(*(tuned.configs[0].kwargs[k] for k in ("BLOCK_M", "BLOCK_N")), 4, tuned.configs[0].num_stages)
     padded = 2 ** math.ceil(math.log2(d))
-    constants = {"D": padded, "REDUCTION": "sum", "CAUSAL": False, "BLOCK_M": tiles.m, "BLOCK_N": tiles.n}
-    pointers = {"q_ptr": "fp16", "k_ptr": "fp16", "o_ptr": "fp32"}
-    yield "flash-colreduce", _configured(tuned.fn, pointers, constants | {"stride_qd": 1, "stride_kd": 1}, tiles), tiles
+    values = {"D": padded, "REDUCTION": "sum", "CAUSAL": False, "BLOCK_M": tiles.m, "BLOCK_N": tiles.n}
+    values |= {"stride_qd": 1, "stride_kd": 1}
+    pointers = {"q_ptr": "*fp16", "k_ptr": "*fp16", "o_ptr": "*fp32"}
+    rest = {n: "fp32" if n == "scale" else "i32" for n in tuned.fn.arg_names if n not in values and n not in pointers}
+    yield _aligned(configuration("flash-colreduce", tuned.fn, pointers | rest, values, tiles))
 
 
-def _configured(kernel, pointers, constants, tiles: Tiles) -> aot.Configuration:
-    return aot.configuration(kernel.__name__, kernel, pointers, constants, *tiles[2:])
+def _aligned(c: Configuration) -> Configuration:
+    """Return a peer's configuration as its launcher has it where 16 divides all strides, at these head dims."""
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(c.signature) if name.startswith("stride")}
+    constant = {(i,) for i, kind in enumerate(c.signature.values()) if kind == "constexpr"}
+    return c._replace(attributes=c.attributes | {at: x for at, x in aligned.items() if at not in constant})
 
 
-def measure(name: str, configuration: aot.Configuration, tiles: Tiles, arch: str, rare: bool = False) -> Cost:
-    """Compiles one kernel and reads its cost; of architectures without known rates, registers and memory only."""
-    compiled = configuration.compile(arch)
+def measure(name: str, c: Configuration, arch: str, rare: bool = False) -> Cost:
+    """Compile one kernel and read its cost; of architectures without known rates, registers and memory only."""
+    compiled, tiles = aot.compile_for(c, arch), c.tiles
     found = aot.inspect(compiled, arch)
     resources = found["registers"], found["spills"], found["shared"]
     processor = PROCESSORS.get(arch)
@@ -114,13 +132,13 @@ def measure(name: str, configuration: aot.Configuration, tiles: Tiles, arch: str
         here = {}
         for pipe in sass.PIPES:
             lanes = 1 if pipe in ("tensor", "issue") else 32
-            asked = per_warp[pipe] * lanes * configuration.num_warps / (tiles.m * tiles.n)
+            asked = per_warp[pipe] * lanes * tiles.num_warps / (tiles.m * tiles.n)
             per_score[pipe] += asked
             here[pipe] = asked * SCORES / processor.rates[pipe]
         clocks.update(here)
         bound += max(v for pipe, v in here.items() if pipe != "issue")
         issue_bound += max(here.values())
-    side_by_side = occupancy(found, configuration.num_warps, processor)
+    side_by_side = occupancy(found, tiles.num_warps, processor)
     return Cost(name, *resources, side_by_side, dict(per_score), dict(clocks), bound, issue_bound)
 
 
@@ -136,16 +154,14 @@ def occupancy(found: dict, num_warps: int, processor: Processor) -> int:
 
 
 def costs(arch: str, head_dims: Iterable[int], peers: bool = True) -> Iterator[tuple[int, Cost]]:
-    """``(d, cost)`` of i2am's kernels and of the peers."""
+    """Yield ``(d, cost)`` of i2am's kernels and of the peers."""
     for d in head_dims:
         for c in aot.configurations(aot.TARGETS[arch], ["fp16"], [d], ["plain"]):
             kernel = c.name.split()[0]
-            if kernel in ("attention", "attribution"):
-                tiles = Tiles(c.constants["BM"], c.constants["BN"], c.num_warps, c.num_stages)
-                name = OURS[kernel == "attribution"]
-                yield d, measure(name, c, tiles, arch, rare=kernel == "attribution")
-        for name, c, tiles in baselines(d, arch) if peers else ():
-            yield d, measure(name, c, tiles, arch)
+            if kernel in OURS:
+                yield d, measure(OURS[kernel], c, arch, rare=kernel == "attribution")
+        for c in baselines(d, arch) if peers else ():
+            yield d, measure(c.name, c, arch)
 
 
 def summary(found: dict[str, Cost]) -> dict[str, dict[str, float]]:
@@ -153,7 +169,7 @@ def summary(found: dict[str, Cost]) -> dict[str, dict[str, float]]:
 
     ``predicted`` is the ratio of the largest pipes' clocks, ``with issue`` the same with issue slots among the pipes.
     """
-    ours = [found[name] for name in OURS]
+    ours = [found[name] for name in OURS.values()]
     forward = min((c for name, c in found.items() if name.startswith("tutorial")), key=lambda c: c.issue_bound)
     against = {"tutorial flash": [forward], "pass 1 without attribution": [found["pass 1 without attribution"]]}
     if "flash-colreduce" in found:

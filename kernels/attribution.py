@@ -1,4 +1,4 @@
-"""Pass 2: with both normalisers known, q kᵀ once more gives R2G, G2R, mass and SRAM, from one exponential: README.md."""
+"""Pass 2: both normalisers known, q kᵀ once more gives R2G, G2R, mass and SRAM. Equations and numerics: README.md."""
 
 from __future__ import annotations
 

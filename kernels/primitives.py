@@ -1,8 +1,8 @@
 """What the kernels do to one tile: load it, multiply it, scale and mask its logits, add up its columns.
 
 A head's features are one tile of ``D_MAIN``, and a second of ``D_TAIL`` where ``D`` is no power of two: 40 = 32 + 8 of
-16, so that nothing is padded in memory. Only :func:`load_head` … :func:`scale_head` know of the two; a kernel hands them
-on as one tuple. A tensor descriptor loads one tile of the next power of two: the hardware fills it up with zeros.
+16, so that nothing is padded in memory. Only this file knows of the two; a kernel hands them on as one tuple. A tensor
+descriptor loads one tile of the next power of two: the hardware fills it up with zeros.
 """
 
 import triton
@@ -95,7 +95,7 @@ def zero_head(BLOCK: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr):
 @triton.jit
 def scale_head(b_x, b_factor, D_TAIL: tl.constexpr):
     """Multiply every row of ``x`` by its factor ``[BLOCK]``."""
-    if D_TAIL > 0:
+    if D_TAIL > 0:  # noqa: SIM108 (the tuples differ in length, and only one of them is compiled)
         b = (b_x[0] * b_factor[:, None], b_x[1] * b_factor[:, None])
     else:
         b = (b_x[0] * b_factor[:, None],)

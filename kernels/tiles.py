@@ -91,7 +91,7 @@ def _attention_tiles(d: int, itemsize: int, device: Device, mask: MaskKind, keys
     width = sum(split_head_dim(d))
     match device.units:
         case "none":
-            return Tiles(64, 32, 4, 1)
+            return Tiles(64, 32, 4, 1, device.tma)
         case "cdna":
             return Tiles(128, 64, 4, 1) if width <= 64 and itemsize == 2 else Tiles(64, 32, 4, 1)
         case "rdna":
@@ -104,6 +104,8 @@ def _attention_tiles(d: int, itemsize: int, device: Device, mask: MaskKind, keys
         return Tiles(128, 32, 8, 2)
     if keys <= 64 and mask is None:
         return Tiles(64, 64, 4, 1)
+    if loads_tiles(d, device) and mask is None and keys > 512:
+        return Tiles(128, 128, 8, 2, tma=True)
     if device.shared >= 200 * KIB and device.units == "mma" and width <= 64 and mask is None:
         return Tiles(128, 64, 4, 2) if width == 64 else Tiles(64, 128, 4, 2)
     return Tiles(128, 64, 8, 2)
@@ -119,7 +121,7 @@ def attribution_tiles(
 def _attribution_tiles(d: int, itemsize: int, device: Device, mask: MaskKind, regions: int) -> Tiles:
     match device.units:
         case "none":
-            return Tiles(64, 32, 4, 1)
+            return Tiles(64, 32, 4, 1, device.tma)
         case "cdna":
             return Tiles(64, 64, 4, 1)
         case "rdna":
@@ -133,16 +135,25 @@ def _attribution_tiles(d: int, itemsize: int, device: Device, mask: MaskKind, re
     width = sum(split_head_dim(d))
     if mask == "keys" or (width > 128 and device.shared < 160 * KIB):
         return Tiles(64, 64, 4, 2)
+    if loads_tiles(d, device):
+        return Tiles(64, 128, 4, 3, tma=True)
     return Tiles(64, 128, 4, 3 if width <= 64 else 2)
 
 
+def loads_tiles(d: int, device: Device) -> bool:
+    """Return whether tensor descriptors pay: shared memory for whole tiles, and little of their width filled up."""
+    return (
+        device.tma and device.units == "mma" and device.shared >= 200 * KIB and d in (*range(33, 65), *range(97, 129))
+    )
+
+
 def column_tiles(attribution: Tiles) -> Tiles:
-    """Return column_lse's tiles: pass 2's queries; its products are the exception, so they may be slow but not large."""
+    """Return column_lse's tiles: pass 2's queries; products are the exception, so they may be slow but not large."""
     return attribution._replace(n=32, num_stages=1, tma=False)
 
 
 def _reduced(tiles: Tiles, level: int) -> Tiles:
-    """Return what is tried in place of ``tiles``: without descriptors, without stages, as small as ``tl.dot`` allows."""
+    """Return what is tried in place of ``tiles``: without descriptors, then without stages and ever smaller."""
     if level == 0:
         return tiles
     if level == 1:
@@ -163,7 +174,7 @@ def tiles_per_program(tiles: int, heads: int, at_once: int, slot: int) -> int:
     return cdiv(tiles, splits)
 
 
-# ------------------------------------------------------------------------------------------------- constants of a launch
+# ------------------------------------------------------------------------------------------------ constants of a launch
 
 
 def unit_of(itemsize: int) -> int:
@@ -192,10 +203,12 @@ def head_constants(d: int, tiles: Tiles, mask: MaskKind, unit: int, upcast: bool
 
 def lane_rows(device: Device, tiles: Tiles, itemsize: int) -> int:
     """Return ``LANE_ROWS`` of :func:`i2am.kernels.primitives.sum_columns`."""
+    if device.units == "none":
+        return 8 * tiles.num_warps
     return 8 * tiles.num_warps if device.units == "mma" and itemsize == 2 else 0
 
 
-# --------------------------------------------------------------------------------------------- ahead-of-time compilation
+# -------------------------------------------------------------------------------------------- ahead-of-time compilation
 
 
 class Call(NamedTuple):

@@ -34,8 +34,8 @@ import sys
 import kernels
 assert kernels.STUB, kernels
 import transformers.modeling_utils  # imports `kernels` where there is one
-import i2am.kernels.attention as attention
-assert "kernels.attention" not in sys.modules
+import i2am.kernels.forward as attention
+assert "kernels.forward" not in sys.modules
 print(attention.__name__, attention.__file__)
 """
 

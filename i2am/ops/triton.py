@@ -233,14 +233,15 @@ def attention(
         sums[0].mass is not None, R, v is not None,
     )  # fmt: skip
     unit, whole = unit_of(q, k, v), tiles.unit_of(q.element_size())
-    shape = Shape(
-        call, B, H, Nq, queries, tuple(keys), programs(device), unit, whole if d % whole == 0 else 1
-    )
+    if unit == 1 or not _strided(q, k, v):  # tensor descriptors need what loads of 16 bytes do, and no stride of 0
+        call = call._replace(device=call.device._replace(tma=False))
+    shape = Shape(call, B, H, Nq, queries, tuple(keys), programs(device), unit, whole if d % whole == 0 else 1)
     progress = Progress()
     for level in range(_broken.get(shape, 0), FALLBACKS + 1):
+        reduced = shape._replace(call=call._replace(level=level))
         try:
             with torch.cuda.device_of(q):
-                return _run(shape._replace(call=call._replace(level=level)), progress, q, k, v, scale, mask, regions, sums)
+                return _run(reduced, progress, q, k, v, scale, mask, regions, sums)
         except Exception as error:
             if not is_compilers(error):
                 raise
@@ -363,6 +364,11 @@ def unit_of(*tensors: Tensor | None) -> int:
     return unit
 
 
+def _strided(*tensors: Tensor | None) -> bool:
+    """Return whether no axis was only expanded."""
+    return all(x is None or 0 not in x.stride() for x in tensors)
+
+
 def strides(x: Tensor, unit: int) -> tuple[int, int, int]:
     """Return the strides of batch, head and token, in units."""
     b, h, n, _ = x.stride()
@@ -392,10 +398,11 @@ def _warn_once(device: torch.device, shape: Shape, level: int, error: Exception)
         return
     _warned.add(key)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    said = str(error).strip().splitlines() or [""]
     warnings.warn(
-        f"i2am: an attention kernel does not build on {name} with Triton {triton.__version__} for {shape.B} × {shape.H} "
-        f"heads, {shape.Nq} × {call.keys} tokens, d {call.d}, {call.dtype}; such calls run {instead} from now on. "
-        f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+        f"i2am: an attention kernel does not build on {name} with Triton {triton.__version__} for "
+        f"{shape.B} × {shape.H} heads, {shape.Nq} × {call.keys} tokens, d {call.d}, {call.dtype}; such calls run "
+        f"{instead} from now on. {type(error).__name__}: {said[0]}",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -1,11 +1,15 @@
 """The Triton kernels against the float64 definitions, interpreted on CPU (on the GPU where there is one)."""
 
+import warnings
+
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 import i2am
-from i2am.kernels import tiles
+from i2am.kernels import attribution, column_lse, forward, tiles
 from i2am.ops import Sums, accumulate
+from i2am.ops import triton as host
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's log2(0) is meant
 
@@ -363,3 +367,115 @@ def test_programs_are_bounded(count, heads):
     splits = -(-count // each)
     assert 1 <= splits <= count
     assert splits == 1 or (splits * heads <= 2 * 264 and splits * slot <= 64 * 2**20)
+
+
+# ------------------------------------------------------------------------------------------------- tensor descriptors
+
+
+@pytest.fixture
+def descriptors(monkeypatch):
+    """The tables as on hardware that loads tiles by itself; the count of launches that got descriptors."""
+    seen = []
+    real = host.head
+
+    def head(x, what, rows):
+        seen.append(what.tiles.tma)
+        return real(x, what, rows)
+
+    monkeypatch.setattr(host, "device_of", lambda device: tiles.Device(1 << 16, "none", True))
+    monkeypatch.setattr(host, "head", head)
+    return seen
+
+
+@pytest.mark.parametrize(("Nq", "Nk", "d"), [(130, 77, 40), (65, 257, 64), (33, 20, 72)])
+def test_tiles_loaded_by_descriptors(Nq, Nk, d, descriptors):
+    x, y = torch.randn(1, Nq, 2, d, device=DEVICE), torch.randn(2, 1, Nk, 2, d, device=DEVICE)
+    q, k, v = x.transpose(1, 2), *(t.transpose(1, 2) for t in y)  # as a model passes them
+    check_accumulate(q, k, v, [slice(3, Nk - 2), slice(0, 9)], queries=slice(5, Nq - 3))
+    mask = torch.rand(Nq, Nk, device=DEVICE) < 0.8
+    check(q.half(), k.half(), v.half(), attn_mask=mask, keys=slice(1, Nk - 1), tolerance=2e-4)
+    assert descriptors
+    assert all(descriptors)
+
+
+def test_no_descriptors_where_strides_forbid(descriptors):
+    """An odd stride, a pointer in between, an expanded axis: loaded by pointers, and right."""
+    wide = torch.randn(1, 65, 2, 42, device=DEVICE)
+    for q in (wide[..., :40].transpose(1, 2), torch.randn(1, 1, 65, 40, device=DEVICE).expand(1, 2, -1, -1)):
+        check(q, *qkv(65, 77)[1:])
+    assert not any(descriptors)
+
+
+# ------------------------------------------------------------------------------------------------ what does not build
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Has chosen launches fail as a compiler does; says which tiles were tried. Nothing is remembered afterwards."""
+    monkeypatch.setattr(host, "_broken", {})
+    monkeypatch.setattr(host, "_warned", set())
+    tried = []
+
+    def breaks(kernel, most, error):
+        real = host.launch
+
+        def launch(given, what, *arguments):
+            if given is kernel:
+                tried.append(what.tiles)
+                if what.tiles.m * what.tiles.n > most:
+                    raise error
+            real(given, what, *arguments)
+
+        monkeypatch.setattr(host, "launch", launch)
+        return tried
+
+    return breaks
+
+
+ERRORS = [OutOfResources(300000, 232448, "shared memory"), RuntimeError("PassManager::run failed")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["too large", "compiler"])
+def test_smaller_tiles_where_a_kernel_does_not_build(broken, error):
+    """Nobody's model crashes, the answer is right, one warning says what and where."""
+    q, k, v = qkv(65, 77)
+    tried = broken(forward.attention_fwd_kernel, 1024, error)
+    with pytest.warns(RuntimeWarning, match=r"does not build on cpu with Triton 3.* 65 × 77 tokens, d 40, fp32.*small"):
+        check_accumulate(q, k, v, [slice(0, 40), slice(40, 77)])
+    assert tried[0].m * tried[0].n > 1024 >= tried[-1].m * tried[-1].n
+    count = len(tried)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        check_accumulate(q, k, v, [slice(0, 40), slice(40, 77)])  # remembered: no second attempt, no second warning
+    assert len(tried) == count + 1
+
+
+@pytest.mark.parametrize("kernel", [forward.attention_fwd_kernel, column_lse.column_lse_kernel])
+def test_torch_ops_where_nothing_builds(broken, kernel):
+    broken(kernel, 0, ERRORS[1])
+    with pytest.warns(RuntimeWarning, match="in torch ops"):
+        check_accumulate(*qkv(65, 77), [slice(0, 40), slice(40, 77)], regions(1, 2, 65))
+
+
+def test_nothing_is_added_twice(broken, monkeypatch):
+    """The second reference's pass 2 fails when the first one's sums are already there."""
+    q, k, v = qkv(65, 77)
+    real, calls = host.launch, []
+
+    def launch(kernel, what, *arguments):
+        calls.append(kernel)
+        if kernel is attribution.attribution_kernel and calls.count(kernel) > 1:
+            raise ERRORS[0]
+        real(kernel, what, *arguments)
+
+    monkeypatch.setattr(host, "_broken", {})
+    monkeypatch.setattr(host, "_warned", set())
+    monkeypatch.setattr(host, "launch", launch)
+    with pytest.warns(RuntimeWarning, match="in torch ops"):
+        check_accumulate(q, k, v, [slice(0, 40), slice(40, 77)])
+
+
+def test_a_kernels_own_failure_is_not_hidden(broken):
+    broken(forward.attention_fwd_kernel, 0, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        check(*qkv(65, 77))
