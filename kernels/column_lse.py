@@ -22,8 +22,8 @@ from i2am.kernels.tiles import (
 
 TINY = tl.constexpr(2.0**-56)  # README: numerics
 
-STRIDES = ["q_strides", "k_strides", "sum_stride"]
-SIZES = ["sizes", "query_span", "key_span", "splits", "queries_per_split"]
+STRIDES = ["q_strides", "k_strides", "sum_stride", "column_stride"]
+SIZES = ["sizes", "query_span", "key_span", "splits", "queries_per_split", "split_origin"]
 
 
 @triton.jit(do_not_specialize=STRIDES + SIZES)
@@ -31,13 +31,13 @@ def column_lse_kernel(
     q, q_strides,                        # [B, H, Nq, D]; strides of B, H and N
     k, k_strides,                        # [B, H, Nk, D]
     mask, mask_strides,                  # [B, H, Nq, Nk] bool, additive or None
-    column_sum, sum_stride,              # [B·H, splits, K] in units of 2^pivot, from pass 1; stride of a split
+    column_sum, sum_stride,              # [B·H, splits, K] in units of 2^pivot; stride of a split
     pivots,                              # [B·H, splits] log2
     row_lse,                             # [B·H, Nq] natural
-    column_lse,                          # [B·H, K] natural
-    row_lse_max,                         # [B·H, query tiles] log2, of pass 2's query tiles
+    column_lse, column_stride,           # [B·H, K] natural; stride of B·H
+    row_lse_max,                         # [B·H, query tiles] log2, of pass 2's query tiles; or None
     scale, sizes, query_span, key_span,  # log2(e) included; (H, Nq, Nk); [start, stop)
-    splits, queries_per_split,
+    splits, queries_per_split, split_origin,  # the first split begins at query split_origin
     D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, ROW_MASK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -54,13 +54,15 @@ def column_lse_kernel(
         o_m = query_span[0] + i_m * BM + tl.arange(0, BM)
         b_row = tl.load(row_lse + i_bh * Nq + o_m, mask=o_m < query_span[1], other=float("-inf"))
         query_tiles = tl.cdiv(query_span[1] - query_span[0], BM)
-        tl.store(row_lse_max + i_bh * query_tiles + i_m, tl.max(b_row, 0) * LOG2E)
+        if row_lse_max is not None:
+            tl.store(row_lse_max + i_bh * query_tiles + i_m, tl.max(b_row, 0) * LOG2E)
     else:
         o_j = i_n * BN + tl.arange(0, BN)  # [BN]
         m_n = o_j < K
         column_sum += i_bh * splits * sum_stride
         pivots += i_bh * splits
-        first_split, last_split = query_span[0] // queries_per_split, tl.cdiv(query_span[1], queries_per_split)
+        first_split = (query_span[0] - split_origin) // queries_per_split
+        last_split = tl.cdiv(query_span[1] - split_origin, queries_per_split)
         b_column = tl.full([BN], float("-inf"), tl.float32)
         b_sound = tl.full([BN], 1, tl.int32)
         for i_split in range(first_split, last_split):
@@ -83,8 +85,8 @@ def column_lse_kernel(
                 if tl.min((b_sum >= TINY).to(tl.int32), 0) == 1:
                     b_column = log2_add(b_column, tl.load(pivots + i_split) + tl.log2(b_sum))
                 else:
-                    first = tl.maximum(i_split * queries_per_split, query_span[0])
-                    last = tl.minimum((i_split + 1) * queries_per_split, query_span[1])
+                    first = tl.maximum(split_origin + i_split * queries_per_split, query_span[0])
+                    last = tl.minimum(split_origin + (i_split + 1) * queries_per_split, query_span[1])
                     for i_m in range(first, last, BM):
                         o_m = i_m + tl.arange(0, BM)  # [BM]
                         b_q = load_head(q, q_strides, i_b, i_h, i_m, Nq, BM, D, D_MAIN, D_TAIL, UNIT)
@@ -95,7 +97,7 @@ def column_lse_kernel(
                         b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
                         b_part = tl.sum(tl.exp2(b_x * factor - b_top[None, :]), 0)
                         b_column = log2_add(b_column, b_top + tl.log2(b_part))
-        tl.store(column_lse + i_bh * K + o_j, b_column * LN2, mask=m_n)
+        tl.store(column_lse + i_bh * column_stride + o_j, b_column * LN2, mask=m_n)
 
 
 def configurations(call: Call) -> Iterator[Configuration]:
@@ -107,6 +109,6 @@ def configurations(call: Call) -> Iterator[Configuration]:
     types = head_types(call, tiles, {"q": tiles.m, "k": tiles.n}) | mask_types(call)
     types |= dict.fromkeys(("column_sum", "pivots", "row_lse", "column_lse", "row_lse_max"), "*fp32")
     types |= {"scale": "fp32", "sizes": ("i32",) * 3, "query_span": ("i32",) * 2, "key_span": ("i32",) * 2}
-    types |= dict.fromkeys(("sum_stride", "splits", "queries_per_split"), "i32")
+    types |= dict.fromkeys(("sum_stride", "column_stride", "splits", "queries_per_split", "split_origin"), "i32")
     values: dict[str, Any] = head_constants(call.d, tiles, call.kind, call.unit)
     yield configuration("columns", column_lse_kernel, types, values, tiles)

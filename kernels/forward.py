@@ -81,14 +81,17 @@ def attention_fwd_kernel(
     pivot = 0.0
     if column_sum is not None:
         column_sum += i_slot * tl.cdiv(key_span[1] - key_first, BN) * BN
-        # The pivot: the largest logit of the first tile that counts.
+        # The pivot: the largest logit of the first tile that counts. It takes the way through memory that is the
+        # program's own: Triton 3.6 and 3.7 do not compile a product's reduction to one number for tensor memory.
         b_q = load_head(q, q_strides, i_b, i_h, fresh * BM, Nq, BM, D, D_MAIN, D_TAIL, UNIT)
         b_k = load_head(k, k_strides, i_b, i_h, key_first, Nk, BN, D, D_MAIN, D_TAIL, UNIT)
         o_m, o_n = fresh * BM + tl.arange(0, BM), key_first + tl.arange(0, BN)
         b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)
         b_x, factor = logits(b_s, scale, mask, strides_of_mask, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
-        m_counts = (o_m >= query_span[0]) & (o_m < query_span[1])
-        pivot = nearest(tl.max(tl.where(m_counts, tl.max(b_x, 1), float("-inf")), 0) * factor)
+        m_counts = (o_m >= query_span[0]) & (o_m < query_span[1]) & (fresh < last)
+        tl.store(row_lse + o_m, tl.max(b_x, 1) * factor, mask=m_counts)
+        tl.debug_barrier()
+        pivot = nearest(tl.max(tl.load(row_lse + o_m, mask=m_counts, other=float("-inf")), 0))
         pivot = tl.where(pivot == float("-inf"), 0.0, pivot)
         tl.store(pivots + i_slot, pivot)
 

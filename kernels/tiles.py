@@ -140,6 +140,13 @@ def _attribution_tiles(d: int, itemsize: int, device: Device, mask: MaskKind, re
     return Tiles(64, 128, 4, 3 if width <= 64 else 2)
 
 
+def sweep_tiles(
+    d: int, itemsize: int, device: Device, mask: MaskKind = None, regions: int = 0, level: int = 0
+) -> Tiles:
+    """Return the sweep's tiles: ``n`` of the side that stays, ``m`` (a multiple of 16) of the one that passes by."""
+    return _reduced(_attribution_tiles(d, itemsize, device, None if mask is None else "rows", regions), level)
+
+
 def loads_tiles(d: int, device: Device) -> bool:
     """Return whether tensor descriptors pay: shared memory for whole tiles, and little of their width filled up."""
     return (

@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 import i2am
 from i2am.ops import Sums, accumulate
-from tests.helpers.tiny_models import unet as pipelines
 
 pytestmark = pytest.mark.gpu
 
@@ -142,8 +141,12 @@ def test_second_device():
     assert i2am.attention(q, k, v).r2g.device == torch.device("cuda:1")
 
 
-def test_traced_pipeline():
+def test_traced_pipeline(monkeypatch):
     """The maps of a run on the GPU are those of the same run on the CPU."""
+    pytest.importorskip("diffusers")
+    from tests.helpers.tiny_models import unet as pipelines
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
     def maps(device):
         pipe = pipelines.quiet(pipelines.sd("full")).to(device)
@@ -161,3 +164,32 @@ def test_traced_pipeline():
     for direction in ("r2g", "g2r"):
         want = cpu.llam(direction)
         assert (gpu.llam(direction) - want).abs().max() <= 1e-3 * want.max()  # the networks themselves differ by more
+
+
+@pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"])
+@pytest.mark.parametrize(("Nq", "Nk", "d"), [(1025, 257, 64), (4096, 4096, 64), (1024, 1024, 128), (4096, 77, 40)])
+def test_the_models_own_output_and_the_sweeps(Nq, Nk, d, backend):
+    """Bit for bit the kernel's own output, its log-sum-exp, and both maps behind it."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from i2am.ops import beside
+
+    q, k, v = qkv(Nq, Nk, d)
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        try:
+            own = F.scaled_dot_product_attention(q, k, v)
+        except RuntimeError as error:
+            pytest.skip(f"{backend} does not run here: {error}")
+        found = beside.forward_with_lse(q, k, v)
+    assert found is not None
+    out, row_lse = found
+    assert torch.equal(out, own)
+    B, H = q.shape[:2]
+    shapes = (B, H, Nq), (B, H, Nk), (B, H, Nq)
+    sums = Sums(*(torch.zeros(shape, device="cuda") for shape in shapes))
+    spans = {"queries": (0, Nq), "keys": [(0, Nk)]}
+    beside.sweeps(q, k, row_lse, scale=d**-0.5, mask=None, regions=None, sums=[sums], **spans)
+    want = i2am.attention(q, k, v, backend="reference")
+    for name in ("r2g", "g2r"):
+        assert (getattr(sums, name) - getattr(want, name)).abs().max() <= 1e-3 * getattr(want, name).max(), name
+    assert (sums.mass - 1).abs().max() <= 1e-3

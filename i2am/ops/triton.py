@@ -8,65 +8,40 @@ runs with smaller tiles and at last in torch ops, and says so once.
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
 
-from i2am.kernels import accumulate, attribution, column_lse, forward, tiles
-from i2am.kernels.tiles import FALLBACKS, MAX_REGIONS, Call, Device, MaskKind, Tiles, cdiv
+from i2am.kernels import attribution, column_lse, forward, tiles
+from i2am.kernels.tiles import FALLBACKS, MAX_REGIONS, Call, Tiles, cdiv
 from i2am.ops import streaming
+from i2am.ops.launch import (
+    LOG2E,
+    NAMES,
+    NONE3,
+    NONE4,
+    Launch,
+    Workspace,
+    device_of,
+    head,
+    is_compilers,
+    launch,
+    mask_kind,
+    may_describe,
+    programs,
+    start_accumulate,
+    strides,
+    unit_of,
+    upcast,
+)
 from i2am.ops.results import Sums
 from i2am.ops.tokens import Span
 
-LOG2E = 1.4426950408889634
-NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NONE3, NONE4 = (0, 0, 0), (0, 0, 0, 0)
-
-
-# ------------------------------------------------------------------------------------------------------------- device
-
-
-@functools.cache
-def device_of(device: torch.device) -> Device:
-    """Return what the choice of tiles depends on."""
-    if device.type != "cuda":
-        return Device(64 * tiles.KIB, "none")
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return Device(properties.shared_memory_per_block, "cdna" if properties.warp_size == 64 else "rdna")
-    units = "fma" if properties.major < 8 else "tmem" if properties.major == 10 else "mma"
-    descriptors = properties.major >= 9 and tiles.has_descriptors()
-    return Device(properties.shared_memory_per_block_optin, units, descriptors)
-
-
-def programs(device: torch.device) -> int:
-    """Return how many programs the device works on at once."""
-    return _processors(device) * tiles.PROGRAMS_PER_PROCESSOR if device.type == "cuda" else tiles.CPU_PROGRAMS
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 # --------------------------------------------------------------------------------------------------------------- plan
-
-
-class Launch(NamedTuple):
-    """One kernel's grid and constants."""
-
-    grid: tuple[int, ...]
-    constants: dict[str, Any]
-    tiles: Tiles
 
 
 class ReferencePlan(NamedTuple):
@@ -81,7 +56,6 @@ class ReferencePlan(NamedTuple):
     mass: Span | None
     sram: Span | None
     counts: tuple[int, int, int]  # of key groups, query splits, splits of G2R
-    accumulate_grid: tuple[int, int]
 
 
 class Plan(NamedTuple):
@@ -114,33 +88,19 @@ class Shape(NamedTuple):
     out_unit: int
 
 
-class _Workspace:
-    """Hands out places; a place may be given back all at once to what comes later."""
-
-    def __init__(self) -> None:
-        self.at = self.size = 0
-
-    def place(self, floats: int) -> Span:
-        start = self.at
-        self.at = start + floats
-        end, self.at = self.at, -(-self.at // 64) * 64  # every place is aligned to 256 bytes
-        self.size = max(self.size, self.at)
-        return start, end
-
-
 @functools.lru_cache(maxsize=4096)
 def plan(shape: Shape) -> Plan:
     """Choose tiles, grids and places for calls of one shape."""
     call, B, H, Nq, queries, keys, at_once, unit, out_unit = shape
     heads, start, stop = B * H, min(a for a, _ in keys), max(b for _, b in keys)
-    workspace = _Workspace()
+    workspace = Workspace()
 
     t = forward.attention_tiles(call.d, call.itemsize, call.device, call.kind, call.keys, call.level)
     query_tiles = cdiv(Nq, t.m)
     columns = cdiv(stop - start // t.n * t.n, t.n) * t.n
     each = tiles.tiles_per_program(query_tiles, heads, at_once, 4 * heads * columns)
     splits = cdiv(query_tiles, each)
-    first = Launch((heads, splits), forward.constants(call, t, unit, out_unit, _upcast(call)), t)
+    first = Launch((heads, splits), forward.constants(call, t, unit, out_unit, upcast(call)), t)
     one_tile = call.keys <= t.n
     pivots = workspace.place(heads * splits)
     g2r = workspace.place(heads * splits * t.n) if one_tile else None
@@ -150,7 +110,7 @@ def plan(shape: Shape) -> Plan:
     peak_tiles = cdiv(queries[1] - queries[0], t2.m)
     row_lse_max = workspace.place(heads * peak_tiles)
     grid = heads, cdiv(stop - start, between.n) + peak_tiles
-    head = tiles.head_constants(call.d, between, call.kind, unit, _upcast(call))
+    head = tiles.head_constants(call.d, between, call.kind, unit, upcast(call))
     freed = workspace.at  # when pass 2 runs, the column sums' memory serves its partials
     column_sum = workspace.place(heads * splits * columns)
     references = []
@@ -163,7 +123,7 @@ def plan(shape: Shape) -> Plan:
     )  # fmt: skip
 
 
-def _reference(shape: Shape, span: Span, t: Tiles, spent: int | None, workspace: _Workspace) -> ReferencePlan:
+def _reference(shape: Shape, span: Span, t: Tiles, spent: int | None, workspace: Workspace) -> ReferencePlan:
     """Plan pass 2 of one reference; ``spent``: splits of the G2R that pass 1 left."""
     call, heads = shape.call, shape.B * shape.H
     Q, K, R = shape.queries[1] - shape.queries[0], span[1] - span[0], call.regions
@@ -173,7 +133,7 @@ def _reference(shape: Shape, span: Span, t: Tiles, spent: int | None, workspace:
     groups = cdiv(key_tiles, group)
     split = tiles.tiles_per_program(query_tiles, heads * groups, shape.at_once, 4 * heads * K * (1 + R))
     splits = cdiv(query_tiles, split)
-    constants = attribution.constants(call._replace(keys=K), t, shape.unit, _upcast(call))
+    constants = attribution.constants(call._replace(keys=K), t, shape.unit, upcast(call))
     return ReferencePlan(
         Launch((heads, groups, splits), constants, t),
         (shape.H, Q, K, R),
@@ -184,12 +144,7 @@ def _reference(shape: Shape, span: Span, t: Tiles, spent: int | None, workspace:
         mass=workspace.place(heads * groups * Q) if call.mass else None,
         sram=workspace.place(heads * splits * R * K) if R else None,
         counts=(groups, splits, splits if spent is None else spent),
-        accumulate_grid=(heads, cdiv(Q, accumulate.BLOCK) + cdiv(K, accumulate.BLOCK) * (1 + R)),
     )
-
-
-def _upcast(call: Call) -> bool:
-    return INTERPRETED and call.dtype == "bf16"
 
 
 # --------------------------------------------------------------------------------------------------------------- call
@@ -227,26 +182,31 @@ def attention(
     if scale < 0:
         q, scale = -q, -scale  # the kernels take the maximum before they scale
     (B, H, Nq, d), device = q.shape, q.device
-    kind: MaskKind = None if mask is None else "keys" if mask.stride(2) == 0 else "rows"
     call = Call(
-        device_of(device), NAMES[q.dtype], d, k.shape[2], None if mask is None else str(mask.dtype), kind,
+        device_of(device), NAMES[q.dtype], d, k.shape[2], None if mask is None else str(mask.dtype), mask_kind(mask),
         sums[0].mass is not None, R, v is not None,
     )  # fmt: skip
     unit, whole = unit_of(q, k, v), tiles.unit_of(q.element_size())
-    if unit == 1 or not _strided(q, k, v):  # tensor descriptors need what loads of 16 bytes do, and no stride of 0
+    if not may_describe(unit, q, k, v):
         call = call._replace(device=call.device._replace(tma=False))
     shape = Shape(call, B, H, Nq, queries, tuple(keys), programs(device), unit, whole if d % whole == 0 else 1)
     progress = Progress()
+    error: Exception | None = None
     for level in range(_broken.get(shape, 0), FALLBACKS + 1):
         reduced = shape._replace(call=call._replace(level=level))
         try:
             with torch.cuda.device_of(q):
-                return _run(reduced, progress, q, k, v, scale, mask, regions, sums)
-        except Exception as error:
-            if not is_compilers(error):
+                found = _run(reduced, progress, q, k, v, scale, mask, regions, sums)
+        except Exception as raised:
+            if not is_compilers(raised):
                 raise
-            _broken[shape] = level + 1
-            _warn_once(device, shape, level, error)
+            _broken[shape], error = level + 1, raised
+        else:
+            if error is not None:
+                _warn_once(device, shape, "with smaller tiles", error)
+            return found
+    if error is not None:
+        _warn_once(device, shape, "in torch ops (slower)", error)
     left = {"keys": keys[progress.done :], "sums": sums[progress.done :], "queries": queries}
     found = streaming.attention(q, k, v, scale=scale, mask=mask, regions=regions, **left)
     return progress.results or found
@@ -298,8 +258,8 @@ def _run(
     c = p.column_lse
     launch(
         column_lse.column_lse_kernel, c, q, q_strides, k, k_strides, mask, mask_strides,
-        column_sum[first:] if first else column_sum, p.columns, pivots, row_lse, col_lse, row_lse_max,
-        factor, sizes, queries, (start, stop), p.splits, p.tiles_per_split * f.tiles.m,
+        column_sum[first:] if first else column_sum, p.columns, pivots, row_lse, col_lse, stop - start, row_lse_max,
+        factor, sizes, queries, (start, stop), p.splits, p.tiles_per_split * f.tiles.m, 0,
     )  # fmt: skip
     progress.results = out, row_lse, col_lse
     for i in range(progress.done, len(keys)):
@@ -320,59 +280,9 @@ def _run(
             spent, stride = g2r[span[0] :], f.tiles.n
         else:
             spent, stride = g2r_partial, r.sizes[2]
-        accumulate.accumulate_kernel[r.accumulate_grid](
-            total.r2g, total.r2g.stride()[:2], total.g2r, total.g2r.stride()[:2],
-            total.mass, (0, 0) if total.mass is None else total.mass.stride()[:2],
-            total.sram if call.regions else None, NONE3 if not call.regions else total.sram.stride()[:3],
-            r2g_partial, spent, stride, mass_partial, sram_partial, r.sizes, r.counts,
-            BLOCK=accumulate.BLOCK, num_warps=accumulate.TILES.num_warps, enable_fp_fusion=True,
-        )  # fmt: skip
+        start_accumulate(total, (r2g_partial, spent, mass_partial, sram_partial), stride, r.sizes, r.counts, B * H)
         progress.done = i + 1
     return progress.results
-
-
-def launch(kernel: Any, what: Launch, *arguments: Any) -> None:
-    """Start a kernel. Contraction of multiply-adds is asked for, since not every Triton does it unasked."""
-    kernel[what.grid](
-        *arguments,
-        **what.constants,
-        num_warps=what.tiles.num_warps,
-        num_stages=what.tiles.num_stages,
-        enable_fp_fusion=True,
-    )
-
-
-def head(x: Tensor, what: Launch, rows: int) -> Any:
-    """Return what loads tiles of ``x [B, H, N, d]``: its pointer, or a tensor descriptor."""
-    if not what.tiles.tma:
-        return x
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(x, x.shape, x.stride(), [1, 1, rows, what.constants["D_MAIN"]])
-
-
-def unit_of(*tensors: Tensor | None) -> int:
-    """Return the elements of 16 bytes if every tensor and its strides are whole multiples of these, else 1."""
-    unit = 1
-    for x in tensors:
-        if x is None:
-            continue
-        unit = tiles.unit_of(x.element_size())
-        b, h, n, _ = x.stride()
-        if x.data_ptr() % 16 or b % unit or h % unit or n % unit:
-            return 1
-    return unit
-
-
-def _strided(*tensors: Tensor | None) -> bool:
-    """Return whether no axis was only expanded."""
-    return all(x is None or 0 not in x.stride() for x in tensors)
-
-
-def strides(x: Tensor, unit: int) -> tuple[int, int, int]:
-    """Return the strides of batch, head and token, in units."""
-    b, h, n, _ = x.stride()
-    return b // unit, h // unit, n // unit
 
 
 # ----------------------------------------------------------------------------------------------------------- fallback
@@ -381,18 +291,9 @@ _broken: dict[Shape, int] = {}  # the first level that is worth trying
 _warned: set[tuple[str, str]] = set()
 
 
-def is_compilers(error: Exception) -> bool:
-    """Return whether a kernel could not be built or does not fit the device; not whether it went wrong there."""
-    if isinstance(error, (OutOfResources, CompilationError, subprocess.CalledProcessError)):
-        return True
-    text = f"{type(error).__name__}: {error}"
-    return any(said in text for said in ("PTXAS", "PassManager::run failed", "C compiler", "LLVM ERROR"))
-
-
-def _warn_once(device: torch.device, shape: Shape, level: int, error: Exception) -> None:
+def _warn_once(device: torch.device, shape: Shape, instead: str, error: Exception) -> None:
     """Warn of a configuration that cannot be built, once a head dim, dtype and what it is replaced by."""
     call = shape.call
-    instead = "in torch ops (slower)" if level == FALLBACKS else "with smaller tiles"
     key = f"{call.dtype} {call.d}", instead
     if key in _warned:
         return

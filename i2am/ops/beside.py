@@ -1,0 +1,184 @@
+"""Attribution beside somebody else's attention: its output and row log-sum-exp as they are, then two thin sweeps.
+
+``forward_with_lse`` runs the very kernel that ``scaled_dot_product_attention`` would choose, by the operator that also
+returns the log-sum-exp; ``sweeps`` (GPU) turns it into attribution. So the model's output is its own kernel's bit for
+bit, and every speed-up of that kernel is one of the traced model.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from i2am.kernels import column_lse, sweep, tiles
+from i2am.kernels.tiles import Call, cdiv
+from i2am.ops.launch import (
+    LOG2E,
+    NAMES,
+    NONE3,
+    NONE4,
+    Launch,
+    Workspace,
+    device_of,
+    head,
+    launch,
+    mask_kind,
+    may_describe,
+    programs,
+    start_accumulate,
+    strides,
+    unit_of,
+    upcast,
+)
+from i2am.ops.results import Sums
+from i2am.ops.tokens import Span
+
+aten = torch.ops.aten
+
+
+def forward_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Return ``out [B, H, Nq, d]`` of PyTorch's own choice of kernel, and ``row_lse [B, H, Nq]`` natural, float32.
+
+    None where the chosen kernel does not tell its log-sum-exp (the plain one, an exotic mask); then nothing has run.
+    """
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+    choice = torch._fused_sdp_choice(q, k, v, attn_mask, 0.0, False, scale=scale)
+    if choice == SDPBackend.FLASH_ATTENTION.value and q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=attn_mask, scale=scale
+        )
+    elif choice == SDPBackend.FLASH_ATTENTION.value and q.shape[-1] % 8 == 0:
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
+    elif choice == SDPBackend.EFFICIENT_ATTENTION.value and attn_mask is None:
+        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, False, scale=scale)[:2]
+    elif choice == SDPBackend.CUDNN_ATTENTION.value and attn_mask is None:
+        out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)[:2]
+    else:
+        return None
+    B, H, Nq, _ = q.shape
+    lse = lse.reshape(B, H, -1)[..., :Nq]  # the efficient kernel's is longer, cuDNN's has one more axis
+    return out, lse.float()
+
+
+class Half(NamedTuple):
+    """One sweep: its launch, walks and places (floats of the workspace)."""
+
+    launch: Launch
+    tiles_per_group: int
+    tiles_per_split: int
+    splits: int
+    total: Span
+    column_sum: Span | None
+    pivots: Span | None
+    own: Span | None
+    weighted: Span | None
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_half(call: Call, heads: int, X: int, Y: int, at_once: int, unit: int, columns: bool, start: int) -> Half:
+    """Choose the grid of one sweep; ``columns``: the one over queries, which leaves column sums and SRAM."""
+    R = call.regions if columns else 0
+    own = call.mass and not columns
+    t = tiles.sweep_tiles(call.d, call.itemsize, call.device, call.kind, R, call.level).fit(X)
+    x_tiles, y_tiles = cdiv(X, t.n), cdiv(Y, t.m)
+    groups = cdiv(x_tiles, tiles.tiles_per_program(x_tiles, heads, at_once, 4))
+    split = tiles.tiles_per_program(y_tiles, heads * groups, at_once, 4 * heads * X * (1 + columns + own + R))
+    splits = cdiv(y_tiles, split)
+    workspace = Workspace(start)
+    return Half(
+        Launch((heads, groups, splits), sweep.constants(call._replace(keys=X, regions=R), t, unit, upcast(call)), t),
+        cdiv(x_tiles, groups),
+        split,
+        splits,
+        total=workspace.place(heads * splits * X),
+        column_sum=workspace.place(heads * splits * X) if columns else None,
+        pivots=workspace.place(heads * splits) if columns else None,
+        own=workspace.place(heads * splits * X) if own else None,
+        weighted=workspace.place(heads * splits * R * X) if R else None,
+    )
+
+
+def sweeps(
+    q: Tensor,
+    k: Tensor,
+    row_lse: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None,
+    regions: Tensor | None,
+    queries: Span,
+    keys: Sequence[Span],
+    sums: Sequence[Sums],
+) -> list[Tensor]:
+    """Add the attribution of one attention call to the running sums, given its row log-sum-exp.
+
+    Args:
+        row_lse: ``[B, H, Nq]`` natural log-sum-exp of the rows over all keys, float32.
+        mask: expanded to ``[B, H, Nq, Nk]``; regions: ``[1 | B, R, Q]``; queries, keys: ``[start, stop)``.
+
+    Returns:
+        The natural column log-sum-exp ``[B, H, K]`` of every reference.
+    """
+    (B, H, Nq, d), Nk, device = q.shape, k.shape[2], q.device
+    if scale < 0:
+        q, scale = -q, -scale  # the kernels take the maximum before they scale
+    row_lse = row_lse if row_lse.is_contiguous() else row_lse.contiguous()
+    unit = unit_of(q, k)
+    call = Call(
+        device_of(device), NAMES[q.dtype], d, Nk, None if mask is None else str(mask.dtype), mask_kind(mask),
+        sums[0].mass is not None, 0 if regions is None else regions.shape[1], False,
+    )  # fmt: skip
+    if not may_describe(unit, q, k):
+        call = call._replace(device=call.device._replace(tma=False))
+    factor = max(scale, 1e-30) * LOG2E
+    q_strides, k_strides = strides(q, unit), strides(k, unit)
+    by_key = NONE4 if mask is None else mask.stride()
+    by_query = (by_key[0], by_key[1], by_key[3], by_key[2])
+    weight_strides = NONE3 if regions is None else (regions.stride(0) * (regions.shape[0] > 1), *regions.stride()[1:])
+    Q, at_once, found = queries[1] - queries[0], programs(device), []
+    for span, total in zip(keys, sums, strict=True):
+        K = span[1] - span[0]
+        a = plan_half(call, B * H, K, Q, at_once, unit, True, 0)
+        size = max(x[1] for x in a[4:] if x is not None)
+        b = plan_half(call, B * H, Q, K, at_once, unit, False, size)
+        size = max(x[1] for x in b[4:] if x is not None)
+        memory = torch.empty(size, dtype=torch.float32, device=device)
+        g2r, column_sum, pivots, _, sram = (None if x is None else memory[slice(*x)] for x in a[4:])
+        r2g, _, _, mass, _ = (None if x is None else memory[slice(*x)] for x in b[4:])
+        col_lse = torch.empty(B, H, K, dtype=torch.float32, device=device)
+        rows = row_lse.view(-1)[queries[0] :]
+        launch(
+            sweep.sweep_kernel, a.launch,
+            head(k, a.launch, a.launch.tiles.n), k_strides, head(q, a.launch, a.launch.tiles.m), q_strides,
+            mask, by_key, rows, Nq, None, 0, regions, weight_strides,
+            g2r, column_sum, pivots, None, sram,
+            factor, (H, Nk, Nq), span, queries, a.tiles_per_group, a.tiles_per_split, call.regions,
+        )  # fmt: skip
+        between = tiles.column_tiles(a.launch.tiles)
+        constants = tiles.head_constants(d, between, call.kind, unit, upcast(call))
+        launch(
+            column_lse.column_lse_kernel, Launch((B * H, cdiv(K, between.n)), constants, between),
+            q, q_strides, k, k_strides, mask, by_key, column_sum, K, pivots, row_lse, col_lse, K, None,
+            factor, (H, Nq, Nk), queries, span, a.splits, a.tiles_per_split * a.launch.tiles.m, queries[0],
+        )  # fmt: skip
+        launch(
+            sweep.sweep_kernel, b.launch,
+            head(q, b.launch, b.launch.tiles.n), q_strides, head(k, b.launch, b.launch.tiles.m), k_strides,
+            mask, by_query, col_lse, K, None if mass is None else rows, Nq, None, NONE3,
+            r2g, None, None, mass, None,
+            factor, (H, Nq, Nk), queries, span, b.tiles_per_group, b.tiles_per_split, 0,
+        )  # fmt: skip
+        start_accumulate(
+            total, (r2g, g2r, mass, sram), K, (H, Q, K, call.regions), (b.splits, a.splits, a.splits), B * H
+        )
+        found.append(col_lse)
+    return found
