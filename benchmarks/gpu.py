@@ -48,7 +48,6 @@ CHECKED = [
 TINY = [(2, 65, 49, 40)]
 TOLERANCE = {"out": 0.03, "statistics": 1e-3}  # of the peak; half precision output against float64
 SCORES = 8192
-SIDES = ("r2g", "g2r", "mass")
 
 
 class Run:
