@@ -78,7 +78,6 @@ def column_lse_kernel(
             else:
                 strides_of_mask = (0, 0)
             o_n = key_span[0] + o_j
-            b_k = load_head(k, k_strides, i_b, i_h, key_span[0] + i_n * BN, Nk, BN, D, D_MAIN, D_TAIL, UNIT)
             b_column = tl.full([BN], float("-inf"), tl.float32)
             for i_split in range(first_split, last_split):
                 b_sum = tl.load(column_sum + i_split * sum_stride.to(tl.int64) + o_j, mask=m_n, other=1.0)
@@ -90,6 +89,7 @@ def column_lse_kernel(
                     for i_m in range(first, last, BM):
                         o_m = i_m + tl.arange(0, BM)  # [BM]
                         b_q = load_head(q, q_strides, i_b, i_h, i_m, Nq, BM, D, D_MAIN, D_TAIL, UNIT)
+                        b_k = load_head(k, k_strides, i_b, i_h, key_span[0] + i_n * BN, Nk, BN, D, D_MAIN, D_TAIL, UNIT)
                         b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)
                         b_x, factor = logits(b_s, scale, mask, strides_of_mask, o_m, o_n, Nq, Nk, True, ROW_MASK)
                         b_x = tl.where((o_m < last)[:, None], b_x, float("-inf"))  # [BM, BN]
