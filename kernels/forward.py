@@ -88,7 +88,7 @@ def attention_fwd_kernel(
         o_m, o_n = fresh * BM + tl.arange(0, BM), key_first + tl.arange(0, BN)
         b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)
         b_x, factor = logits(b_s, scale, mask, strides_of_mask, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
-        m_counts = (o_m >= query_span[0]) & (o_m < query_span[1]) & (fresh < last)
+        m_counts = (o_m >= query_span[0]) & (o_m < tl.minimum(query_span[1], last * BM))  # none of another split's
         tl.store(row_lse + o_m, tl.max(b_x, 1) * factor, mask=m_counts)
         tl.debug_barrier()
         pivot = nearest(tl.max(tl.load(row_lse + o_m, mask=m_counts, other=float("-inf")), 0))

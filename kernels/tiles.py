@@ -212,7 +212,9 @@ def lane_rows(device: Device, tiles: Tiles, itemsize: int) -> int:
     """Return ``LANE_ROWS`` of :func:`i2am.kernels.primitives.sum_columns`."""
     if device.units == "none":
         return 8 * tiles.num_warps
-    return 8 * tiles.num_warps if device.units == "mma" and itemsize == 2 else 0
+    # Ampere has too little bandwidth to shared memory for it: there the compiler's butterfly is the cheaper one.
+    hopper = device.units == "mma" and device.shared >= 200 * KIB
+    return 8 * tiles.num_warps if hopper and itemsize == 2 else 0
 
 
 # -------------------------------------------------------------------------------------------- ahead-of-time compilation
