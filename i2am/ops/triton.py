@@ -7,6 +7,7 @@ runs with smaller tiles and at last in torch ops, and says so once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Sequence
@@ -192,10 +193,10 @@ def attention(
     shape = Shape(call, B, H, Nq, queries, tuple(keys), programs(device), unit, whole if d % whole == 0 else 1)
     progress = Progress()
     error: Exception | None = None
-    for level in range(_broken.get(shape, 0), FALLBACKS + 1):
-        reduced = shape._replace(call=call._replace(level=level))
+    for level in range(_broken.get(shape, 0) if _broken else 0, FALLBACKS + 1):
+        reduced = shape._replace(call=call._replace(level=level)) if level else shape
         try:
-            with torch.cuda.device_of(q):
+            with torch.cuda.device_of(q) if q.is_cuda else contextlib.nullcontext():
                 found = _run(reduced, progress, q, k, v, scale, mask, regions, sums)
         except Exception as raised:
             if not is_compilers(raised):
