@@ -81,7 +81,7 @@ def _box_of_one(x: Tensor, size: tuple[int, int] | None, threshold: float | str,
         return None
     if size is not None:
         x = torch.nn.functional.interpolate(x[None, None], size, mode="bicubic", align_corners=False)[0, 0]
-    level = otsu(x.numpy()) if threshold == "otsu" else float(x.min() + threshold * (x.max() - x.min()))
+    level = otsu(x.numpy()) if threshold == "otsu" else float(x.min() + float(threshold) * (x.max() - x.min()))
     hot = (x > level).numpy()
     inner = np.zeros_like(hot)
     inner[BORDER:-BORDER, BORDER:-BORDER] = hot[BORDER:-BORDER, BORDER:-BORDER]
@@ -111,4 +111,5 @@ def _large_components(hot: np.ndarray, area: float) -> np.ndarray:
     labels, _ = ndimage.label(hot)
     sizes = np.bincount(labels.flat)
     sizes[0] = 0
-    return (sizes >= area)[labels] & hot
+    large: np.ndarray = (sizes >= area)[labels] & hot
+    return large

@@ -206,7 +206,8 @@ def correspondence_error(found: Tensor, truth: Tensor, scale: float | tuple[floa
         raise ValueError(f"found and truth must be [..., 2] alike, got {tuple(found.shape)} and {tuple(truth.shape)}")
     if not found.isfinite().all():
         raise ValueError("a place that was found must be finite")
-    return (found.double() * torch.as_tensor(scale, dtype=torch.float64) - truth.double()).norm(dim=-1)
+    apart: Tensor = found.double() * torch.as_tensor(scale, dtype=torch.float64) - truth.double()
+    return torch.linalg.vector_norm(apart, dim=-1)
 
 
 def pck(error: Tensor, threshold: float) -> Tensor:

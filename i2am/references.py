@@ -68,8 +68,9 @@ class Reference:
         count = self.count(length)
         if count == 0:
             raise ValueError(f"reference {self.name!r}: tokens={self.tokens} selects none of the {length} keys")
-        if self.grid is not None and self.skip + self.grid[0] * self.grid[1] != count:
-            h, w = self.grid
+        grid = None if isinstance(self.grid, str) else self.grid
+        if grid is not None and self.skip + grid[0] * grid[1] != count:
+            h, w = grid
             raise ValueError(
                 f"reference {self.name!r}: grid {h}×{w} after skip={self.skip} makes {self.skip + h * w} tokens, but "
                 f"{count} of the {length} keys are selected; adjust grid, skip (1 for a leading class token) or tokens"
@@ -106,7 +107,8 @@ class Concatenated:
                 f"{where}: {self.axis} {grid[along]} does not divide into {self.parts} parts; choose latents that do "
                 "at every level, or leave the layer out with layers="
             )
-        return tuple(n // self.parts if i == along else n for i, n in enumerate(grid))
+        h, w = grid
+        return (h // self.parts, w) if along == 0 else (h, w // self.parts)
 
     def tokens(self, grid: Grid, part: int) -> Tensor:
         """Return indices of one part's tokens among the row-major tokens of ``grid``."""

@@ -64,7 +64,8 @@ def image_tokens(unet: nn.Module) -> slice:
     if kind == "image_proj":
         return slice(None)
     if kind == "text_image_proj":
-        return slice(0, unet.encoder_hid_proj.num_image_text_embeds)
+        projection: Any = unet.encoder_hid_proj
+        return slice(0, projection.num_image_text_embeds)
     raise ValueError(
         f"which keys of this {type(unet).__name__} encode the reference? Its context is of kind {kind!r}: describe it "
         "with reference=i2am.Reference(tokens=...), counted from the first context token"

@@ -34,7 +34,7 @@ AFTER_PROJECTION = (
 )  # q and k are not yet what is compared
 
 Describe = Callable[[str, int, Grid], Reference | Sequence[Reference]]
-Inputs = Callable[[tuple, dict[str, Any]], tuple[Tensor, Tensor | float]]
+Inputs = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Tensor, Tensor | float]]
 Mask = Callable[[nn.Module, dict[str, Any]], Tensor | None]
 
 
@@ -167,7 +167,8 @@ class AttentionModules(Family):
 
     def _grid_of(self, layer: str, tokens: int) -> Grid:
         if self._grid is not None:
-            return tuple(self._grid(layer, tokens))
+            height, width = self._grid(layer, tokens)
+            return height, width
         parts = layer.split(".")
         around = [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
         seen = [self._feature_maps[name] for name in around if name in self._feature_maps]
@@ -247,7 +248,8 @@ def _is_part(part: Tensor, whole: Tensor) -> bool:
     """Whether ``part`` is a view of fewer tokens of ``whole``; both ``[B, N, C]``."""
     if part.ndim != 3 or whole.ndim != 3 or part.shape[-2] >= whole.shape[-2] or part.shape[-1] != whole.shape[-1]:
         return False
-    return part.untyped_storage()._cdata == whole.untyped_storage()._cdata
+    same: bool = part.untyped_storage()._cdata == whole.untyped_storage()._cdata
+    return same
 
 
 def _is_number(x: object) -> bool:

@@ -49,7 +49,8 @@ class ConcatenatedLatents(SelfAttention):
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
         forward, c = super().begin(args, kwargs), self.concatenated
-        part = c.part(tuple(forward.latents.shape[-2:]), "the latents")
+        height, width = forward.latents.shape[-2:]
+        part = c.part((height, width), "the latents")
         parts = forward.latents.chunk(c.parts, dim=-2 if c.axis == "height" else -1)
         if not any(x.any() for i, x in enumerate(parts) if i != c.generated):  # a picture from text alone (DreamLite)
             raise ValueError(NO_REFERENCE.format(model=type(self.unet).__name__))

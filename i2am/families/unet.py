@@ -120,7 +120,7 @@ class CrossAttention(UNetFamily):
     def _layout(self, layer: LayerContext, length: int, call: AttentionCall) -> TokenLayout | None:
         """Return the layout of a call, if it is the one that is described: checked at ``length`` keys."""
         references = self._references(length)
-        numbers = {reference.call for reference in references} - {None}
+        numbers = {reference.call for reference in references if reference.call is not None}
         keys = call.key.shape[2]
         if len(numbers) > 1:
             raise ValueError(

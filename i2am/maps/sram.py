@@ -57,8 +57,9 @@ def region_weights(region: Region, canvas: Grid) -> RegionOnGrid:
     point = read_point(region)
     if point is not None:
         return _point(point, canvas)
-    if not is_pil(region) and np.ndim(region) < 2:
-        raise ValueError(f"a region is a point (y, x) or a mask [H, W] or [B, H, W], got shape {np.shape(region)}")
+    given: Any = region
+    if not is_pil(region) and np.ndim(given) < 2:
+        raise ValueError(f"a region is a point (y, x) or a mask [H, W] or [B, H, W], got shape {np.shape(given)}")
     masks, _ = read_mask(region, weights=True)
     if (masks.flatten(1).sum(1) == 0).any():
         raise ValueError("empty mask: no pixel of the region is set")

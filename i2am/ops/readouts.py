@@ -133,7 +133,7 @@ def refuse_undifferentiable(q: Tensor, k: Tensor, v: Tensor | None, mask: Tensor
     for name, x in (("q", q), ("k", k), ("v", v), ("attn_mask", mask)):
         if x is None:
             continue
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
                 f"{name} carries a forward-mode tangent (torch.func.jvp, jacfwd, forward_ad), and i2am's attention has "
                 "reverse-mode gradients only: use backward() or torch.autograd.grad, or backend='reference'"

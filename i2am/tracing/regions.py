@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from i2am.maps.sram import Region, Weights, region_weights, several
+from i2am.maps.sram import Region, RegionOnGrid, region_weights, several
 from i2am.references import Grid
 
 
@@ -32,7 +32,7 @@ class RegisteredRegions:
         """Forget the sizes of earlier runs."""
         self.canvas = self._given
         self._on_grid: dict[Grid, Tensor] = {}
-        self._all: Weights | None = None
+        self._all: RegionOnGrid | None = None
 
     def see(self, latent: Grid) -> None:
         """Note that a forward is about to run on latents of this size."""

@@ -31,7 +31,8 @@ class Track:
 
     def at(self, group: int) -> Sums:
         """Return the sums of one time group; what is added to them is added here."""
-        return Sums(*(None if x is None else x[group] for x in (self.r2g, self.g2r, self.mass, self.sram)))
+        g2r, mass, sram = (None if x is None else x[group] for x in (self.g2r, self.mass, self.sram))
+        return Sums(self.r2g[group], g2r, mass, sram)
 
 
 class SumStore:
