@@ -160,7 +160,7 @@ def contrast(map: MapLike, mask: MaskLike) -> Tensor:
 
 
 def ranking_auc(map: MapLike, mask: MaskLike) -> Tensor:
-    """How often a pixel inside the mask outranks one outside: the area under the ROC curve, free of any threshold.
+    """Compute the area under the ROC curve: how often a pixel inside the mask outranks one outside, at any threshold.
 
     Ties count half, so a constant map scores 0.5.
 
@@ -238,7 +238,7 @@ def removal_curve(
     insertion: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """How the output changes as cells are taken away in the order a map gives (Petsiuk et al., RISE, BMVC 2018).
+    """Measure how the output changes as cells go in the order a map gives (Petsiuk et al., RISE, BMVC 2018).
 
     Deletion takes the highest cells first, from nothing to ``shares[-1]`` of them: of a faithful map the change rises
     at once. Insertion starts with everything taken away and gives the highest back first: the change falls at once.

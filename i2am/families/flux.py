@@ -69,7 +69,7 @@ class Flux(JointTransformer):
                 yield to_k, partial(self._announce, adapter), "before"
 
     def _announce(self, adapter: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The next call is an adapter's, its keys ``args[0] [B, images, T, C]`` in one softmax."""
+        """Announce an adapter's call, its keys ``args[0] [B, images, T, C]`` in one softmax."""
         context = running_context()
         if context is None or not context.layers or self._generated is None:
             return

@@ -27,7 +27,7 @@ Scales = list[list[float]]  # per adapter, per image
 
 @dataclass
 class AdapterCalls:
-    """What one attention module has announced so far."""
+    """Announcements of one attention module so far."""
 
     images: dict[int, int] = field(default_factory=dict)  # adapter → reference images that came one by one
     masks: Any = None  # ip_adapter_masks, as the module was given them

@@ -36,7 +36,7 @@ class Segment(NamedTuple):
 
 
 class JointTransformer(Family):
-    """What transformers with one attention over all tokens share: one reference-carrying call a layer.
+    """Base of transformers with one attention over all tokens: one reference-carrying call a layer.
 
     A subclass reads, from one forward's arguments, which tokens are what (:meth:`layout`).
 

@@ -40,7 +40,7 @@ Mask = Callable[[nn.Module, dict[str, Any]], Tensor | None]
 
 @dataclass
 class Projected:
-    """What one attention module has been given and has projected so far."""
+    """Inputs of one attention module and their projections so far."""
 
     arguments: dict[str, Any]  # of the module, by name
     outputs: dict[str, Tensor] = field(default_factory=dict)  # projection → what it gave
@@ -245,7 +245,7 @@ def tensors_of(values: Iterable[Any]) -> list[Tensor]:
 
 
 def _is_part(part: Tensor, whole: Tensor) -> bool:
-    """Whether ``part`` is a view of fewer tokens of ``whole``; both ``[B, N, C]``."""
+    """Tell whether ``part`` is a view of fewer tokens of ``whole``; both ``[B, N, C]``."""
     if part.ndim != 3 or whole.ndim != 3 or part.shape[-2] >= whole.shape[-2] or part.shape[-1] != whole.shape[-1]:
         return False
     same: bool = part.untyped_storage()._cdata == whole.untyped_storage()._cdata
@@ -257,7 +257,7 @@ def _is_number(x: object) -> bool:
 
 
 def _same_view(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one and the same piece of memory."""
+    """Tell whether two tensors are one and the same piece of memory."""
     if a is b:
         return True
     at = (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())

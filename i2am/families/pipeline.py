@@ -18,7 +18,7 @@ from i2am.tracing.guidance import Told
 
 
 class TracedPipeline(NamedTuple):
-    """What a pipeline says about how it is to be traced."""
+    """Facts of a pipeline about how it is to be traced."""
 
     model: nn.Module
     family: Family
@@ -78,7 +78,7 @@ def _read_transformer(pipe: Any, transformer: nn.Module, request: Request) -> Tr
 
 
 def _adapted(transformer: nn.Module) -> bool:
-    """Whether modules of an adapter may be in a transformer: then its family is asked."""
+    """Tell whether modules of an adapter may be in a transformer: then its family is asked."""
     return any("_ip" in name or "image_proj" in name or "add_k_proj" in name for name, _ in transformer.named_modules())
 
 
@@ -112,7 +112,7 @@ def told_by(pipe: Any, family: Family) -> Told:
 
 
 def _of_diffusers(pipe: Any) -> bool:
-    """Whether the pipeline's call is diffusers' own code, whose order of calls is known."""
+    """Tell whether the pipeline's call is diffusers' own code, whose order of calls is known."""
     module = getattr(type(pipe).__call__, "__module__", "") or ""
     return module.startswith("diffusers.") and module in sys.modules
 

@@ -89,7 +89,7 @@ class StableDiffusion3(Family):
         return {n: m for n, m in self._attentions().items() if hasattr(m.processor, "to_k_ip")}
 
     def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The next call is the adapter's: its tokens stand behind the image's own."""
+        """Announce the adapter's call: its tokens stand behind the image's own."""
         context = running_context()
         if context is None or not context.layers:
             return

@@ -41,7 +41,7 @@ def _self_attention_guidance(pipe: Any) -> Told:
 
 
 class UNetFamily(Family):
-    """What all UNets share: cross-attention modules, and grids read from the spatial transformers around them."""
+    """Base of all UNets: cross-attention modules, and grids read from the spatial transformers around them."""
 
     def __init__(self, unet: nn.Module):
         self.unet = unet

@@ -100,12 +100,12 @@ class AttributionMaps(RecordedLayers):
 
     @property
     def recorded(self) -> bool:
-        """Whether any patch can be asked: queries and keys were kept."""
+        """True where any patch can be asked: queries and keys were kept."""
         return bool(self._entries)
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What the maps are a mean of, as the tracer saw it: plain JSON values; empty where nobody told."""
+        """Account of what the maps are a mean of, as the tracer saw it: plain JSON values; empty where nobody told."""
         return self._provenance
 
     def __repr__(self) -> str:

@@ -34,7 +34,7 @@ logger = logging.getLogger("i2am")
 
 
 class Contents(NamedTuple):
-    """What a maps file holds."""
+    """Contents of a maps file."""
 
     sums: list[LayerSums]
     canvas: Grid | None
@@ -182,7 +182,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Stored], di
 
 
 class Stored(NamedTuple):
-    """What a safetensors file says of a tensor without reading it."""
+    """Entry of a safetensors file about a tensor, without reading it."""
 
     shape: tuple[int, ...]
     dtype: str  # "F32", "BOOL", …

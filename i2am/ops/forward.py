@@ -17,7 +17,7 @@ Span = tuple[int, int]
 
 
 class Outputs(NamedTuple):
-    """What the custom op returns; empty where it was not asked for. The hull spans all references' keys.
+    """Results of the custom op; empty where it was not asked for. The hull spans all references' keys.
 
     ``n`` references, ``Q`` generated queries, ``K`` keys in the hull, ``R`` regions, ``c`` coordinates.
     """
@@ -35,7 +35,7 @@ class Outputs(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What forward and backward agree on besides tensors."""
+    """Settings that forward and backward agree on besides tensors."""
 
     scale: float
     queries: Span
@@ -75,7 +75,7 @@ class Setting(NamedTuple):
         return torch.nn.functional.pad(x, (0, 0, self.queries[0], length - self.queries[1]))
 
     def exchanged(self, q: Tensor, k: Tensor, mask: Tensor | None) -> dict[str, Any]:
-        """The reference keys as queries of the generated queries: whose row softmax is C, transposed."""
+        """Take the reference keys as queries of the generated queries: whose row softmax is C, transposed."""
         between = None if mask is None else mask[:, :, self.generated, self.hull].transpose(2, 3)
         return dict(q=k[:, :, self.hull], k=q[:, :, self.generated], scale=self.scale, mask=between)
 

@@ -31,7 +31,7 @@ class AttentionOutput(NamedTuple):
 
 
 class Readouts(NamedTuple):
-    """What was read of one attention call about one reference; None where it was not asked for.
+    """Readings of one attention call about one reference; None where it was not asked for.
 
     ``Q`` generated queries, ``K`` reference keys, P the softmax over all keys, C the one over the generated queries.
     Statistics are float32; float64 for float64 inputs and from ``backend="reference"``.

@@ -151,7 +151,7 @@ def _fitted(picture: np.ndarray) -> np.ndarray:
 
 
 def _captioned(pixels: np.ndarray, label: str, number: int, count: int) -> Image:
-    """A frame: the picture, a bar of how far the run is, and which part of it this is."""
+    """Draw a frame: the picture, a bar of how far the run is, and which part of it this is."""
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 

@@ -65,7 +65,7 @@ def refuse_swapped(image: Any, map: Any) -> None:
 
 
 def _has_colours(x: np.ndarray) -> bool:
-    """Whether an array is a picture of bytes, or a batch of them, rather than maps."""
+    """Tell whether an array is a picture of bytes, or a batch of them, rather than maps."""
     return x.dtype == np.uint8 and x.ndim in (3, 4) and (x.shape[-1] in (3, 4) or x.shape[-3] in (3, 4))
 
 

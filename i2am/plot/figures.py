@@ -88,7 +88,7 @@ def levels(
     footer: str | None = None,
     **options,
 ) -> Figure:
-    """All maps of one level, each over the image: a filmstrip of time groups, or a grid of heads or layers.
+    """Draw all maps of one level, each over the image: a filmstrip of time groups, or a grid of heads or layers.
 
     Args:
         maps: the attribution maps.

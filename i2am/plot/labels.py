@@ -25,12 +25,12 @@ OF_ITSELF = {  # of maps traced with mode="self"
 
 
 def meaning(maps: AttributionMaps, direction: str) -> str:
-    """What a direction says of these maps: of spatial self-attention (``mode="self"``) nothing about a reference."""
+    """Say what a direction means for these maps: of self-attention (``mode="self"``) nothing about a reference."""
     return OF_ITSELF[direction] if maps.references == [SELF] else MEANING[direction]
 
 
 def panel_labels(maps: AttributionMaps, direction: str, level: str, options: dict) -> list[str]:
-    """One label a panel, in the order of the level's maps."""
+    """Write one label a panel, in the order of the level's maps."""
     if level == "time":
         return [
             f"{share}\n{calls}" for share, calls in zip(share_of_run(maps, options), _calls(maps, options), strict=True)
@@ -102,7 +102,7 @@ def value_range(low: float, high: float) -> str:
 
 
 def signed(value: float, form: str = ".3f") -> str:
-    """A number with a real minus sign, as the ticks of an axis have it."""
+    """Write a number with a real minus sign, as the ticks of an axis have it."""
     return format(value, form).replace("-", "\N{MINUS SIGN}")
 
 

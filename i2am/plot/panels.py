@@ -74,7 +74,7 @@ def balanced(count: int, most: int) -> int:
 
 
 def draw(ax: Axes, picture: np.ndarray, values: np.ndarray, cmap: str, alpha: float, vmin: float, vmax: float):
-    """The picture in grey under ``values [h, w]``; returns what a colour bar describes."""
+    """Draw the picture in grey under ``values [h, w]``; return what a colour bar describes."""
     bare(ax).imshow(grey(picture))
     return ax.imshow(resized(values, picture.shape[:2]), cmap=cmap, alpha=alpha, vmin=vmin, vmax=vmax)
 
@@ -105,7 +105,7 @@ def instead(ax: Axes, headline: str, reason: str) -> None:
 
 
 def bare(ax: Axes) -> Axes:
-    """No ticks and no frame; a label below stays possible."""
+    """Take ticks and frame away; a label below stays possible."""
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)

@@ -71,14 +71,14 @@ def sram(
 
 
 def holding(values: np.ndarray, share: float) -> float:
-    """The highest level above which a map still holds ``share`` of its sum."""
+    """Find the highest level above which a map still holds ``share`` of its sum."""
     ranked = np.sort(values, axis=None)[::-1]
     total = ranked.cumsum()
     return float(ranked[min(int(np.searchsorted(total, share * total[-1])), len(ranked) - 1)])
 
 
 def _mark(ax: Axes, region: Any, canvas: tuple[int, int], size: tuple[int, int], index: int) -> None:
-    """A ring around a point, an outline around a mask, a caption for a name."""
+    """Draw a ring around a point, an outline around a mask, a caption for a name."""
     if isinstance(region, str):
         ax.set_xlabel(f"registered: {region}", fontsize=7)
         return

@@ -82,7 +82,7 @@ def difference(
     title: str | None = None,
     shrink: float = 1.0,
 ) -> Axes:
-    """What changed between two maps, ``after − before``: red gained, blue lost, white did not change.
+    """Draw what changed between two maps, ``after − before``: red gained, blue lost, white did not change.
 
     Args:
         before, after: ``[h, w]`` of one grid and one unit.

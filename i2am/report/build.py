@@ -128,7 +128,7 @@ def _parts(
 
 
 def _share(group: int, groups: int) -> str:
-    """Which part of the run a time group covers."""
+    """Say which part of the run a time group covers."""
     return f"{round(100 * group / groups)}–{round(100 * (group + 1) / groups)}\N{NO-BREAK SPACE}%"
 
 
@@ -159,7 +159,7 @@ def _regions(maps, axes: Axes, plan: Plan, index: int, arrays: Arrays, options: 
 
 
 def _image(image: Any, index: int) -> dict[str, Any] | None:
-    """A picture as a data URI."""
+    """Encode a picture as a data URI."""
     from PIL import Image
 
     if image is None:
@@ -181,7 +181,7 @@ def _mask(mask: Any, index: int) -> np.ndarray | None:
 
 
 def _outline(mask: np.ndarray) -> str:
-    """An SVG path around a mask, in a square of 0…1."""
+    """Trace an SVG path around a mask, in a square of 0…1."""
     from contourpy import contour_generator
 
     height, width = mask.shape
@@ -194,7 +194,7 @@ def _outline(mask: np.ndarray) -> str:
 
 
 def _box(maps: AttributionMaps, index: int, masks: dict, options: dict) -> list[float] | None:
-    """The detected object's box, as shares of the picture: top, left, bottom, right."""
+    """Find the detected object's box, as shares of the picture: top, left, bottom, right."""
     if masks["generated"] is None:
         return None
     height, width = masks["generated"].shape
@@ -342,7 +342,7 @@ def _tables(facts: dict[str, dict[str, str]]) -> str:
 
 
 def _blank(aspect: list[int]) -> str:
-    """A plain picture, where the user gave none."""
+    """Make a plain picture, where the user gave none."""
     size = f'width="{aspect[0] * 8}" height="{aspect[1] * 8}"'
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="100%" height="100%" fill="#999"/></svg>'
     return "data:image/svg+xml;base64," + b64encode(svg.encode()).decode()

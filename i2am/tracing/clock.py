@@ -18,7 +18,7 @@ BFLOAT16 = 2.0**-7  # models are given timesteps in their own dtype: half a step
 
 
 class StepInfo(NamedTuple):
-    """Where in a run one evaluation of the model stands; None: the clock cannot know."""
+    """Place of one evaluation of the model in a run; None: the clock cannot know."""
 
     group: int  # time group
     step: int | None = None  # the user's step
@@ -144,13 +144,13 @@ class SchedulerClock(Clock):
         self._latents: tuple[int, ...] | None = None
 
     def on_step(self, sample: object) -> None:
-        """The scheduler has stepped ``sample``."""
+        """Note that the scheduler has stepped ``sample``."""
         self._count += 1
         if isinstance(sample, Tensor):
             self._latents = tuple(sample.shape)
 
     def on_set_timesteps(self) -> None:
-        """The scheduler begins a run."""
+        """Note that the scheduler begins a run."""
         self.restart()
 
     def latents(self) -> tuple[int, ...] | None:
@@ -199,7 +199,7 @@ class SchedulerClock(Clock):
             )
 
     def _on_host(self) -> list[float]:
-        """The schedule as numbers, read once a schedule: a GPU would wait each time."""
+        """Return the schedule as numbers, read once a schedule: a GPU would wait each time."""
         now = self.scheduler.timesteps
         if getattr(self, "_read", None) is None or self._read[0] is not now:
             self._read = now, [float(t) for t in (now.tolist() if hasattr(now, "tolist") else now)]
@@ -293,7 +293,7 @@ def _telling(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _close(timesteps: list[float], at: int, timestep: float) -> bool:
-    """Whether a schedule stands at ``timestep`` at one of its evaluations."""
+    """Tell whether a schedule stands at ``timestep`` at one of its evaluations."""
     if not 0 <= at < len(timesteps):
         return False
     return abs(timesteps[at] - timestep) <= BFLOAT16 * max(abs(timesteps[at]), abs(timestep)) + 1e-3

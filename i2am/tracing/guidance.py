@@ -20,7 +20,7 @@ class Unexplained(ValueError):
 
 
 class Told(NamedTuple):
-    """What a pipeline says about the guidance of its running call; None: it does not say."""
+    """Guidance of a pipeline's running call, as it says; None: it does not say."""
 
     parts: int | None = None  # of the batch
     index: int | None = None  # of the conditional one among them
@@ -31,7 +31,7 @@ class Told(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What counts of one forward."""
+    """Verdict on what counts of one forward."""
 
     samples: slice | None  # of the batch; None: nothing
     parts: int = 1  # of the batch
@@ -209,13 +209,13 @@ def _repeats(latents: Tensor, parts: int) -> bool:
 
 
 def _empty(conditioning: Sequence[Tensor], half: int) -> bool:
-    """Whether a half of the embeddings is all zeros."""
+    """Tell whether a half of the embeddings is all zeros."""
     halves = [x.chunk(2)[half] for x in conditioning if x.shape[0] % 2 == 0]
     return bool(halves) and all(not bool(x.any()) for x in halves)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same values; a GPU waits only where pointers differ."""
+    """Tell whether two tensors hold the same values; a GPU waits only where pointers differ."""
     if a.shape != b.shape or a.device != b.device or a.dtype != b.dtype:
         return False
     if a is b:

@@ -53,7 +53,7 @@ class TraceOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class RecordOptions:
-    """What to keep while tracing, so that patches can be asked afterwards.
+    """Options of what to keep while tracing, so that patches can be asked afterwards.
 
     Args:
         record: "qk" keeps queries and keys of the conditional samples; None: nothing.
@@ -255,7 +255,7 @@ class TraceSettings:
 
     @property
     def record_options(self) -> RecordOptions:
-        """What to keep while tracing."""
+        """Options of what to keep while tracing."""
         return RecordOptions(**{f.name: getattr(self, f.name) for f in fields(RecordOptions)})
 
 

@@ -113,7 +113,7 @@ def run_on_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _keeps_state(model: nn.Module) -> bool:
-    """Whether caches or offloading hook into the forward: a run on shapes would leave fake tensors behind in them."""
+    """Tell whether caches or offloading hook into the forward: a run on shapes would leave fake tensors in them."""
     return any(
         hasattr(module, "_hf_hook") or getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
         for module in model.modules()

@@ -16,7 +16,7 @@ Place = tuple[int, int] | None  # of a tile's latents on the picture's: (top, le
 
 @dataclass
 class Track:
-    """What one layer has seen of one reference. ``T`` time groups, ``Q`` generated queries, ``K`` reference keys."""
+    """Sums of one layer over one reference. ``T`` time groups, ``Q`` generated queries, ``K`` reference keys."""
 
     layer: str
     reference: Reference

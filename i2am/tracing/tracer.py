@@ -189,7 +189,7 @@ class Tracer:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What the maps are a mean of: calls seen, counted, passed by, steps, guidance, layers, references, tiles."""
+        """Account of what the maps average: calls seen and counted, steps, guidance, layers, references, tiles."""
         canvas = self._canvas_latents() if self._ledger.tiles else None
         return self._ledger.told(self._sums.tracks.values(), canvas)
 
@@ -200,7 +200,7 @@ class Tracer:
 
     @property
     def record_bytes(self) -> int:
-        """What the recorded queries and keys take so far."""
+        """Size of the recorded queries and keys so far."""
         return self._record.nbytes
 
     def _unmet(self, calls: int) -> str:
@@ -374,7 +374,7 @@ def _nobody(frame: Any) -> ForwardContext:
 
 
 def _alike(call: AttentionCall, layout: TokenLayout, parts: int) -> bool:
-    """Whether the reference keys of every part of a batch are the same."""
+    """Tell whether the reference keys of every part of a batch are the same."""
     for reference in layout.references:
         first, *others = call.key[:, :, TokenSet.of(reference.tokens, call.key.shape[2], "keys").index].chunk(parts)
         if not all(torch.allclose(first, other, rtol=1e-4, atol=1e-6) for other in others):

@@ -12,7 +12,7 @@ LIBRARY = ("/torch/nn/modules/", "/torch/_dynamo/", "/torch/utils/_contextlib") 
 
 
 class Caller(NamedTuple):
-    """Who makes one call of a model."""
+    """Caller of a model."""
 
     ours: bool
     why: str = ""  # it is not
@@ -86,7 +86,7 @@ class ThreadCaller:
 
     @property
     def taken_over(self) -> bool:
-        """Whether the thread that made the tracer calls the model for the first time, after another one has."""
+        """True where the thread that made the tracer calls the model for the first time, after another one has."""
         now = threading.current_thread()
         if now is not self._maker or self._user is None or self._user is now:
             return False
@@ -108,7 +108,7 @@ def calling_pipeline() -> Any:
 
 
 def _executing(thread: int, frame_id: int, code: object) -> bool:
-    """Whether a frame is still on a thread's stack."""
+    """Tell whether a frame is still on a thread's stack."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         if id(frame) == frame_id and frame.f_code is code:
