@@ -330,8 +330,9 @@ def test_the_image_of_a_batch_that_was_asked_for(two_images, index, tmp_path):
     shown = base64.b64decode(re.search(r'src="data:image/png;base64,([^"]+)"', text)[1])
     drawn = np.asarray(Image.open(io.BytesIO(shown)))
     np.testing.assert_allclose(drawn / 255, pictures[0][index].permute(1, 2, 0), atol=0.003)
-    ys = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", data[0]["outlines"]["generated"])]
-    assert (min(ys) * 16, max(ys) * 16) == pytest.approx((2, 8) if index == 0 else (6, 14), abs=0.6)
+    places = np.array(re.findall(r"[ML]([\d.]+) ([\d.]+)", data[0]["outlines"]["generated"]), float) * (12, 16)
+    box = [*places.min(0), *places.max(0)]  # x, y: the mask's own edges, between its pixels and their neighbours
+    assert box == pytest.approx([2, 2, 6, 8] if index == 0 else [4, 6, 10, 14], abs=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------------ browser
