@@ -49,6 +49,13 @@ class TokenLayout(NamedTuple):
     weights: tuple[Tensor | None, ...] | None = None  # per reference [1, Q]: an adapter's scale, and mask at each query
 
 
+class View(NamedTuple):
+    """The part of a picture that one call of a model sees, in latent pixels."""
+
+    place: tuple[int, int]  # (top, left)
+    canvas: Grid  # the whole picture
+
+
 class PipelineFacts(NamedTuple):
     """What is known of pipelines whose class, or one that it is made from, fits a glob pattern.
 
@@ -62,6 +69,7 @@ class PipelineFacts(NamedTuple):
     refused: str | None = None  # why no attention keys encode a reference
     described: Described = None  # where it is, if nobody says otherwise
     told: Callable[[Any], Told] | None = None  # how the running call lays out guidance; None: as most pipelines do
+    views: Callable[[dict[str, Any]], View] | None = None  # local variables of its call → where it looks; None: whole
 
 
 class Request(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from i2am.families import CHANNELS, RESIDUAL, Family, Request, no_reference_keys
+from i2am.families import CHANNELS, RESIDUAL, Family, Request, View, no_reference_keys
 from i2am.families.ip_adapter import has_ip_adapter
 from i2am.families.kandinsky import added_key_attentions
 from i2am.families.registry import facts_of, read_model, why_not, with_adapter
@@ -24,6 +24,7 @@ class TracedPipeline(NamedTuple):
     family: Family
     told: Callable[[], Told]  # about the guidance of its running call
     pixels: int  # of the output image per latent pixel (per token where latents are tokens)
+    views: Callable[[dict[str, Any]], View] | None = None  # see PipelineFacts
 
 
 def read_pipeline(pipe: Any, request: Request) -> TracedPipeline:
@@ -58,7 +59,8 @@ def _read_unet(pipe: Any, unet: nn.Module, request: Request) -> TracedPipeline:
         raise ValueError(no_reference_keys(type(pipe).__name__, _why_not(pipe, unet)))
     request = request._replace(image_only=encoder is not None and not text, image_grid=patch_grid(encoder))
     family = read_model(unet, request, entry="patch_unet")
-    return TracedPipeline(unet, family, lambda: told_by(pipe, family), _latent_pixels(pipe))
+    views = None if facts is None else facts.views
+    return TracedPipeline(unet, family, lambda: told_by(pipe, family), _latent_pixels(pipe), views)
 
 
 def _read_transformer(pipe: Any, transformer: nn.Module, request: Request) -> TracedPipeline:

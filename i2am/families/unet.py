@@ -23,6 +23,7 @@ from i2am.families import (
     PipelineFacts,
     Request,
     TokenLayout,
+    View,
     no_reference_keys,
 )
 from i2am.families.arguments import argument
@@ -38,6 +39,22 @@ CONCATENATED = " Channels beside the latents never reach the keys, so they are n
 def _self_attention_guidance(pipe: Any) -> Told:
     """Return the layout of self-attention guidance: a second call of each step runs on degraded latents."""
     return Told(extra="self-attention guidance, on degraded latents")
+
+
+def _panorama(variables: dict[str, Any]) -> View:
+    """Return the view that MultiDiffusion's loop is at.
+
+    Raises:
+        ValueError: it looks at several views in one call, or goes round the edge of the picture.
+    """
+    views, latents = variables["batch_view"], variables["latents"]
+    canvas = (latents.shape[-2], latents.shape[-1])
+    if len(views) != 1:
+        raise ValueError(f"{len(views)} views of the picture in one call: trace with view_batch_size=1")
+    top, _, left, right = views[0]
+    if right > canvas[1]:
+        raise ValueError("a view goes round the edge of the picture: trace with circular_padding=False")
+    return View((top, left), canvas)
 
 
 class UNetFamily(Family):
@@ -91,6 +108,7 @@ class CrossAttention(UNetFamily):
         PipelineFacts("StableDiffusion*Adapter*", refused=RESIDUAL),
         PipelineFacts("StableUnCLIPImg2Img*", refused="the image enters as a class embedding"),
         PipelineFacts("StableDiffusionSAG*", adapter=True, told=_self_attention_guidance),
+        PipelineFacts("StableDiffusionPanorama*", adapter=True, views=_panorama),
         PipelineFacts("StableDiffusionPipelineSafe*", adapter=True, told=lambda pipe: Told(of_three=1)),
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from i2am.families import Described, Family, Request
 from i2am.references import Banked, Concatenated, Grid, LayerFilter, Reference
 from i2am.tracing.claims import unpatch
-from i2am.tracing.clock import Clock, CountingClock, SchedulerClock, TimestepClock
+from i2am.tracing.clock import Clock, CountingClock, SchedulerClock, TimestepClock, ViewsClock
 from i2am.tracing.guidance import Told
 from i2am.tracing.layers import BlindLayerError
 from i2am.tracing.options import TraceOptions, TraceSettings, takes_trace_options
@@ -82,8 +82,18 @@ def trace(
 
     settings = TraceSettings(time_groups=time_groups, layers=layers, **options)
     traced = read_pipeline(pipe, _request(reference, settings))
-    clock = SchedulerClock(lambda: pipe.scheduler, evaluations=lambda: getattr(pipe, "_num_timesteps", None))
-    return Tracer(traced.model, traced.family, clock, settings, pipe=pipe, told=traced.told, pixels=traced.pixels)
+    kind = SchedulerClock if traced.views is None else ViewsClock
+    clock = kind(lambda: pipe.scheduler, evaluations=lambda: getattr(pipe, "_num_timesteps", None))
+    return Tracer(
+        traced.model,
+        traced.family,
+        clock,
+        settings,
+        pipe=pipe,
+        told=traced.told,
+        views=traced.views,
+        pixels=traced.pixels,
+    )
 
 
 @takes_trace_options()

@@ -232,6 +232,22 @@ class SchedulerClock(Clock):
         return min(done, steps - 1), steps
 
 
+class ViewsClock(SchedulerClock):
+    """Counts the timesteps that come, of a pipeline that steps its scheduler once for every view of the picture."""
+
+    def restart(self) -> None:
+        super().restart()
+        self._at: float | None = None
+
+    def on_step(self, sample: object) -> None:
+        pass
+
+    def read(self, timestep: float, time_groups: int) -> StepInfo:
+        self._count += self._at is not None and self._at != timestep
+        self._at = timestep
+        return super().read(timestep, time_groups)
+
+
 # ------------------------------------------------------------------------------------------------------- watching
 
 

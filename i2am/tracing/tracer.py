@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from i2am.families import Family, ForwardInputs, TokenLayout
+from i2am.families import Family, ForwardInputs, TokenLayout, View
 from i2am.maps import AttributionMaps
 from i2am.ops.tokens import TokenSet
 from i2am.references import Grid, choose_layers
@@ -50,7 +50,7 @@ class Tracer:
         settings: the caller's options.
         pipe: the pipeline whose calls count; None: the model's own thread's.
         told: returns what the pipeline says of its running call's guidance.
-        places: returns where the pipeline's running call lies on the picture, from the frame of its call; None: whole.
+        views: returns where the pipeline's running call looks, from the local variables of it; None: at the whole.
         pixels: of the output image per latent pixel.
     """
 
@@ -63,6 +63,7 @@ class Tracer:
         *,
         pipe: Any = None,
         told: Callable[[], Told] = Told,
+        views: Callable[[dict[str, Any]], View] | None = None,
         pixels: int = 1,
     ):
         self._model = weakref.ref(model)
@@ -70,6 +71,7 @@ class Tracer:
         self._clock = clock
         self._settings = settings
         self._told = told
+        self._views = views
         self._pixels = pixels
         self._caller: PipelineCaller | ThreadCaller = ThreadCaller() if pipe is None else PipelineCaller(pipe)
         self._pipe = None if pipe is None else weakref.ref(pipe)
@@ -131,6 +133,7 @@ class Tracer:
         self._ledger = Ledger(self._ledger.model, self._ledger.pipeline)
         self._guidance: dict[Place, Guidance] = {}
         self._tiles: dict[Place, Grid] = {}
+        self._canvas: Grid | None = None  # of the tiles, where the pipeline says
         self._spoiled: str | None = None  # why what was counted can't be trusted
         self._observer = Observer(self._settings, self._sums, self._record, self._regions, self._ledger.note)
 
@@ -215,6 +218,8 @@ class Tracer:
         )
 
     def _canvas_latents(self) -> Grid:
+        if self._canvas is not None:
+            return self._canvas
         stepped = self._clock.latents()
         return (stepped[-2], stepped[-1]) if stepped is not None and len(stepped) >= 4 else extent(self._tiles.items())
 
@@ -242,13 +247,13 @@ class Tracer:
         forward = self._family.begin(args, kwargs)
         timestep = read_timestep(forward.timestep)
         info = self._clock.read(timestep, self._settings.time_groups)
-        place = self._place(forward, caller)
-        if info.first:
-            self._guidance.clear()
-        ledger.runs += info.first or ledger.runs == 0
-        guidance = self._guidance.setdefault(place, Guidance(self._settings.guidance))
         told = self._told()
         try:
+            place = self._place(forward, caller)
+            if info.first:
+                self._guidance.clear()
+            ledger.runs += info.first or ledger.runs == 0
+            guidance = self._guidance.setdefault(place, Guidance(self._settings.guidance))
             verdict = guidance.judge(
                 forward.latents,
                 forward.conditioning,
@@ -292,11 +297,13 @@ class Tracer:
             ValueError: its latents are a part of what the scheduler steps, and nothing says which.
         """
         place: Place = getattr(self._local, "place", None)
+        if self._views is not None and caller.frame is not None:
+            place, self._canvas = self._views(dict(caller.frame.f_locals))
         size, stepped = _size(forward), self._clock.latents()
         whole = (stepped[-2], stepped[-1]) if stepped is not None and len(stepped) >= 4 and forward.stepped else None
         if place is None:
             if whole is not None and whole != size:
-                raise ValueError(
+                raise Unexplained(
                     f"the model's latents are {size[0]}×{size[1]}, those that the scheduler steps are "
                     f"{whole[0]}×{whole[1]}: a tile needs its place on the picture: "
                     "with tracer.tile(top, left): model(…)"

@@ -110,3 +110,49 @@ def test_places_that_can_not_be(setting, places, message):
 def test_a_place_is_a_row_and_a_column(setting):
     with i2am.patch_unet(setting[0], reference=REFERENCE) as tracer, pytest.raises(ValueError, match="row and column"):
         tracer.tile(-1, 0).__enter__()
+
+
+def test_a_panorama_places_its_own_views():
+    import diffusers
+
+    parts = pipelines._sd_parts(4, ("full",))
+    pipe = pipelines.quiet(diffusers.StableDiffusionPanoramaPipeline(**parts))
+    pipe.get_views = lambda height, width, **_: [(0, 16, 0, 16), (0, 16, 12, 28)]
+
+    def go(**more):
+        given = dict(height=32, width=56, num_inference_steps=2, output_type="latent", guidance_scale=1.0)
+        pipe(
+            "a", ip_adapter_image=pipelines.image((40, 40)), generator=torch.Generator().manual_seed(1), **given, **more
+        )
+
+    calls = capture(pipe.unet, go)
+    finest = "up_blocks.2.attentions.0.transformer_blocks.0.attn2"
+    left, right = (
+        Truth([c for c in calls if c.evaluation % 2 == i], groups=[0] * 4, nth=1).ulam("r2g", names=[finest])
+        for i in (0, 1)
+    )
+    want = torch.cat([left[..., :12], (left[..., 12:] + right[..., :4]) / 2, right[..., 4:]], dim=-1)
+    with i2am.trace(pipe, time_groups=2) as tracer:
+        go()
+        maps = tracer.maps()
+    assert_peak(maps.ulam("r2g", layers=finest), want)
+    assert maps.counts()[finest] == [2, 2]  # two views in each of two steps
+    assert maps.canvas == (32, 56)
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        ([(0, 16, 0, 16), (0, 16, 8, 24)], "2 views of the picture in one call: trace with view_batch_size=1"),
+        ([(0, 16, 20, 36)], "goes round the edge of the picture"),
+    ],
+)
+def test_views_that_have_no_place(views, message):
+    from i2am.families.registry import facts_of
+
+    class StableDiffusionPanoramaPipeline:
+        pass
+
+    facts = facts_of(StableDiffusionPanoramaPipeline)
+    with pytest.raises(ValueError, match=message):
+        facts.views({"batch_view": views, "latents": torch.zeros(1, 4, 16, 28)})
