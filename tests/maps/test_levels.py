@@ -436,3 +436,31 @@ def test_points_on_the_reference_are_given_on_its_largest_grid(maps):
             asked.where_did_it_go(outside)
     with pytest.raises(IndexError, match="valid are 0 ≤ y < 3 and 0 ≤ x < 2"):
         asked.where_did_it_go((5, 3), layers=["a", "c"])
+
+
+def test_a_layer_that_did_not_run_leaves_head_maps_to_the_others(maps):
+    assert maps.hlam("r2g", times=1).equal(maps.hlam("r2g", times=1, layers=["a", "c"]))  # b ran in groups 0 and 2
+    assert maps.ulam("r2g", times=1).isfinite().all()
+
+
+def test_head_counts_differ_where_only_the_middle_layer_does(maps):
+    narrow = {n: getattr(maps._sums[1], n)[:, :, :2] for n in ("r2g", "g2r", "mass", "sram")}
+    middle = dataclasses.replace(maps._sums[1], **narrow)
+    with pytest.raises(ValueError, match="a: 4, b: 2, c: 4"):
+        AttributionMaps([maps._sums[0], middle, maps._sums[2]], regions=["p", "q"]).hlam("r2g")
+
+
+def test_as_many_masks_as_images(maps):
+    """Two masks for three images are refused, not cut to fit; and there are no maps of no image."""
+    three = [
+        dataclasses.replace(s, **{n: getattr(s, n)[:, [0, 1, 0]] for n in ("r2g", "g2r", "mass", "sram")})
+        for s in maps._sums
+    ]
+    asked = AttributionMaps(three, regions=["p", "q"], entries=[QKEntry("elsewhere", "r", 0, 1.0)])
+    with pytest.raises(ValueError, match="a mask for each of 2 images, but the maps hold 3"):
+        asked.sram(torch.ones(2, 4, 6))
+    none = [
+        dataclasses.replace(s, **{n: getattr(s, n)[:, :0] for n in ("r2g", "g2r", "mass", "sram")}) for s in maps._sums
+    ]
+    with pytest.raises(ValueError, match="0 images"):
+        AttributionMaps(none, regions=["p", "q"])
