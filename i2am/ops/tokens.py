@@ -30,9 +30,6 @@ class TokenSet:
 
     def __init__(self, positions: range | Positions):
         self.positions = positions
-        # (torch.compile of PyTorch 2.7 cannot trace the hash of a range.)
-        ends = (positions.start, positions.stop) if isinstance(positions, range) else positions.tobytes()
-        self._hash = hash(ends)
 
     @classmethod
     def of(cls, selector: Selector, length: int, name: str) -> TokenSet:
@@ -116,6 +113,9 @@ class TokenSet:
         return type(self.positions) is type(other.positions) and np.array_equal(self.positions, other.positions)
 
     def __hash__(self) -> int:
+        if not hasattr(self, "_hash"):  # only when asked: torch.compile of PyTorch 2.7 cannot trace a range's hash
+            chosen = self.positions
+            self._hash = hash((chosen.start, chosen.stop) if isinstance(chosen, range) else chosen.tobytes())
         return self._hash
 
     def __repr__(self) -> str:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import i2am
 from i2am.ops import Sums, accumulate
@@ -222,7 +223,7 @@ def test_eager_calls_pass_the_custom_op_by(monkeypatch):
     assert not by_op(q, trained, v)  # the differentiable op, which has tests of its own
     with torch.no_grad():
         assert not by_op(q, trained, v)
-    with torch.utils.flop_counter.FlopCounterMode(display=False):
+    with FlopCounterMode(display=False):
         assert by_op(q, k, v)
     with torch.autograd.forward_ad.dual_level():
         assert by_op(q, k, v)
