@@ -21,6 +21,7 @@ def watch_layer(owner: object, family: Family, name: str, module: nn.Module) -> 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         context = running_context()
         if context is not None and context.owner is owner:
+            _refuse_sharded(name, module)
             layer = LayerContext(name, grid=context.grid, computed=not parts)
             context.layers.append(layer)
             family.enter(layer, module, args, kwargs)
@@ -48,6 +49,21 @@ def watch_layer(owner: object, family: Family, name: str, module: nn.Module) -> 
         hooks.before(owner, part, computed)
     hooks.before(owner, module, enter)
     hooks.after(owner, module, leave, always=True)
+
+
+def _refuse_sharded(name: str, module: nn.Module) -> None:
+    """Raise ValueError for a module whose heads are shared out over processes: each sees its own heads alone.
+
+    (Weights that FSDP2 shards are whole while their module runs.)
+    """
+    for part in module.children():
+        weight = part._parameters.get("weight")
+        if weight is not None and type(weight).__name__ == "DTensor" and weight.device_mesh.size() > 1:
+            raise ValueError(
+                f"layer {name} is tensor-parallel over {weight.device_mesh.size()} processes, of which each computes "
+                "its own "
+                "heads alone: trace a model that is not"
+            )
 
 
 def _innermost(owner: object, name: str) -> ForwardContext | None:
