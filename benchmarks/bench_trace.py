@@ -84,3 +84,32 @@ def test_unet_step(benchmark, capsys, kind, pixels, tokens):
     case = f"{kind}, {pixels} px, {tokens} reference tokens"
     found = compare(benchmark, "model", case, calls, around=around, rounds=5 if small else 1)
     show(capsys, case, found)
+
+
+@torch.no_grad()
+def test_fixed_cost_of_a_call(benchmark, capsys):
+    """A UNet so small that hooks, checks and launches are what tracing costs: per attention call, in milliseconds."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    config = dict(block_out_channels=(32, 64), cross_attention_dim=24, attention_head_dim=4, norm_num_groups=8)
+    kinds = dict(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")
+    )
+    model = UNet2DConditionModel(sample_size=8, layers_per_block=2, **config, **kinds).eval().to(DEVICE, DTYPE)
+    inputs = (torch.randn(1, 4, 8, 8, device=DEVICE, dtype=DTYPE), 500)
+    context = torch.randn(1, 17, 24, device=DEVICE, dtype=DTYPE)
+    around = {"i2am": lambda: i2am.patch_unet(model, reference=i2am.Reference(grid=(4, 4), skip=1))}
+
+    def ten():
+        for _ in range(10):
+            model(*inputs, context)
+
+    calls = {"untraced": ten, "i2am": ten}
+    found = compare(benchmark, "fixed", "tiny UNet, 17 reference tokens", calls, around=around, rounds=9)
+    with i2am.patch_unet(model, reference=i2am.Reference(grid=(4, 4), skip=1)) as tracer:
+        model(*inputs, context)
+    number = 10 * len(tracer.maps().recorded_layers)
+    cost = (found["i2am"]["seconds"] - found["untraced"]["seconds"]) / number * 1e3
+    benchmark.extra_info["milliseconds a call"] = cost
+    show(capsys, f"tiny UNet: {cost:.2f} ms a traced attention call", found)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 TITLES = {
     "op": "Attention with both maps, against `scaled_dot_product_attention` without any",
     "model": "One step of a UNet, against the untraced step",
+    "fixed": "Fixed cost: a UNet so small that hooks and checks are what tracing costs",
     "highres": "High-resolution super-resolution: aligned reference, one head, d 64",
     "regions": "SRAM: registered regions, against a call without",
     "answers": "SRAM: answers from recorded queries and keys, 16,384 × 16,384, one head",
