@@ -44,7 +44,7 @@ def load_head(
         o_n = first + tl.arange(0, BLOCK)
         if CLAMP:
             o_n = tl.minimum(o_n, N - 1)
-        p = x + (i_b * x_strides[0] + i_h * x_strides[1]) * UNIT + (o_n.to(tl.int64) * x_strides[2] * UNIT)[:, None]
+        p = x + (i_b * x_strides[0] + i_h * x_strides[1]) * UNIT + o_n.to(tl.int64)[:, None] * (x_strides[2] * UNIT)
         o_d = tl.arange(0, D_MAIN)
         m_n = (o_n < N)[:, None]
         b_main = tl.load(p + o_d[None, :], mask=m_n & (o_d < D)[None, :], other=0.0)
@@ -73,7 +73,7 @@ def store_head(
 ):
     """Store rows of one head, rounded to the dtype of ``x``; the inverse of :func:`load_head` for pointers."""
     o_n = first + tl.arange(0, BLOCK)
-    p = x + (i_b * x_strides[0] + i_h * x_strides[1]) * UNIT + (o_n.to(tl.int64) * x_strides[2] * UNIT)[:, None]
+    p = x + (i_b * x_strides[0] + i_h * x_strides[1]) * UNIT + o_n.to(tl.int64)[:, None] * (x_strides[2] * UNIT)
     o_d = tl.arange(0, D_MAIN)
     m_n = (o_n < N)[:, None]
     tl.store(p + o_d[None, :], b_x[0].to(x.dtype.element_ty), mask=m_n & (o_d < D)[None, :])

@@ -14,7 +14,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("sm_80", "sm_90", "gfx942")
-SPILLS = {("sm_80", "attention fp16 d=128 plain"): 48}  # bytes, known and of one kernel: 255 registers are not enough
 EVERY_TARGET = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 
 
@@ -56,7 +55,7 @@ def test_compiles_and_fits(reports, target):
         assert "error" not in found, found
         assert found["shared"] <= found["allowed"], found
         if version(found["triton"]) >= (3, 8):  # what is claimed is claimed of this compiler and later ones
-            assert found["spills"] <= SPILLS.get((target, found["name"]), 0), found
+            assert found["spills"] == 0, found
 
 
 def tiles(reports, kernel):
