@@ -57,7 +57,7 @@ def _refuse_sharded(name: str, module: nn.Module) -> None:
     (Weights that FSDP2 shards are whole while their module runs.)
     """
     for part in module.children():
-        weight = part._parameters.get("weight")
+        weight: Any = part._parameters.get("weight")
         if weight is not None and type(weight).__name__ == "DTensor" and weight.device_mesh.size() > 1:
             raise ValueError(
                 f"layer {name} is tensor-parallel over {weight.device_mesh.size()} processes, of which each computes "
