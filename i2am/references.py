@@ -145,10 +145,15 @@ def choose_layers(names: Iterable[str], layers: LayerFilter) -> list[str]:
         missing = [] if chosen else ["the predicate"]
     else:
         patterns = [layers] if isinstance(layers, str) else list(layers)
-        chosen = [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
-        missing = [repr(p) for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in names)]
+        chosen = [name for name in names if any(_fits(name, p) for p in patterns)]
+        missing = [repr(p) for p in patterns if not any(_fits(name, p) for name in names)]
         if not patterns:
             missing = ["an empty list"]
     if missing:
         raise ValueError(f"layers: {', '.join(missing)} selects no layer; there are: {', '.join(names) or 'none'}")
     return chosen
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a layer is meant: by its very name, which may hold brackets, or by a glob pattern."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)

@@ -41,6 +41,7 @@ NAMES = ["down.0.attn2", "down.1.attn2", "mid.attn2", "up.0.attn2"]
 def test_choose_layers():
     assert choose_layers(NAMES, None) == NAMES
     assert choose_layers(NAMES, "down.*") == NAMES[:2]
+    assert choose_layers(["a[0]", "a0"], "a[0]") == ["a[0]", "a0"]  # by its very name, and as a pattern
     assert choose_layers(NAMES, ["up.*", "down.1.attn2"]) == [NAMES[1], NAMES[3]]  # execution order, not the filter's
     assert choose_layers(NAMES, lambda name: "mid" in name) == ["mid.attn2"]
 

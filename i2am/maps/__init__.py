@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     import xarray
     from typing_extensions import Unpack
 
-    from i2am.tracing.sums import Track
 
 __all__ = ["AXES", "DIRECTIONS", "LEVELS", "AttributionMaps", "Axis", "Direction", "LayerSums", "Level", "Normalize"]
 
@@ -88,9 +87,9 @@ class AttributionMaps(RecordedLayers):
         self._provenance = plain(provenance)
 
     @classmethod
-    def of(cls, tracks: Iterable[Track], default: set[str], **extra: Any) -> AttributionMaps:
+    def of(cls, sums: Iterable[LayerSums], default: set[str], **extra: Any) -> AttributionMaps:
         """Copy a recorder's running sums; ``default`` names the layers of the default set."""
-        maps = cls([_copied(track, track.layer in default) for track in tracks], **extra)
+        maps = cls([s.frozen(s.layer in default) for s in sums], **extra)
         for reference in maps.references:
             if broken := maps.not_finite(reference):
                 logger.warning("%s", not_finite_message(broken, reference))
@@ -372,27 +371,3 @@ def _cells(grid: Grid) -> tuple[RegionOnGrid, int]:
     if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
         raise ValueError(f"grid must be (rows, columns), both positive, got {grid!r}")
     return grid_cells(grid), grid[0] * grid[1]
-
-
-def _copied(track: Track, default: bool) -> LayerSums:
-    """Return a track's sums on CPU, which later calls no longer change."""
-
-    def copy(x: Tensor) -> Tensor:
-        return x.detach().to("cpu", copy=True)
-
-    reference = track.reference
-    assert not isinstance(reference.grid, str), "a track's reference lies on a grid of its own"
-    return LayerSums(
-        layer=track.layer,
-        reference=reference.name,
-        grid=track.grid,
-        reference_grid=reference.grid,
-        skip=reference.skip,
-        keys=track.keys,
-        default=default,
-        counts=tuple(track.counts),
-        r2g=copy(track.r2g),
-        g2r=copy(track.g2r),
-        mass=None if track.mass is None else copy(track.mass),
-        sram=None if track.sram is None else copy(track.sram),
-    )

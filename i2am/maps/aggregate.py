@@ -8,7 +8,7 @@ queries and keys.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from i2am.maps.entries import QKEntry
 from i2am.maps.names import Axis, Direction
 from i2am.maps.sram import RegionOnGrid, heads_at_once, region_rows
+from i2am.ops.results import Sums
 from i2am.references import Grid
 
 Picks = int | slice | Sequence[int] | None
@@ -27,20 +28,50 @@ STORED = ("r2g", "g2r", "mass", "sram")  # the tensors of LayerSums
 
 @dataclass(frozen=True)
 class LayerSums:
-    """Sums of one layer over one reference. ``T`` time groups, ``Q`` generated queries, ``K`` reference keys."""
+    """Sums of one layer over one reference, running or read from a file.
+
+    ``T`` time groups, ``Q`` generated queries, ``K`` reference keys.
+    """
 
     layer: str
     reference: str
     grid: Grid  # of the Q generated tokens
     reference_grid: Grid | None  # of the last K - skip reference tokens
     skip: int
-    keys: int  # all keys of the attention
+    keys: int  # all keys of the attention: what lift multiplies G2R by; scaled by X / K with rollout
     default: bool  # in the default layer set
-    counts: tuple[int, ...]  # [T] calls
+    counts: list[int] | tuple[int, ...]  # [T] calls; a list while they run
     r2g: Tensor  # [T, B, H, Q] float32 sums over calls
     g2r: Tensor  # [T, B, H, K]
     mass: Tensor | None = None  # [T, B, H, Q]
     sram: Tensor | None = None  # [T, B, H, R, K] of the R registered regions
+    queries: int | None = None  # of one call, by which lift multiplies R2G; None: Q (fewer where calls are tiles)
+
+    def count(self, group: int) -> None:
+        """Note one more call in a time group."""
+        assert isinstance(self.counts, list), "these sums are frozen"
+        self.counts[group] += 1
+
+    def at(self, group: int) -> Sums:
+        """Return the sums of one time group; what is added to them is added here."""
+        mass, sram = (None if x is None else x[group] for x in (self.mass, self.sram))
+        return Sums(self.r2g[group], self.g2r[group], mass, sram)
+
+    def frozen(self, default: bool) -> LayerSums:
+        """Return a copy on CPU, which later calls no longer change; ``default``: whether in the default layer set."""
+
+        def copy(x: Tensor) -> Tensor:
+            return x.detach().to("cpu", copy=True)
+
+        return replace(
+            self,
+            default=default,
+            counts=tuple(self.counts),
+            r2g=copy(self.r2g),
+            g2r=copy(self.g2r),
+            mass=None if self.mass is None else copy(self.mass),
+            sram=None if self.sram is None else copy(self.sram),
+        )
 
     @property
     def heads(self) -> int:
@@ -237,7 +268,7 @@ class Aggregation:
         if self.direction == "g2r":
             scale, x = float(s.keys), x[..., s.skip :]
         else:
-            scale = x.shape[-1] if self.direction == "r2g" else s.keys / s.g2r.shape[-1]
+            scale = (s.queries or x.shape[-1]) if self.direction == "r2g" else s.keys / s.g2r.shape[-1]
         x = x * scale if self.lift else x
         grids = x.reshape(-1, 1, h, w)
         if (h, w) != self.size:

@@ -84,7 +84,7 @@ def _layer_header(s: LayerSums) -> dict[str, Any]:
         "keys": s.keys,
         "default": s.default,
         "counts": list(s.counts),
-    }
+    } | ({} if s.queries is None else {"queries": s.queries})
 
 
 def _pack_record(
@@ -195,7 +195,9 @@ def _shapes(file: Any) -> dict[str, Stored]:
 
 
 def _read_layer(layer: Field, i: int, tensors: dict[str, Tensor]) -> LayerSums:
-    f = layer.fields(("layer", "reference", "grid", "reference_grid", "skip", "keys", "default", "counts"))
+    f = layer.fields(
+        ("layer", "reference", "grid", "reference_grid", "skip", "keys", "default", "counts"), ("queries",)
+    )
     for name in ("r2g", "g2r"):
         if f"{i}.{name}" not in tensors:
             layer.refuse(f"has no tensor {i}.{name}")
@@ -212,6 +214,7 @@ def _read_layer(layer: Field, i: int, tensors: dict[str, Tensor]) -> LayerSums:
         keys=f["keys"].integer(1),
         default=f["default"].flag(),
         counts=tuple(count.integer(0) for count in f["counts"].items(least=1)),
+        queries=f["queries"].integer(1) if "queries" in f else None,
         r2g=stored["r2g"],
         g2r=stored["g2r"],
         mass=stored.get("mass"),

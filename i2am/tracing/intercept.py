@@ -13,8 +13,7 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -120,22 +119,18 @@ COMPILED = "i2am traces this model, and its hooks run uncompiled: compile withou
 _original = F.scaled_dot_product_attention
 _lock = threading.Lock()
 _open: set[ForwardContext] = set()  # of all threads
-_replaced = ExitStack()
 _local = threading.local()
 
 
 def open_context(context: ForwardContext) -> None:
     """Make ``context`` the running thread's; the first one anywhere replaces the attention functions."""
-    global _replaced
     if not hasattr(_local, "contexts"):
         _local.contexts = []
     context.stack = _local.contexts
     try:
         with _lock:
             if not _open:
-                with ExitStack() as undo:
-                    _replace_all(undo)
-                    _replaced = undo.pop_all()
+                _replace_all()
             _open.add(context)
             context.stack.append(context)
     except BaseException:  # Ctrl-C between two lines
@@ -150,7 +145,7 @@ def close_context(context: ForwardContext) -> None:
         _open.difference_update(context.stack[at:], (context,))
         del context.stack[at:]
         if not _open:
-            _replaced.close()
+            _restore_all()
 
 
 def running_context() -> ForwardContext | None:
@@ -211,38 +206,59 @@ def frame_of_forward() -> FrameType:
 # ---------------------------------------------------------------------------------------- the functions of attention
 
 
-def _replace_all(undo: ExitStack) -> None:
-    """Replace every attention function that has been imported; ``undo`` puts them back."""
-    global _original
-    _original = F.scaled_dot_product_attention
-    _replace(undo, F, "scaled_dot_product_attention", _disabled(_sdpa))
+Attention = Callable[..., Any]
+_own: dict[Attention, Attention] = {}  # what stands in a place → what stood there
+
+
+def _places() -> Iterator[tuple[dict[Any, Any], Any, Callable[[Attention], Attention]]]:
+    """Yield where attention functions are kept, as far as they have been imported, and what wraps each."""
+    yield vars(F), "scaled_dot_product_attention", _through_torch
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
-    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
-    for name, backend in list(getattr(registry, "_backends", {}).items()):
-        registry._backends[name] = replacement = _disabled(_through_registry(name, backend))
-        undo.callback(_put_back, registry._backends, name, replacement, backend)
+    backends = getattr(getattr(dispatch, "_AttentionBackendRegistry", None), "_backends", {})
+    for name in list(backends):
+        yield backends, name, functools.partial(_through_registry, name)
     xformers = sys.modules.get("xformers.ops")
     if xformers is not None and hasattr(xformers, "memory_efficient_attention"):
-        own = xformers.memory_efficient_attention
-        _replace(undo, xformers, "memory_efficient_attention", _disabled(_through_xformers(own)))
+        yield vars(xformers), "memory_efficient_attention", _through_xformers
 
 
-def _replace(undo: ExitStack, module, name: str, replacement: Callable) -> None:
-    own = getattr(module, name)
-    setattr(module, name, replacement)
-    undo.callback(_put_back, vars(module), name, replacement, own)
+def _replace_all() -> None:
+    """Replace every attention function. What an interrupt has left in a place is not wrapped again."""
+    global _original
+    for names, name, through in _places():
+        own = _own.get(names[name], names[name])
+        if names is vars(F):
+            _original = own
+        replacement = _disabled(through(own))
+        _own[replacement] = own
+        names[name] = replacement
 
 
-def _put_back(names: dict, name: object, replacement: Callable, own: Callable) -> None:
-    if names.get(name) is replacement:  # else someone replaced it after us
-        names[name] = own
+def restore_when_idle() -> None:
+    """Put the attention functions back unless a context is open. Who replaced one after us is left alone."""
+    with _lock:
+        if not _open:
+            _restore_all()
 
 
-def _sdpa(*args, **kwargs):
-    waiting = _waiting()
-    if waiting is None:
-        return _original(*args, **kwargs)
-    return waiting[0].attend(*waiting, AttentionCall(*args, **kwargs))
+def _restore_all() -> None:
+    for names, name, _ in _places():
+        if names[name] in _own:
+            names[name] = _own[names[name]]
+
+
+@functools.cache
+def _through_torch(sdpa: Attention) -> Attention:
+    """Intercept torch's ``scaled_dot_product_attention``."""
+
+    @functools.wraps(sdpa)
+    def intercepted(*args: Any, **kwargs: Any) -> Any:
+        waiting = _waiting()
+        if waiting is None:
+            return sdpa(*args, **kwargs)
+        return waiting[0].attend(*waiting, AttentionCall(*args, **kwargs))
+
+    return intercepted
 
 
 @functools.cache  # the same replacement in every forward, or compiled code would see a new one each time

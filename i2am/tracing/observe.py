@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from i2am.families import TokenLayout
+from i2am.maps.aggregate import LayerSums
 from i2am.ops import Sums, accumulate
 from i2am.ops.tokens import TokenSet
 from i2am.tracing.intercept import AttentionCall, ForwardContext, LayerContext
 from i2am.tracing.options import TraceSettings
 from i2am.tracing.qk import QKRecord, mask_between
 from i2am.tracing.regions import RegisteredRegions
-from i2am.tracing.sums import SumStore, Track
+from i2am.tracing.sums import SumStore
 
 PADDING = -1e4  # an additive mask this low means "no such key"
 
@@ -117,7 +118,7 @@ class Observer:
             )
             aside.add()
         for track in tracks:
-            track.counts[group] += 1
+            track.count(group)
         if self._finite and q.device.type == "cpu":  # elsewhere it would wait for the device: see check_finite
             self._see_finite(layer.name, context, q, k, row_lse)
         if self.record.options.wants(context.info):
@@ -150,7 +151,7 @@ class Observer:
         when = "" if context.info.step is None else f" at step {context.info.step}"
         self._tell(f"layer {layer}: {which} is not finite{when}: did {str(q.dtype).removeprefix('torch.')} overflow?")
 
-    def check_finite(self, tracks: Iterable[Track]) -> None:
+    def check_finite(self, tracks: Iterable[LayerSums]) -> None:
         """Say which layer's sums are the first that are not finite, if any are."""
         for track in tracks if self._finite else ():
             bad = [g for g, n in enumerate(track.counts) if n and not bool(track.r2g[g].isfinite().all())]

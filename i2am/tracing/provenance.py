@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from i2am.maps.aggregate import LayerSums
 from i2am.references import Grid
-from i2am.tracing.sums import Place, Track
+from i2am.tracing.sums import Place
 from i2am.versions import versions
 
 
@@ -48,9 +49,14 @@ class Ledger:
         """Keep a sentence that a reader of the maps should know."""
         self.notes[text] = None
 
-    def told(self, tracks: Iterable[Track], canvas: Grid | None) -> dict[str, Any]:
-        """Return the provenance of maps: plain values, as they are saved."""
-        tracks = list(tracks)
+    def told(self, tracks: Iterable[LayerSums], tokens: dict[str, str], canvas: Grid | None) -> dict[str, Any]:
+        """Return the provenance of maps: plain values, as they are saved.
+
+        Args:
+            tracks: what was summed.
+            tokens: reference → which of the keys it is.
+            canvas: of tiles, in latent pixels.
+        """
         calls: dict[str, list[int]] = {}
         for track in tracks:
             before = calls.get(track.layer, [0] * len(track.counts))
@@ -71,7 +77,7 @@ class Ledger:
             "calls": {"seen": self.seen, "counted": self.counted, "passed_by": dict(self.passed_by)},
             "guidance": dict(self.guidance),
             "layers": calls,
-            "references": {track.reference.name: track.tokens for track in tracks},
+            "references": dict(tokens),
             "tiles": sorted([list(place) for place in self.tiles if place is not None]),
             "canvas": None if canvas is None else list(canvas),
             "notes": notes,

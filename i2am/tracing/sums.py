@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
 from i2am.families import TokenLayout
-from i2am.ops import Sums
+from i2am.maps.aggregate import LayerSums
 from i2am.references import Grid, Reference
 
 Place = tuple[int, int] | None  # of a tile's latents on the picture's: (top, left); None: the whole picture
-
-
-@dataclass
-class Track:
-    """Sums of one layer over one reference. ``T`` time groups, ``Q`` generated queries, ``K`` reference keys."""
-
-    layer: str
-    reference: Reference
-    grid: Grid
-    keys: int  # what `lift` multiplies by: keys of the whole attention; scaled by X / K with rollout
-    r2g: Tensor  # [T, B, H, Q]
-    g2r: Tensor  # [T, B, H, K]
-    mass: Tensor | None  # [T, B, H, Q]
-    sram: Tensor | None  # [T, B, H, R, K]
-    counts: list[int] = field(default_factory=list)  # [T] calls seen
-    tokens: str = ""  # of the reference among the keys, for the provenance
-
-    def at(self, group: int) -> Sums:
-        """Return the sums of one time group; what is added to them is added here."""
-        g2r, mass, sram = (None if x is None else x[group] for x in (self.g2r, self.mass, self.sram))
-        return Sums(self.r2g[group], g2r, mass, sram)
 
 
 class SumStore:
@@ -40,11 +17,12 @@ class SumStore:
 
     def __init__(self, time_groups: int):
         self.time_groups = time_groups
-        self.tracks: dict[tuple[str, str, Place], Track] = {}
+        self.tracks: dict[tuple[str, str, Place], LayerSums] = {}
+        self.tokens: dict[str, str] = {}  # reference → which of the keys it is, for the provenance
 
     def open(
         self, layer: str, layout: TokenLayout, q: Tensor, k: Tensor, queries: int, regions: int = 0, place: Place = None
-    ) -> list[Track]:
+    ) -> list[LayerSums]:
         """Return the tracks that one attention call adds to, made on the first call.
 
         Args:
@@ -78,7 +56,7 @@ class SumStore:
         regions: int,
         roll: Tensor | None,
         place: Place,
-    ) -> Track:
+    ) -> LayerSums:
         T, (B, H), K, keys = self.time_groups, q.shape[:2], reference.count(k.shape[2]), k.shape[2]
         if roll is not None:
             keys, K = round(keys * roll.shape[-1] / K), roll.shape[-1]
@@ -90,17 +68,21 @@ class SumStore:
                 with torch.inference_mode(False):  # sums outlive the mode of the call that made them
                     return torch.zeros(T, B, H, *shape, dtype=torch.float32, device=q.device)
 
-            track = self.tracks[key] = Track(
+            assert not isinstance(reference.grid, str), "a reference in a layout lies on a grid of its own"
+            self.tokens.setdefault(reference.name, _tokens(reference, k.shape[2]))
+            track = self.tracks[key] = LayerSums(
                 layer=layer,
-                reference=reference,
+                reference=reference.name,
                 grid=grid,
+                reference_grid=reference.grid,
+                skip=reference.skip,
                 keys=keys,
+                default=True,
                 r2g=zeros(queries),
                 g2r=zeros(K),
                 mass=zeros(queries) if share else None,
                 sram=zeros(regions, K) if regions else None,
                 counts=[0] * T,
-                tokens=_tokens(reference, k.shape[2]),
             )
         seen = (track.grid, tuple(track.r2g.shape[1:]), tuple(track.g2r.shape[1:]))
         now = (grid, (B, H, queries), (B, H, K))

@@ -13,11 +13,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from i2am.maps.aggregate import LayerSums
 from i2am.references import Grid
-from i2am.tracing.sums import Place, Track
+from i2am.tracing.sums import Place
 
 
-def on_canvas(tracks: dict[tuple[str, str, Place], Track], tiles: dict[Place, Grid], canvas: Grid) -> list[Track]:
+def on_canvas(
+    tracks: dict[tuple[str, str, Place], LayerSums], tiles: dict[Place, Grid], canvas: Grid
+) -> list[LayerSums]:
     """Return one track per layer and reference, on the grid of the whole picture.
 
     Args:
@@ -25,13 +28,13 @@ def on_canvas(tracks: dict[tuple[str, str, Place], Track], tiles: dict[Place, Gr
         tiles: place ``(top, left)`` → size of the tile's latents.
         canvas: size of the picture's latents.
     """
-    together: dict[tuple[str, str], list[tuple[Place, Track]]] = {}
+    together: dict[tuple[str, str], list[tuple[Place, LayerSums]]] = {}
     for (layer, reference, place), track in tracks.items():
         together.setdefault((layer, reference), []).append((place, track))
     return [_assemble(parts, tiles, canvas) for parts in together.values()]
 
 
-def _assemble(parts: list[tuple[Place, Track]], tiles: dict[Place, Grid], canvas: Grid) -> Track:
+def _assemble(parts: list[tuple[Place, LayerSums]], tiles: dict[Place, Grid], canvas: Grid) -> LayerSums:
     first = parts[0][1]
     if len(parts) == 1 and parts[0][0] is None:
         return first
@@ -65,7 +68,8 @@ def _assemble(parts: list[tuple[Place, Track]], tiles: dict[Place, Grid], canvas
     g2r = added("g2r")
     assert r2g is not None
     assert g2r is not None
-    return replace(first, grid=grid, r2g=r2g, mass=spread("mass"), g2r=g2r, sram=added("sram"), counts=counts)
+    mass, sram, queries = spread("mass"), added("sram"), first.r2g.shape[-1]
+    return replace(first, grid=grid, r2g=r2g, mass=mass, g2r=g2r, sram=sram, counts=counts, queries=queries)
 
 
 def _weights(place: Grid, size: Grid, tokens: Grid, cell: tuple[float, ...], grid: Grid) -> tuple[Tensor, Tensor]:

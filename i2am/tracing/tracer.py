@@ -26,6 +26,7 @@ from i2am.tracing.intercept import (
     frame_of_forward,
     open_context,
     refuse_compiled,
+    restore_when_idle,
     running_context,
 )
 from i2am.tracing.layers import BlindLayerError, blind_message, watch_layer
@@ -120,6 +121,7 @@ class Tracer:
         while context is not None and context.owner is self:
             close_context(context)
             context = running_context()
+        restore_when_idle()
 
     def reset(self) -> None:
         """Forget what was recorded and go on tracing: call it between runs of different batches or sizes."""
@@ -194,7 +196,7 @@ class Tracer:
     def provenance(self) -> dict[str, Any]:
         """Account of what the maps average: calls seen and counted, steps, guidance, layers, references, tiles."""
         canvas = self._canvas_latents() if self._ledger.tiles else None
-        return self._ledger.told(self._sums.tracks.values(), canvas)
+        return self._ledger.told(self._sums.tracks.values(), self._sums.tokens, canvas)
 
     @property
     def pipe(self) -> Any:

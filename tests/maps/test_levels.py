@@ -178,20 +178,8 @@ def test_sums_that_are_not_finite_are_named(maps, value, caplog):
 
 
 def test_maps_of_a_run_warn_of_sums_that_are_not_finite(caplog):
-    from i2am.references import Reference
-    from i2am.tracing.sums import Track
-
-    track = Track(
-        "a",
-        Reference(grid=(1, 2)),
-        (2, 3),
-        2,
-        torch.full((1, 1, 1, 6), torch.nan),
-        torch.ones(1, 1, 1, 2),
-        None,
-        None,
-        [1],
-    )
+    broken = torch.full((1, 1, 1, 6), torch.nan)
+    track = LayerSums("a", "r", (2, 3), (1, 2), 0, 2, True, [1], broken, torch.ones(1, 1, 1, 2))
     with caplog.at_level("WARNING", logger="i2am"):
         AttributionMaps.of([track], {"a"})
     assert "not finite" in caplog.text

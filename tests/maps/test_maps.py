@@ -125,11 +125,8 @@ def test_references_without_a_map():
 
 
 def test_maps_are_a_copy():
-    from i2am.references import Reference
-    from i2am.tracing.sums import Track
-
     r2g = torch.ones(1, 1, 1, 6)
-    track = Track("a", Reference(grid=(1, 2)), (2, 3), 2, r2g, torch.ones(1, 1, 1, 2), None, None, [1])
+    track = LayerSums("a", "r", (2, 3), (1, 2), 0, 2, True, [1], r2g, torch.ones(1, 1, 1, 2))
     maps = AttributionMaps.of([track], {"a"})
     r2g += 1
     track.counts[0] = 2

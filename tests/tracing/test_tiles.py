@@ -49,7 +49,7 @@ def test_tiles_without_a_place_are_refused(setting):
 
 
 @pytest.mark.parametrize("lefts", [(0, 12), (12, 0)], ids=["in order", "the other way round"])
-def test_each_tile_in_its_place(setting, lefts):
+def test_each_tile_in_its_place(setting, lefts, tmp_path):
     unet, scheduler, context = setting
     calls = capture(unet, lambda: tiled(unet, scheduler, context, lefts))
     finest = "up_blocks.2.attentions.0.transformer_blocks.0.attn2"
@@ -67,6 +67,10 @@ def test_each_tile_in_its_place(setting, lefts):
     want[..., 16:] = by_tile[12]["r2g"][..., 4:]
     assert_peak(maps.ulam("r2g", layers=finest), want)
     assert_peak(maps.ulam("g2r", layers=finest), (by_tile[0]["g2r"] + by_tile[12]["g2r"]) / 2)
+    lifted = maps.ulam("r2g", layers=finest, normalize="lift")
+    assert_peak(lifted, 256 * want)  # of a tile's 16×16 tokens each, 1.0 is uniform
+    saved = i2am.AttributionMaps.load(maps.save(tmp_path / "maps.safetensors"))
+    assert saved.ulam("r2g", layers=finest, normalize="lift").equal(lifted)
     assert maps.canvas == (16, 28)
     assert maps.ulam("r2g").shape == (1, 16, 28)
     assert maps.provenance["tiles"] == [[0, 0], [0, 12]]
