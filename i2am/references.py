@@ -155,5 +155,5 @@ def choose_layers(names: Iterable[str], layers: LayerFilter) -> list[str]:
 
 
 def _fits(name: str, pattern: str) -> bool:
-    """Whether a layer is meant: by its very name, which may hold brackets, or by a glob pattern."""
+    """Return whether a layer is meant: by its very name, which may hold brackets, or by a glob pattern."""
     return name == pattern or fnmatch.fnmatchcase(name, pattern)

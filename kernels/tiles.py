@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What the choice of tiles depends on.
+    """Limits of a device that the choice of tiles depends on.
 
     Attributes:
         shared: bytes of shared memory one program may take.
@@ -240,7 +240,7 @@ class Call(NamedTuple):
 
     @property
     def unit(self) -> int:
-        """What a model's ``[B, N, H, d]`` views allow."""
+        """Return what a model's ``[B, N, H, d]`` views allow."""
         unit = unit_of(self.itemsize)
         return unit if self.d % unit == 0 else 1
 

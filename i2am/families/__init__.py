@@ -28,7 +28,7 @@ Hooked = tuple[nn.Module, Callable[..., Any], str]  # (module, function, "before
 
 
 class ForwardInputs(NamedTuple):
-    """What a family reads from the arguments of one forward of the traced model."""
+    """Arguments of one forward of the traced model, as a family reads them."""
 
     latents: Tensor  # [B, C, …] what is denoised, without channels concatenated from elsewhere
     timestep: Tensor | float  # in the scheduler's units
@@ -39,7 +39,7 @@ class ForwardInputs(NamedTuple):
 
 
 class TokenLayout(NamedTuple):
-    """What a reference-carrying attention call carries: generated queries on their grid, references among its keys."""
+    """Layout of a reference-carrying attention call: generated queries on their grid, references among its keys."""
 
     grid: Grid
     references: tuple[Reference, ...]
@@ -57,7 +57,7 @@ class View(NamedTuple):
 
 
 class PipelineFacts(NamedTuple):
-    """What is known of pipelines whose class, or one that it is made from, fits a glob pattern.
+    """Facts on pipelines whose class, or one that it is made from, fits a glob pattern.
 
     A pattern with neither ``refused`` nor ``adapter`` says that the reference becomes keys in every call.
     """
@@ -73,7 +73,7 @@ class PipelineFacts(NamedTuple):
 
 
 class Request(NamedTuple):
-    """How a model is to be read."""
+    """Request of how a model is to be read."""
 
     references: Described = None
     self_attention: bool = False  # mode="self"

@@ -76,7 +76,7 @@ class Plan(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a plan depends on."""
+    """Shapes and kinds that a plan depends on."""
 
     call: Call  # keys: all of the call; regions, mass, output
     B: int
@@ -214,7 +214,7 @@ def attention(
 
 
 class Progress:
-    """How far a call has come: a configuration that fails must not make anything count twice."""
+    """Progress of a call: a configuration that fails must not make anything count twice."""
 
     def __init__(self) -> None:
         self.results: tuple[Tensor | None, Tensor, Tensor] | None = None

@@ -8,20 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
-from i2am.families import Family, ForwardInputs, TokenLayout, View
+from i2am.families import Family, ForwardInputs, View
 from i2am.maps import AttributionMaps
-from i2am.ops.tokens import TokenSet
 from i2am.references import Grid, choose_layers
 from i2am.tracing import claims, hooks
 from i2am.tracing.clock import Clock, StepInfo, read_timestep
-from i2am.tracing.guidance import Guidance, Told, Unexplained, Verdict, empty_parts
+from i2am.tracing.evidence import frames_of, settle_by_keys
+from i2am.tracing.guidance import Guidance, Told, Unexplained
 from i2am.tracing.intercept import (
-    AttentionCall,
     ForwardContext,
-    LayerContext,
     close_context,
     frame_of_forward,
     open_context,
@@ -266,7 +263,7 @@ class Tracer:
                 from_keys=self._family.told_by_keys and self._settings.guidance == "auto",
             )
         except Unexplained as error:
-            self._spoiled = str(error)
+            self._spoil(str(error))
             raise
         if verdict.samples is None:
             ledger.pass_by(f"calls beside the denoising: {verdict.how}")
@@ -276,14 +273,14 @@ class Tracer:
             owner=self,
             attend=observer.attend,
             batch=forward.latents.shape[0] * forward.frames,
-            conditional=_frames(verdict.samples, forward.frames),
+            conditional=frames_of(verdict.samples, forward.frames),
             info=info,
             frame=frame_of_forward(),
             tile=place,
             parts=verdict.parts,
         )
         if verdict.provisional:
-            context.settle = self._settle(guidance, verdict, forward, told)
+            context.settle = settle_by_keys(guidance, verdict, forward, told, ledger.note, self._spoil)
         if self._record.options.record and info.first:
             nbytes = record_size(model, args, kwargs, context, self._record.options)
             if nbytes is not None:
@@ -327,36 +324,9 @@ class Tracer:
             raise ValueError(f"the tile at {place} was {self._tiles[place]} latents and is now {size}: reset() between")
         return place
 
-    def _settle(
-        self, guidance: Guidance, verdict: Verdict, forward: ForwardInputs, told: Told
-    ) -> Callable[[ForwardContext, LayerContext, TokenLayout, AttentionCall], None]:
-        """Return what finds the conditional part in the first reference keys that come."""
-
-        def settle(context: ForwardContext, layer: LayerContext, layout: TokenLayout, call: AttentionCall) -> None:
-            if _alike(call, layout, verdict.parts):  # guidance by text: each part looks at the same reference
-                context.settle = None
-                self._ledger.note(f"guidance: every part holds the same reference; {verdict.how}")
-                return
-            indices = [TokenSet.of(r.tokens, call.key.shape[2], "keys").index for r in layout.references]
-            empty = set.intersection(*(set(empty_parts(call.key[:, :, i], verdict.parts)) for i in indices))
-            full = [i for i in range(verdict.parts) if i not in empty]
-            if len(full) != 1:
-                self._spoiled = (
-                    f"layer {layer.name}: the batch is {verdict.parts} parts of guidance, and the reference keys of "
-                    f"{len(full)} of them are not empty, so nothing tells which one is conditional: pass guidance=0 "
-                    "for "
-                    "the first part or guidance=1 for the second"
-                )
-                raise ValueError(self._spoiled)
-            size = forward.latents.shape[0] // verdict.parts
-            samples = slice(full[0] * size, (full[0] + 1) * size)
-            how = f"the reference keys of the other parts are empty: part {full[0]} of {verdict.parts}"
-            guidance.settle(forward.latents.shape[0], Verdict(samples, verdict.parts, how), told)
-            context.conditional = _frames(samples, forward.frames)
-            context.settle = None
-            self._ledger.note(f"guidance: {how}")
-
-        return settle
+    def _spoil(self, why: str) -> None:
+        """Note why what was counted can't be trusted."""
+        self._spoiled = why
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         context = running_context()
@@ -382,21 +352,8 @@ def _nobody(frame: Any) -> ForwardContext:
     )
 
 
-def _alike(call: AttentionCall, layout: TokenLayout, parts: int) -> bool:
-    """Tell whether the reference keys of every part of a batch are the same."""
-    for reference in layout.references:
-        first, *others = call.key[:, :, TokenSet.of(reference.tokens, call.key.shape[2], "keys").index].chunk(parts)
-        if not all(torch.allclose(first, other, rtol=1e-4, atol=1e-6) for other in others):
-            return False
-    return True
-
-
 def _size(forward: ForwardInputs) -> Grid:
     return forward.grid or (forward.latents.shape[-2], forward.latents.shape[-1])
-
-
-def _frames(samples: slice, frames: int) -> slice:
-    return slice(samples.start * frames, samples.stop * frames)
 
 
 def _refuse_faster_cache(model: nn.Module) -> None:
