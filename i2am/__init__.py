@@ -18,7 +18,7 @@ from i2am.ops import AttentionOutput, attention
 from i2am.references import Banked, Concatenated, Reference
 from i2am.tracing import BlindLayerError, Tracer, patch_modules, patch_transformer, patch_unet, trace, unpatch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 ON_FIRST_USE = ("compare", "evaluate", "losses", "plot", "zoo")  # `i2am.plot.…` needs no import
 __all__ = [
     "AttentionOutput",
