@@ -63,7 +63,20 @@ COLOUR = np.random.default_rng(4).integers(0, 256, (2, 7, 9, 3), dtype=np.uint8)
         torch.from_numpy(COLOUR).permute(0, 3, 1, 2).double() / 255,
         np.concatenate([COLOUR, np.full((2, 7, 9, 1), 255, np.uint8)], -1),
     ],
-    ids=str,
+    ids=[
+        "uint8",
+        "list of arrays",
+        "list of PIL images",
+        "channels first",
+        "uint16",
+        "int64",
+        "float64",
+        "float32",
+        "tensor",
+        "tensor, channels first",
+        "float64 tensor",
+        "alpha",
+    ],
 )
 def test_every_form_of_picture(form):
     for index in (0, 1, -1):
