@@ -6,20 +6,37 @@
         image = pipe(...).images[0]
     maps = tracer.maps()
     maps.ulam("r2g"), maps.ulam("g2r")
+
+Names are imported on first use: ``import i2am`` costs nothing, and ``i2am --help`` answers without torch.
 """
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from i2am.detect import Box, detect_box
-from i2am.maps import AttributionMaps
-from i2am.metrics import imacs
-from i2am.ops import AttentionOutput, attention
-from i2am.references import Banked, Concatenated, Reference
-from i2am.tracing import BlindLayerError, Tracer, patch_modules, patch_transformer, patch_unet, trace, unpatch
+if TYPE_CHECKING:
+    from i2am import compare as compare
+    from i2am import evaluate as evaluate
+    from i2am import losses as losses
+    from i2am import plot as plot
+    from i2am import zoo as zoo
+    from i2am.detect import Box, detect_box
+    from i2am.maps import AttributionMaps
+    from i2am.metrics import imacs
+    from i2am.ops import AttentionOutput, attention
+    from i2am.references import Banked, Concatenated, Reference
+    from i2am.tracing import BlindLayerError, Tracer, patch_modules, patch_transformer, patch_unet, trace, unpatch
 
 __version__ = "0.2.0"
-ON_FIRST_USE = ("compare", "evaluate", "losses", "plot", "zoo")  # `i2am.plot.…` needs no import
+MODULES = ("compare", "evaluate", "losses", "plot", "zoo")
+HOMES = {
+    "detect": ("Box", "detect_box"),
+    "maps": ("AttributionMaps",),
+    "metrics": ("imacs",),
+    "ops": ("AttentionOutput", "attention"),
+    "references": ("Banked", "Concatenated", "Reference"),
+    "tracing": ("BlindLayerError", "Tracer", "patch_modules", "patch_transformer", "patch_unet", "trace", "unpatch"),
+}
+HOME = {name: home for home, names in HOMES.items() for name in names}
 __all__ = [
     "AttentionOutput",
     "AttributionMaps",
@@ -41,11 +58,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in ON_FIRST_USE:
+def __getattr__(name: str) -> Any:
+    if name in MODULES:
         return importlib.import_module(f"i2am.{name}")
+    if name in HOME:
+        value = getattr(importlib.import_module(f"i2am.{HOME[name]}"), name)
+        globals()[name] = value  # asked for once
+        return value
     raise AttributeError(f"module 'i2am' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *ON_FIRST_USE})
+    return sorted({*globals(), *MODULES, *HOME})

@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 
 from i2am.cli import evaluate
-from i2am.cli.arguments import UserError, add_adapter_options, add_map_options, add_run_options
+from i2am.cli.arguments import SOME_FAILED, StoppedEarly, UserError, add_options
+from i2am.cli.streams import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
         "What moved between two runs of the same samples: scores with confidence intervals, the share of attention\n"
@@ -20,30 +22,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", metavar="B", help="the run after; with --manifest a pipeline")
     parser.add_argument("--out", type=Path, default=Path("i2am-compare"), metavar="DIR", help="default: ./i2am-compare")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="evaluate both on it, into DIR/a and DIR/b")
-    add_adapter_options(parser)
-    add_run_options(parser)
-    add_map_options(parser)
+    parser.add_argument("--restart", action="store_true", help=evaluate.RESTART)
+    add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from i2am import compare
-
+    """Run the command."""
     folders, code = [Path(args.a), Path(args.b)], 0
     if args.manifest is not None:
         folders = [args.out / name for name in "ab"]
         for pipeline, folder in zip((args.a, args.b), folders, strict=True):
             code = max(code, evaluate.run(_evaluation(args, pipeline, folder)))
-            if code > evaluate.FAILED:
+            if code > SOME_FAILED:
                 return code
+    from i2am import compare
+
     try:
         comparison = compare.compare(*folders)
-        compare.write(comparison, args.out)
     except ValueError as error:
         raise UserError(str(error)) from error
+    try:
+        compare.write(comparison, args.out)
     except OSError as error:
-        raise UserError(f"--out: cannot write to {args.out}: {error.strerror}") from error
-    print(compare.said(comparison))
-    print(f"wrote compare.json, compare.csv, compare.png and movers.png to {args.out}")
+        raise StoppedEarly(f"--out: cannot write to {args.out}: {error.strerror or error}") from error
+    say(compare.format_table(comparison))
+    say(f"wrote compare.json, compare.csv, compare.png and movers.png to {args.out}")
     return code
 
 

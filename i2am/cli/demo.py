@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 from i2am.cli.arguments import UserError, positive, seed
-from i2am.cli.results import claim, hush, write_results
+from i2am.cli.results import prepare_output_dir, quiet_libraries, write_results
+from i2am.cli.streams import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     parser.description = "Traces a small trained try-on model on photographs that it never saw."
     parser.add_argument("--out", type=Path, default=Path("i2am-demo"), metavar="DIR", help="default: ./i2am-demo")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="denoising steps (default: 20)")
@@ -26,20 +28,21 @@ NEXT = (
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run the command."""
     start = time.perf_counter()
-    claim(args.out)
-    print("Loading PyTorch, diffusers and a small trained model …", flush=True)
-    hush(warnings_too=True)  # they would be about the demo's own parts
+    prepare_output_dir(args.out)
+    say("Loading PyTorch, diffusers and a small trained model …")
+    quiet_libraries(warnings_too=True)  # they would be about the demo's own parts
     from i2am import demo
 
-    print(f"{demo.NOTE}\nTracing {args.steps} denoising steps …", flush=True)
+    say(f"{demo.NOTE}\nTracing {args.steps} denoising steps …")
     settings = {"command": "demo", "model": demo.MODEL, "steps": args.steps, "seed": args.seed}
     with demo.one_thread():
         try:
             maps, generated, reference = demo.run(args.steps, args.seed)
         except demo.MissingPhotographs as error:
             raise UserError(str(error)) from error
-        print("Drawing …", flush=True)
+        say("Drawing …")
         write_results(
             args.out,
             maps,
@@ -50,10 +53,10 @@ def run(args: argparse.Namespace) -> None:
             masks=demo.masks(),
             story=lambda: demo.story(maps, generated, reference),
         )
-        print(*demo.findings(maps), sep="\n")
-    print(f"\n{time.perf_counter() - start:.0f} s. Open:")
-    print(f"  {args.out / 'demo.png'}: all of it in six panels")
-    print(f"  {args.out / 'report.html'}: point at the picture, and see where that patch came from")
-    print("Then try:")
+        say("\n".join(demo.findings(maps)))
+    say(f"\n{time.perf_counter() - start:.0f} s. Open:")
+    say(f"  {args.out / 'demo.png'}: all of it in six panels")
+    say(f"  {args.out / 'report.html'}: point at the picture, and see where that patch came from")
+    say("Then try:")
     for what, command in NEXT:
-        print(f"  {command.format(out=args.out):40} # {what}")
+        say(f"  {command.format(out=args.out):40} # {what}")

@@ -1,106 +1,143 @@
-"""``i2am evaluate``: alone, or under ``accelerate launch --num_processes N -m i2am evaluate …``."""
+"""``i2am evaluate``: alone, beside others in one folder, or under ``accelerate launch … -m i2am evaluate …``."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2am.cli.arguments import UserError, add_adapter_options, add_map_options, add_run_options
+from i2am.cli.arguments import EXIT_CODES, OPTIONS, SOME_FAILED, StoppedEarly, UserError, add_options
 from i2am.cli.images import IMAGE_OPTIONS, open_image
-from i2am.cli.job import Job
-from i2am.cli.results import hush
+from i2am.cli.processes import Process
+from i2am.cli.results import quiet_libraries
+from i2am.cli.streams import say
 from i2am.versions import versions
 
 if TYPE_CHECKING:
-    from i2am.evaluate import Sample, Store, Traced
+    from i2am.cli.job import Job
+    from i2am.evaluate import Manifest, Sample, Store, Traced
 
-FAILED, DISK_FULL = 1, 3  # exit codes
-NOT_SETTINGS = ("run", "out", "manifest", "device", "save_images", "save_maps")  # of the machine, or of what is kept
+RESTART = "do anew what was done with other settings, weights or pictures"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
-        "Traces and scores every sample of a manifest: .csv or .jsonl with the columns reference, image, mask,\n"
-        "control_image, prompt, negative_prompt (as the pipeline needs them), reference_mask, box, seed, id.\n"
-        "Run it again to go on where it stopped; samples that failed are tried again.\n"
-        "Over several devices: accelerate launch --num_processes N -m i2am evaluate ..."
+        "Traces and scores every sample of a manifest with the columns reference, image, mask, control_image,\n"
+        "prompt, negative_prompt (as the pipeline needs them), reference_mask, box, seed, id.\n"
+        "Run it again to go on where it stopped; samples that failed are tried again. Several processes may share\n"
+        "DIR: start the command several times, as a SLURM array, or with\n"
+        "accelerate launch --num_processes N -m i2am evaluate ..."
     )
-    parser.epilog = (
-        "exit codes: 0 all samples done; 1 some failed (results.csv says why); 2 wrong input; 3 the disk is full "
-        "(what is finished is kept); 130 interrupted"
+    parser.epilog = EXIT_CODES
+    parser.add_argument(
+        "manifest",
+        type=Path,
+        metavar="MANIFEST",
+        help=".csv, .jsonl or .parquet (paths relative to its folder), WebDataset shards, or a folder of `datasets`",
     )
-    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help=".csv or .jsonl; paths relative to its folder")
     parser.add_argument("--pipeline", required=True, metavar="PIPELINE", help="folder of a pipeline, or its hub name")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write, or to go on")
+    parser.add_argument("--restart", action="store_true", help=RESTART)
     parser.add_argument("--save-images", action="store_true", help="keep every generated image")
     parser.add_argument("--save-maps", action="store_true", help="keep every sample's maps, at full resolution")
-    add_adapter_options(parser)
-    add_run_options(parser)
-    add_map_options(parser)
+    add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from i2am.evaluate import DiskFull, Store, evaluate, read_manifest, summarise
-    from i2am.evaluate.manifest import columns_of
+    """Run the command."""
+    quiet_libraries()
+    from i2am.cli.job import Job
+    from i2am.evaluate import DiskFull, Store, StoreError, read_manifest
     from i2am.evaluate.run import stop_if_full
-    from i2am.evaluate.summary import said
 
-    hush()
+    process = Process.of_environment()
     try:
         samples = read_manifest(args.manifest, args.seed)
     except ValueError as error:
         raise UserError(str(error)) from error
-    processes, store = Processes(args), Store(args.out)
-    job = Job.of(_options(args, columns_of(samples)), unneeded=("mask",))
+    args.device = process.own_device(args.device)
+    job = Job.of(_options(args, samples.columns), unneeded=("mask",))
+    store = Store(args.out, process.name)
     try:
-        pending = processes.of_main(lambda: _pending(store, samples, _settings(args, job.name)))
+        pending = _open(store, samples, job, args, process)
         if pending:
             job.load()
             job.pipe.set_progress_bar_config(disable=True)
-            with processes.bar(store, len(samples), len(pending)) as done:
-                save = [name for name in ("images", "maps") if getattr(args, f"save_{name}")]
-                share = pending[processes.index :: processes.count]
-                evaluate(share, lambda sample: _traced(job, sample), store, save=save, done=done)
-        processes.wait()
-        if processes.index:
-            return 0
-        summary = summarise(samples, store)
-    except DiskFull as error:
-        return _stopped(error, store, samples)
+        return _do(store, samples, pending, job, args, process)
     except OSError as error:
         try:
             stop_if_full(error, store)
         except DiskFull as full:
-            return _stopped(full, store, samples)
-        raise UserError(f"--out: cannot write to {args.out}: {error.strerror}") from error
-    print(said(summary))
-    print(f"wrote results.csv, summary.json and previews to {args.out}")
-    return FAILED if summary["failed"] else 0
+            raise _stopped(full, store, samples) from error
+        if isinstance(error, StoreError):
+            raise StoppedEarly(f"--out: cannot write to {error.filename}: {error.strerror}") from error
+        raise
+    finally:
+        store.close()
 
 
-def _stopped(error: Exception, store: Store, samples: list[Sample]) -> int:
-    finished = sum(r["status"] == "ok" for r in store.records(samples))
-    text = f"{error.args[-1]}; {finished} of {len(samples)} samples are finished: make room and run this again to go on"
-    print(f"i2am: error: {text}", file=sys.stderr)
-    return DISK_FULL
+def _open(store: Store, samples: Manifest, job: Job, args: argparse.Namespace, process: Process) -> list[int]:
+    """Open the folder, and find the samples that are left, in this process's order."""
+    from i2am.evaluate import Store
 
-
-def _pending(store: Store, samples: list[Sample], settings: dict[str, Any]) -> list[Sample]:
-    """Samples without a good record."""
+    settings = _settings(args, job)
     try:
+        if args.restart and not process.speaks:
+            process.wait_for_first(store)
+        elif args.restart:  # done and left before the others of a launch may come in
+            first = Store(args.out)
+            try:
+                first.open(settings, restart=True)
+                first.pending(samples, restart=True)
+            finally:
+                first.close()
         store.open(settings)
-    except ValueError as error:
+        return process.order(store.pending(samples))
+    except (ValueError, TimeoutError) as error:
         raise UserError(f"--out: {error}") from error
-    records = {r["id"]: r for r in store.records(samples)}
-    return [s for s in samples if records.get(s.id, {}).get("status") != "ok"]
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {args.out}: {error.strerror or error}") from error
+
+
+def _do(
+    store: Store, samples: Manifest, pending: list[int], job: Job, args: argparse.Namespace, process: Process
+) -> int:
+    """Do what is left, and say how it went."""
+    from i2am.evaluate import evaluate, summarise
+    from i2am.evaluate.summary import format_table
+
+    save = [name for name in ("images", "maps") if getattr(args, f"save_{name}")]
+    with _bar(store, len(samples), len(pending), shown=process.speaks) as done:
+        evaluate(
+            samples.part(pending),
+            lambda sample: _traced(job, sample),
+            store,
+            save=save,
+            done=done,
+            wait=bool(process.launch) and process.speaks,
+        )
+    if not process.speaks:
+        return 0  # a launcher would end the others if this one failed
+    summary = summarise(samples, store)
+    say(format_table(summary))
+    say(f"wrote results.csv, summary.json and previews to {args.out}")
+    if summary["missing"]:
+        others = store.others()
+        if not others:
+            raise StoppedEarly(f"{summary['missing']} samples are not done: run this again to go on")
+        say(f"{len(others)} more processes are at the other {summary['missing']}; the last one writes the whole table")
+    return SOME_FAILED if summary["failed"] else 0
+
+
+def _stopped(error: Exception, store: Store, samples: Manifest) -> StoppedEarly:
+    finished = sum(r["status"] == "ok" for r in store.records(samples))
+    return StoppedEarly(
+        f"{error.args[-1]}; {finished} of {len(samples)} samples are finished: make room and run this again to go on"
+    )
 
 
 def _options(args: argparse.Namespace, columns: set[str]) -> argparse.Namespace:
@@ -110,19 +147,28 @@ def _options(args: argparse.Namespace, columns: set[str]) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **given, **texts})
 
 
-def _settings(args: argparse.Namespace, pipeline_class: str) -> dict[str, Any]:
-    given = {k: v for k, v in vars(args).items() if v is not None and k not in NOT_SETTINGS}
+def _settings(args: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """What results depend on; and, for people, where it came from."""
+    from i2am.cli.weights import weights_of
+
+    given = {o.name: getattr(args, o.name) for o in OPTIONS if o.setting and getattr(args, o.name) is not None}
+    paths = {name: getattr(args, name) for name in ("ip_adapter", "lora") if getattr(args, name) is not None}
     return {
         "command": "evaluate",
         "manifest": args.manifest.name,
-        "pipeline_class": pipeline_class,
-        **{k: v if isinstance(v, (int, float, str)) else str(v) for k, v in given.items()},
+        "pipeline": args.pipeline,
+        "pipeline_class": job.name,
+        **given,
+        **paths,
+        "device": job.device.type,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "weights": weights_of(job.args),  # in which the adapter's weight file is named
         "versions": versions(),
     }
 
 
 def _traced(job: Job, sample: Sample) -> Traced:
-    """Runs one sample."""
+    """Run one sample."""
     import numpy as np
 
     from i2am.evaluate import Traced
@@ -142,53 +188,18 @@ def _traced(job: Job, sample: Sample) -> Traced:
     return Traced(maps, generated, seen, mask, reference_mask)
 
 
-class Processes:
-    """This process and its fellows: one, or those that ``accelerate launch`` started."""
+@contextmanager
+def _bar(store: Store, total: int, pending: int, shown: bool) -> Iterator[Callable[[], None]]:
+    """A bar over all processes' samples; what it gives is to be called after each sample."""
+    from tqdm import tqdm
 
-    def __init__(self, args: argparse.Namespace):
-        self.state, self.index, self.count = None, 0, 1
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return
-        try:
-            from accelerate import PartialState
-        except ImportError:
-            raise UserError('several processes need accelerate: pip install "i2am[evaluate]"') from None
-        cpu = args.device is not None and args.device.type == "cpu"
-        self.state = PartialState(cpu=cpu, timeout=timedelta(days=30))  # the slowest share may take long
-        self.index, self.count = self.state.process_index, self.state.num_processes
-        args.device = self.state.device
+    before = store.refresh()
+    with tqdm(total=total, initial=total - pending, desc="evaluate", unit="sample", disable=not shown) as bar:
 
-    def of_main(self, find: Any) -> Any:
-        """What the main process finds, in every process; its UserError too."""
-        if self.state is None:
-            return find()
-        from accelerate.utils import broadcast_object_list
-
-        found = [None]
-        if self.index == 0:
+        def done() -> None:
             try:
-                found = [find()]
-            except UserError as error:
-                found = [error]
-        (found,) = broadcast_object_list(found)
-        if isinstance(found, UserError):
-            raise found
-        return found
+                bar.update(total - pending + store.refresh() - before - bar.n)
+            except OSError:  # nobody reads it any more
+                bar.disable = True
 
-    def wait(self) -> None:
-        if self.state is not None:
-            self.state.wait_for_everyone()
-
-    @contextmanager
-    def bar(self, store: Store, total: int, pending: int) -> Iterator[Callable[[], None]]:
-        """A bar over all processes' samples, shown by the main one; what it gives is to be called after each sample."""
-        from tqdm import tqdm
-
-        start, before = time.time(), total - pending
-        with tqdm(total=total, initial=before, desc="evaluate", unit="sample", disable=self.index > 0) as bar:
-
-            def done() -> None:
-                if not bar.disable:
-                    bar.update(before + store.finished_since(start) - bar.n)
-
-            yield done
+        yield done

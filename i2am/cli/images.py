@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+import io
+from typing import TYPE_CHECKING, Any
 
 from i2am.cli.arguments import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from i2am.evaluate.sources import Picture
+
 IMAGE_OPTIONS = {"reference": "RGB", "image": "RGB", "mask": "L", "control_image": "RGB"}
 
 
-def open_image(what: str, path: Path | None, mode: str) -> Image | None:
-    """The image of a file, upright; ``what`` names it in errors. None stays None."""
+def open_image(what: str, picture: Picture | None, mode: str) -> Image | None:
+    """The image of a file, or of one inside a shard or table, upright; ``what`` names it in errors. None stays None."""
     from PIL import Image, ImageOps
 
-    if path is None:
+    if picture is None:
         return None
-    if not path.is_file():
-        raise UserError(f"{what}: there is no file {path}")
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert(mode)
+        contents = io.BytesIO(picture.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{what}: there is no file {picture}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}: {picture} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        return ImageOps.exif_transpose(Image.open(contents)).convert(mode)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{what}: {path} cannot be read as an image: {error}") from error
+        raise UserError(f"{what}: {picture} cannot be read as an image: {error}") from error
 
 
 def fit_images(images: dict[str, Image | None], size: tuple[int, int] | None) -> dict[str, Image | None]:
@@ -47,7 +53,7 @@ def fit_images(images: dict[str, Image | None], size: tuple[int, int] | None) ->
     return images | fitted
 
 
-def part_seen(reference: Image, pipe) -> Image:
+def part_seen(reference: Image, pipe: Any) -> Image:
     """The part of a reference that the pipeline's image encoder sees, and that the G2R maps lie on.
 
     CLIP's image processors scale the shorter side and cut out the centre; others scale the whole image.

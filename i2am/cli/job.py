@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 import i2am
+from i2am.cli.arguments import UserError
 from i2am.cli.images import fit_images, part_seen
 from i2am.cli.pipelines import check_adapter, find_class, load_pipeline, route
 
@@ -36,11 +37,13 @@ class Job:
     pipeline_class: type
     parameters: set[str]
     routes: dict[str, str]  # argument of the pipeline's call → option
+    device: torch.device
+    dtype: torch.dtype
     pipe: Any = None
 
     @classmethod
     def of(cls, args: argparse.Namespace, unneeded: Sequence[str] = ()) -> Job:
-        """Checks the options of a command against what its pipeline takes.
+        """Check the options of a command against what its pipeline takes.
 
         Args:
             unneeded: images that serve another purpose where the pipeline takes none such (a mask scores maps).
@@ -49,21 +52,29 @@ class Job:
             UserError: there is no such pipeline or adapter; an input is missing, or is of no use.
         """
         check_adapter(args)
-        pipeline_class = find_class(args.pipeline)
+        pipeline_class = find_class(args.pipeline, args.revision)
         parameters = set(inspect.signature(pipeline_class.__call__).parameters)
         dropped = {o: None for o in unneeded if not {o, f"{o}_image"} & parameters}
         args = argparse.Namespace(**{**vars(args), **dropped})
-        return cls(args, pipeline_class, parameters, route(pipeline_class.__name__, parameters, args))
+        device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16"))
+        if args.offload is not None and device.type == "cpu":
+            raise UserError("--offload is of no use on cpu: weights are there already")
+        return cls(args, pipeline_class, parameters, route(pipeline_class, parameters, args), device, dtype)
 
     @property
     def name(self) -> str:
+        """Name of the pipeline's class."""
         return self.pipeline_class.__name__
 
     def load(self) -> None:
-        self.pipe = load_pipeline(self.pipeline_class, self.args)
+        """Read the weights."""
+        self.pipe = load_pipeline(self.pipeline_class, self.args, self.device, self.dtype)
 
-    def run(self, images: dict[str, Image | None], seed: int, texts: dict[str, str] | None = None, **traced) -> Outcome:
-        """Runs the pipeline once.
+    def run(
+        self, images: dict[str, Image | None], seed: int, texts: Mapping[str, str] | None = None, **traced: Any
+    ) -> Outcome:
+        """Run the pipeline once.
 
         Args:
             images: by option ("reference", "image", "mask", "control_image"); those that are painted on get one size.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import importlib
 import re
 import warnings
@@ -11,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from i2am.cli.arguments import UserError, flag
+from i2am.cli.arguments import CALL_OPTIONS, UserError, flag
 from i2am.cli.images import IMAGE_OPTIONS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-IN_CONTEXT = re.compile("FluxKontext|Flux2|QwenImageEdit|LongCatImageEdit")  # the image edited is the reference
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # "owner/name" or "name": not a path
+WEIGHT_FILES = (".safetensors", ".bin", ".pt")
 
 
-def route(name: str, parameters: set[str], args: argparse.Namespace) -> dict[str, str]:
-    """Which argument of a pipeline's call gets which option of the command line.
+def route(pipeline_class: type, parameters: set[str], args: argparse.Namespace) -> dict[str, str]:
+    """Find which argument of a pipeline's call gets which option of the command line.
 
     Args:
-        name: class name of the pipeline, for messages.
+        pipeline_class: the pipeline's.
         parameters: names that its ``__call__`` takes.
         args: the options; None where one was not given.
 
@@ -35,7 +36,8 @@ def route(name: str, parameters: set[str], args: argparse.Namespace) -> dict[str
     Raises:
         UserError: an input that the pipeline needs is missing, or an option was given that it does not take.
     """
-    routes = {_reference_argument(name, parameters, args): "reference"}
+    name = pipeline_class.__name__
+    routes = {reference_argument(pipeline_class, parameters, args.ip_adapter is not None): "reference"}
     controlled = "controlnet_conditioning_scale" in parameters and "control_image" not in parameters
     needed = {
         "image": "control_image" if controlled else "image",
@@ -47,15 +49,11 @@ def route(name: str, parameters: set[str], args: argparse.Namespace) -> dict[str
             if getattr(args, option) is None:
                 raise UserError(f"{name} needs {flag(option)}")
             routes[argument] = option
-    optional = {
-        "prompt": "prompt",
-        "negative_prompt": "negative_prompt",
-        "guidance_scale": "guidance_scale",
-        "num_inference_steps": "steps",
-    }
-    routes |= {a: option for a, option in optional.items() if a in parameters and getattr(args, option) is not None}
+    given = {a: option for a, option in CALL_OPTIONS.items() if getattr(args, option) is not None}
+    given |= {} if args.mask is None else {"mask": "mask"}  # what some that are edited by words take beside them
+    routes |= {argument: option for argument, option in given.items() if argument in parameters}
 
-    options = [*IMAGE_OPTIONS, *optional.values()]
+    options = [*IMAGE_OPTIONS, *CALL_OPTIONS.values()]
     unused = [flag(o) for o in options if getattr(args, o) is not None and o not in routes.values()]
     if args.ip_adapter is not None and "ip_adapter_image" not in routes:
         unused.append("--ip-adapter")
@@ -66,15 +64,26 @@ def route(name: str, parameters: set[str], args: argparse.Namespace) -> dict[str
     return routes
 
 
-def _reference_argument(name: str, parameters: set[str], args: argparse.Namespace) -> str:
+def reference_argument(pipeline_class: type, parameters: set[str], adapted: bool) -> str:
+    """Name the argument of a pipeline's call that takes the reference.
+
+    Args:
+        pipeline_class: the pipeline's.
+        parameters: names that its ``__call__`` takes.
+        adapted: an IP-Adapter will be loaded.
+
+    Raises:
+        UserError: none does, or none that i2am traces.
+    """
+    name = pipeline_class.__name__
     if "num_frames" in parameters:
-        raise UserError(f"{name} makes videos, which i2am does not trace")
-    if IN_CONTEXT.match(name) and args.ip_adapter is None:
+        raise UserError(f"{name} makes videos, which this command does not trace: use i2am.trace in Python")
+    if not adapted and _in_context(pipeline_class):
         return "image_reference" if "image_reference" in parameters else "image"
     if "example_image" in parameters:
         return "example_image"
     if "ip_adapter_image" in parameters:
-        if args.ip_adapter is None:
+        if not adapted:
             raise UserError(f"{name} takes a reference through an IP-Adapter only: give --ip-adapter")
         return "ip_adapter_image"
     if "image" in parameters and not parameters & {"prompt", "mask_image"}:
@@ -82,25 +91,59 @@ def _reference_argument(name: str, parameters: set[str], args: argparse.Namespac
     raise UserError(f"{name} takes no reference image that i2am could trace")
 
 
-def find_class(pipeline: str) -> type[DiffusionPipeline]:
-    """The class of a saved pipeline, read before any weights."""
+def _in_context(pipeline_class: type) -> bool:
+    """Whether the picture that a pipeline edits becomes tokens of its own, so that it is the reference."""
+    from i2am.families.pipelines import IN_CONTEXT
+
+    patterns = (*IN_CONTEXT, "DreamLite*")
+    return any(fnmatch.fnmatchcase(kind.__name__, p) for kind in pipeline_class.__mro__ for p in patterns)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a path names a folder; a name that no path can have does not."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def find_class(pipeline: str, revision: str | None = None) -> type[DiffusionPipeline]:
+    """Find the class of a saved pipeline, before any weights are read.
+
+    Raises:
+        UserError: there is no such pipeline, or none that this diffusers can run.
+    """
     import diffusers
 
-    if not Path(pipeline).is_dir() and not HUB_NAME.fullmatch(pipeline):
+    if not is_folder(pipeline) and not HUB_NAME.fullmatch(pipeline):
         raise UserError(f"PIPELINE: there is no folder {pipeline}")
+    if is_folder(pipeline) and revision is not None:
+        raise UserError(f"--revision is of a hub repository, and {pipeline} is a folder")
+    given = {} if revision is None else {"revision": revision}
     try:
-        config = diffusers.DiffusionPipeline.load_config(pipeline)
-    except (OSError, ValueError) as error:
-        if Path(pipeline).is_dir():
-            raise UserError(f"PIPELINE: {pipeline} is not a saved diffusers pipeline: {error}") from error
+        config = diffusers.DiffusionPipeline.load_config(pipeline, **given)
+    except (OSError, ValueError, RecursionError) as error:
+        if is_folder(pipeline):
+            raise UserError(f"PIPELINE: {pipeline} is not a saved diffusers pipeline: {_first_line(error)}") from error
         raise UserError(
-            f"PIPELINE: {pipeline} is neither a folder nor a hub repository within reach: {error}"
+            f"PIPELINE: {pipeline} is neither a folder nor a hub repository within reach: {_first_line(error)}"
         ) from error
-    name = config.get("_class_name")
-    pipeline_class = getattr(diffusers, name, None) if isinstance(name, str) else None
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(name, str):
+        raise UserError(f"PIPELINE: model_index.json of {pipeline} does not say which pipeline it is (_class_name)")
+    try:
+        pipeline_class = getattr(diffusers, name, None)
+    except (ImportError, RuntimeError) as error:  # imported on first use, and a package that it needs is missing
+        raise UserError(f"PIPELINE: {name} cannot be imported: {_first_line(error)}") from error
     if pipeline_class is None:
         raise UserError(f"PIPELINE: {pipeline} is a {name}, which diffusers {diffusers.__version__} does not have")
+    if not isinstance(pipeline_class, type) or not issubclass(pipeline_class, diffusers.DiffusionPipeline):
+        raise UserError(f"PIPELINE: {pipeline} is a {name}, which is no pipeline")
     return _loadable(pipeline_class, config)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _loadable(pipeline_class: type[DiffusionPipeline], config: dict[str, Any]) -> type[DiffusionPipeline]:
@@ -118,64 +161,90 @@ def _loadable(pipeline_class: type[DiffusionPipeline], config: dict[str, Any]) -
     name, own = package.rpartition(".")[2], importlib.import_module(package)
     setattr(diffusers.pipelines, name, own)
 
-    def found(part):
-        misplaced = isinstance(part, list) and part[0] == "diffusers" and not hasattr(diffusers, part[1])
-        return [name, part[1]] if misplaced and hasattr(own, part[1]) else part
+    def found(part: Any) -> Any:
+        match part:
+            case ["diffusers", str(kind)] if not hasattr(diffusers, kind) and hasattr(own, kind):
+                return [name, kind]
+        return part
 
     repaired = {key: found(part) for key, part in config.items()}
     load_config = classmethod(lambda cls, *args, **kwargs: dict(repaired))
     return type(pipeline_class.__name__, (pipeline_class,), {"load_config": load_config})
 
 
-def load_pipeline(pipeline_class: type[DiffusionPipeline], args: argparse.Namespace) -> DiffusionPipeline:
-    """The pipeline on its device, with its IP-Adapter."""
+def load_pipeline(
+    pipeline_class: type[DiffusionPipeline], args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> DiffusionPipeline:
+    """Read a pipeline's weights, put its adapters on, and place it on its device.
+
+    Raises:
+        UserError: weights do not load, or do not fit; names the option.
+    """
     from safetensors import SafetensorError
 
-    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16"))
+    given = {name: value for name in ("variant", "revision") if (value := getattr(args, name)) is not None}
     try:
         with warnings.catch_warnings():  # the name that every diffusers 0.x takes; the newer ones prefer "dtype"
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            pipe = pipeline_class.from_pretrained(args.pipeline, torch_dtype=dtype)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"PIPELINE: {args.pipeline} does not load: {error}") from error
+            pipe = pipeline_class.from_pretrained(args.pipeline, torch_dtype=dtype, **given)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"PIPELINE: {args.pipeline} does not load: {type(error).__name__}: {_first_line(error)}"
+        ) from error
     if args.ip_adapter is not None:
-        try:
-            pipe.load_ip_adapter(
-                args.ip_adapter, subfolder=args.ip_adapter_subfolder or "", weight_name=args.ip_adapter_weight
-            )
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # the last three: another model's
-            raise UserError(
-                f"--ip-adapter: {args.ip_adapter_weight} of {args.ip_adapter} does not fit {type(pipe).__name__}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        pipe.set_ip_adapter_scale(1.0 if args.ip_adapter_scale is None else args.ip_adapter_scale)
-    return pipe.to(device)
+        _fit("ip_adapter", args.ip_adapter_weight, pipe, _load_adapter, args)
+    if args.lora is not None:
+        _fit("lora", args.lora, pipe, _load_lora, args)
+    if args.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif args.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def _load_adapter(pipe: DiffusionPipeline, args: argparse.Namespace) -> None:
+    pipe.load_ip_adapter(args.ip_adapter, subfolder=args.ip_adapter_subfolder or "", weight_name=args.ip_adapter_weight)
+    pipe.set_ip_adapter_scale(1.0 if args.ip_adapter_scale is None else args.ip_adapter_scale)
+
+
+def _load_lora(pipe: DiffusionPipeline, args: argparse.Namespace) -> None:
+    pipe.load_lora_weights(args.lora)
+
+
+def _fit(option: str, what: str, pipe: DiffusionPipeline, load: Any, args: argparse.Namespace) -> None:
+    """Load further weights into a pipeline; those of another model are the user's mistake."""
+    from safetensors import SafetensorError
+
+    try:
+        load(pipe, args)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(
+            f"{flag(option)}: {what} of {getattr(args, option)} does not fit {type(pipe).__name__}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def check_adapter(args: argparse.Namespace) -> None:
-    """Refuses an IP-Adapter that is not there, and finds its weight file where the folder has only one."""
+    """Refuse an IP-Adapter or LoRA that is not there, and find the adapter's weight file where there is only one."""
+    if args.lora is not None and not Path(args.lora).exists() and not HUB_NAME.fullmatch(args.lora):
+        raise UserError(f"--lora: there is no file or folder {args.lora}")
     if args.ip_adapter is None:
         for option in ("ip_adapter_weight", "ip_adapter_subfolder", "ip_adapter_scale"):
             if getattr(args, option) is not None:
                 raise UserError(f"{flag(option)} is of no use without --ip-adapter")
         return
-    if not Path(args.ip_adapter).is_dir():
+    if not is_folder(args.ip_adapter):
         if not HUB_NAME.fullmatch(args.ip_adapter):
             raise UserError(f"--ip-adapter: there is no folder {args.ip_adapter}")
         if args.ip_adapter_weight is None:
             raise UserError("--ip-adapter-weight is needed with an IP-Adapter of the hub")
         return
     folder = Path(args.ip_adapter, args.ip_adapter_subfolder or "")
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"--ip-adapter-subfolder: there is no folder {folder}")
-    weights = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt"))
+    weights = sorted(path.name for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
     if args.ip_adapter_weight is None:
         if len(weights) != 1:
             raise UserError(f"--ip-adapter-weight is needed: {folder} has {', '.join(weights) or 'no weight file'}")

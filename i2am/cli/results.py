@@ -1,16 +1,21 @@
-"""What a run leaves behind: a folder of figures, maps and settings."""
+"""What a run leaves behind: a folder of figures, maps and settings, written beside and swapped in at the end."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2am.cli.arguments import UserError
+from i2am._files import abandoned, sync, unfinished_path
+from i2am.cli.arguments import StoppedEarly, UserError
+from i2am.cli.streams import no_interrupt, say
 from i2am.versions import versions
 
 if TYPE_CHECKING:
@@ -24,7 +29,12 @@ OWN_FILES = re.compile(
     r"(demo|generated|reference|summary|[utlh]lam_(r2g|g2r)(_\d+_heads)?)\.png|maps\.safetensors|i2am\.json|report\.html"
 )
 REPORT = "report.html"
+FAILED = "failed"  # folder of a run whose figures could not be drawn, beside those of an earlier run
 DPI = 150
+
+
+class NotFinite(UserError):
+    """Maps with values that are not finite; what could be written is."""
 
 
 def write_results(
@@ -37,9 +47,10 @@ def write_results(
     masks: dict[str, Image | None] | None = None,
     story: Callable[[], Figure] | None = None,
 ) -> None:
-    """Writes a run: its images, figures of every level in both directions, maps, and settings with versions.
+    """Write a run: its maps, images, figures of every level in both directions, and settings with versions.
 
-    Pictures of an earlier run in ``out`` are removed first, so that none is left that this run does not have.
+    All is written beside and takes its place at the end, when the earlier run's files leave: whatever goes wrong
+    before, they are as they were.
 
     Args:
         out: an existing folder.
@@ -50,39 +61,105 @@ def write_results(
         footer: a note below every figure.
         masks: ``mask`` and ``reference_mask`` of an interactive report; None: no report is written.
         story: draws ``demo.png``; None: there is none.
+
+    Raises:
+        NotFinite: the maps hold NaN or infinity; maps, images and settings are kept, without figures.
+        StoppedEarly: there is no room on the disk.
     """
-    for name in _written_before(out):
-        (out / name).unlink(missing_ok=True)
-    files = {"generated.png": generated, "reference.png": reference}
+    beside = unfinished_path(out)
+    try:
+        beside.mkdir()
+        document = {**settings, "layers": maps.layers, "reference_name": maps.references[0], "versions": versions()}
+        files = {"maps.safetensors": partial(maps.save, record=False)}
+        files |= {"generated.png": partial(generated.save, format="png"), "reference.png": reference.save}
+        bad = unfinite_layers(maps)
+        if not bad:
+            if story is not None:
+                files["demo.png"] = partial(_save_figure, story)
+            files |= _figures(maps, generated, reference, footer)
+            if masks is not None:
+                files[REPORT] = lambda path: maps.report(path, generated, reference, settings=document, **masks)
+        _write_all(beside, files, document)
+        if bad:
+            _keep_failed(out, beside, bad)
+        swap_in(beside, out)
+    except OSError as error:
+        raise _explained(error, out) from error
+    except Exception as error:  # safetensors' own error carries the code in its text only
+        if "os error 28" in str(error):
+            raise StoppedEarly(_no_room(out)) from error
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    say(f"wrote {', '.join(files)} and {SETTINGS} to {out}")
+
+
+def unfinite_layers(maps: AttributionMaps) -> list[str]:
+    """Layers whose maps hold NaN or infinity; those of time groups in which no step ran do not count."""
+    return [layer for layer in maps.layers if not maps.ulam("r2g", layers=layer).isfinite().all()]
+
+
+def _write_all(folder: Path, files: dict[str, Callable[[Path], Any]], document: dict[str, Any]) -> None:
+    for name, write in files.items():
+        write(folder / name)
+        sync(folder / name)
+    text = json.dumps({**document, "files": list(files)}, indent=2, ensure_ascii=False) + "\n"
+    (folder / SETTINGS).write_text(text, "utf-8", "backslashreplace")
+    sync(folder / SETTINGS)
+
+
+def _keep_failed(out: Path, beside: Path, bad: list[str]) -> None:
+    """Keep what there is of a run without figures, in ``out`` or, beside an earlier run, in a folder of its own."""
+    place = out / FAILED if written_before(out) else out
+    place.mkdir(exist_ok=True)
+    swap_in(beside, place)
+    raise NotFinite(
+        f"maps of {len(bad)} layers hold values that are not finite (first: {bad[0]}): the model overflowed; "
+        f"try --dtype bfloat16 or float32. There are no figures; maps.safetensors and generated.png are in {place}"
+    )
+
+
+def swap_in(beside: Path, out: Path) -> None:
+    """Give a finished run's files their places; files of an earlier run that this one does not have go."""
+    with no_interrupt():
+        names = [path.name for path in beside.iterdir()]
+        for name in set(written_before(out)) - {*names}:
+            (out / name).unlink(missing_ok=True)
+        for name in sorted(names, key=lambda n: n == SETTINGS):  # which says what is there: last
+            os.replace(beside / name, out / name)
+        sync(out)
+
+
+def _explained(error: OSError, out: Path) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoppedEarly(_no_room(out))
+    return StoppedEarly(f"cannot write to {out}: {error.strerror or error}; what was there is as it was")
+
+
+def _no_room(out: Path) -> str:
+    return f"no room left for results in {out}: what was there is as it was"
+
+
+def _figures(
+    maps: AttributionMaps, generated: Image, reference: Image, footer: str | None
+) -> dict[str, Callable[[Path], None]]:
+    """File name → function that writes it, for each figure of a run."""
     directions = {"r2g": generated, "g2r": reference}
     try:
         maps.ulam("g2r")
     except ValueError as error:
-        print(error)
+        say(str(error))
         del directions["g2r"]
-    figures = {f"{name}.png": draw for name, draw in _figures(maps, generated, reference, directions, footer)}
-    if story is not None:
-        figures = {"demo.png": story, **figures}
-    names = [*files, *figures, *([] if masks is None else [REPORT]), "maps.safetensors"]
-    document = {
-        **settings,
-        "layers": maps.layers,
-        "reference_name": maps.references[0],
-        "versions": versions(),
-        "files": names,
-    }
-    (out / SETTINGS).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, image in files.items():
-        image.save(out / name)
-    for name, draw in figures.items():
-        draw().savefig(out / name, dpi=DPI)
-    if masks is not None:
-        maps.report(out / REPORT, generated, reference, settings=document, **masks)
-    maps.save(out / "maps.safetensors", record=False)
-    print(f"wrote {', '.join(names)} and {SETTINGS} to {out}")
+
+    drawings = _drawings(maps, generated, reference, directions, footer)
+    return {f"{name}.png": partial(_save_figure, draw) for name, draw in drawings}
 
 
-def _figures(
+def _save_figure(draw: Callable[[], Figure], path: Path) -> None:
+    draw().savefig(path, format="png", dpi=DPI)
+
+
+def _drawings(
     maps: AttributionMaps, generated: Image, reference: Image, directions: dict[str, Image], footer: str | None
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """(name, function that draws it) of each figure of a run."""
@@ -111,33 +188,37 @@ def _head_groups(maps: AttributionMaps) -> dict[str, list[str]]:
     return {f"_{heads}_heads" if len(groups) > 1 else "": layers for heads, layers in groups.items()}
 
 
-def claim(out: Path) -> None:
-    """Makes the folder ``out``, and refuses one whose files a run would overwrite although i2am did not write them."""
+def prepare_output_dir(out: Path) -> None:
+    """Make the folder ``out``, and refuse one whose files a run would overwrite although i2am did not write them."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        own = _written_before(out)
+        own = written_before(out)
         foreign = sorted(p.name for p in out.iterdir() if OWN_FILES.fullmatch(p.name) and p.name not in own)
         with tempfile.TemporaryFile(dir=out):
             pass
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {out}: {error.strerror}") from error
+        for path in out.glob(".i2am-*"):
+            if abandoned(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out: cannot write to {out}: {getattr(error, 'strerror', None) or error}") from error
     if foreign:
         raise UserError(f"--out: {out} has files that i2am did not write, and would overwrite: {', '.join(foreign)}")
 
 
-def _written_before(out: Path) -> list[str]:
+def written_before(out: Path) -> list[str]:
     """Names of the files that an earlier run wrote to ``out``, as its settings list them."""
     try:
         listed = json.loads((out / SETTINGS).read_text(encoding="utf-8"))["files"]
+        names = [SETTINGS, *listed]
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"--out: {out / SETTINGS} was not written by i2am") from error
-    return [name for name in (SETTINGS, *listed) if isinstance(name, str) and OWN_FILES.fullmatch(name)]
+    return [name for name in names if isinstance(name, str) and OWN_FILES.fullmatch(name)]
 
 
-def hush(warnings_too: bool = False) -> None:
-    """Hushes hints on installation and the bars for loading: the one progress bar is that of the denoising steps."""
+def quiet_libraries(warnings_too: bool = False) -> None:
+    """Silence hints on installation and the bars for loading: the one progress bar is that of the denoising steps."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

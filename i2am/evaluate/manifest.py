@@ -1,39 +1,126 @@
-"""Manifests: what to evaluate. CSV with a header, or JSON lines; paths are relative to the manifest's folder."""
+"""Manifests: what to evaluate. Where rows come from is ``sources``' business, what they mean is decided here."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from i2am.detect import Box
+from i2am.evaluate.sources import Embedded, Picture, rows_of
 
 FILES = ("reference", "image", "mask", "reference_mask", "control_image")
 TEXTS = ("prompt", "negative_prompt")
 COLUMNS = ("id", *FILES, *TEXTS, "seed", "box")
-ID = re.compile(r"[\w-][\w.-]{0,99}")
+ID = re.compile(r"[\w-][\w.-]*")
+LONGEST_ID = 200  # bytes: with a suffix it is a file's name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One row of a manifest."""
 
     id: str
     seed: int
-    files: dict[str, Path] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
+    files: Mapping[str, Picture] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
     box: Box | None = None  # of the true object, in pixels of the generated image
     digest: str = ""  # of the row: a finished sample counts only while its row stays what it was
 
 
-def read_manifest(path: Path, seed: int = 0) -> list[Sample]:
-    """The samples of a manifest.
+class Manifest(Sequence[Sample]):
+    """The samples of a manifest, each made when it is asked for: a hundred thousand of them take tens of megabytes.
+
+    Args:
+        path: the manifest; its pictures' paths are relative to its folder.
+        seed: from which samples without a seed draw their own.
+
+    Raises:
+        ValueError: as :func:`read_manifest`.
+    """
+
+    def __init__(self, path: Path, seed: int = 0):
+        self.path, self.seed = path, seed
+        self.columns: set[str] = set()  # that some sample fills
+        self._rows: list[tuple[Any, ...]] = []  # cells in the order of COLUMNS; None: empty
+        places: dict[str, str] = {}  # id → where it stands
+        for where, row in rows_of(path):
+            cells = _cells(row, f"{path}, {where}")
+            name = cells.get("id") or f"row-{len(self._rows) + 1:05d}"
+            if name in places:
+                raise ValueError(f"{path}, {where}: id {name!r} is that of {places[name]} already")
+            places[name] = where
+            self.columns |= cells.keys()
+            self._rows.append(tuple(map(cells.get, COLUMNS)))
+        if not self._rows:
+            raise ValueError(f"{path} has no samples")
+        if "reference" not in self.columns:
+            raise ValueError(f"{path} has no column reference; there are {', '.join(COLUMNS)}")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Sample]: ...
+
+    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        cells = {name: value for name, value in zip(COLUMNS, self._rows[place], strict=True) if value is not None}
+        name = cells.get("id") or f"row-{place % len(self) + 1:05d}"
+        own = int(cells["seed"]) if "seed" in cells else derived_seed(self.seed, name)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        files = {c: folder / cells[c] if isinstance(cells[c], str) else cells[c] for c in FILES if c in cells}
+        named = {c: v.name if isinstance(v, Embedded) else v for c, v in cells.items()}
+        return Sample(
+            id=name,
+            seed=own,
+            files=files,
+            texts={c: cells[c] for c in TEXTS if c in cells},
+            box=_box(cells["box"], name) if "box" in cells else None,
+            digest=hashlib.sha256(json.dumps([named, own], sort_keys=True).encode()).hexdigest()[:16],
+        )
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[place] for place in range(len(self)))
+
+    def part(self, places: Sequence[int]) -> Sequence[Sample]:
+        """Some of the samples, in this order; made when they are asked for, too."""
+        return Part(self, places)
+
+
+@dataclass(frozen=True)
+class Part(Sequence[Sample]):
+    """Some of a manifest's samples."""
+
+    whole: Manifest
+    places: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Sample]: ...
+
+    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
+        if isinstance(place, slice):
+            return [self.whole[i] for i in self.places[place]]
+        return self.whole[self.places[place]]
+
+
+def read_manifest(path: Path, seed: int = 0) -> Manifest:
+    """Read a manifest: CSV with a header, JSON lines, Parquet, a folder that ``datasets`` saved, or WebDataset shards.
 
     Columns: ``reference``, and as the pipeline needs them ``image``, ``mask``, ``control_image``, ``prompt``,
     ``negative_prompt``; ``reference_mask`` and ``box`` ("top left bottom right") for the scores; ``id`` (a file name;
@@ -41,80 +128,47 @@ def read_manifest(path: Path, seed: int = 0) -> list[Sample]:
     depends neither on order nor on other rows). Empty cells are as if they were not there.
 
     Raises:
-        ValueError: not such a file; unknown columns; an id or a seed that is none, or an id twice. Names the line.
+        ValueError: not such a file; unknown, unnamed or repeated columns, or none of references; an id or a seed that
+            is none, or an id twice. Names the line.
     """
-    path = Path(path)
-    samples, lines = [], {}
-    for line, row in _rows(path):
-        sample = _sample(row, f"{path}, line {line}", f"row-{len(samples) + 1:05d}", path.parent, seed)
-        if sample.id in lines:
-            raise ValueError(f"{path}, line {line}: id {sample.id!r} is that of line {lines[sample.id]} already")
-        lines[sample.id] = line
-        samples.append(sample)
-    if not samples:
-        raise ValueError(f"{path} has no samples")
-    return samples
+    return Manifest(Path(path), seed)
 
 
-def columns_of(samples: list[Sample]) -> set[str]:
-    """Columns that some sample fills."""
-    return {name for s in samples for name in (*s.files, *s.texts)}
+def _cells(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The filled cells of a row, each of its type.
+
+    Raises:
+        ValueError: one is not; names it.
+    """
+    if not row.keys() <= set(COLUMNS):
+        unknown = ", ".join(map(str, sorted(row.keys() - set(COLUMNS), key=str)))
+        raise ValueError(f"{where}: no such column as {unknown}; there are {', '.join(COLUMNS)}")
+    cells = {name: value for name, value in row.items() if not _empty(value)}
+    if "id" in cells:
+        cells["id"] = _id(cells["id"], where)
+    for column in (*FILES, *TEXTS):
+        value = cells.get(column, "")
+        if not isinstance(value, str) and not (column in FILES and isinstance(value, Embedded)):
+            raise ValueError(f"{where}: {column} is {_short(value)}, not a text")
+    if "seed" in cells:
+        cells["seed"] = _seed(cells["seed"], where)
+    if "box" in cells:
+        _box(cells["box"], where)
+    return cells
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, cells) of each row."""
-    if path.suffix not in (".csv", ".jsonl"):
-        raise ValueError(f"{path} is neither .csv nor .jsonl")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"there is no manifest {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    yield from (_csv if path.suffix == ".csv" else _jsonl)(path, text)
+def _empty(value: Any) -> bool:
+    """Whether a cell holds nothing; tables write NaN there."""
+    return value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and math.isnan(value))
 
 
-def _csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))  # a quoted cell may hold lines
-    for row in reader:
-        if None in row or None in row.values():
-            raise ValueError(f"{path}, line {reader.line_num}: it has not as many cells as the header")
-        yield reader.line_num, row
-
-
-def _jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, content in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold U+2028
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {line}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {line}: not an object with names and values")
-        yield line, row
-
-
-def _sample(row: dict[str, Any], where: str, number: str, folder: Path, seed: int) -> Sample:
-    unknown = sorted(set(row) - set(COLUMNS))
-    if unknown:
-        raise ValueError(f"{where}: no such column as {', '.join(unknown)}; there are {', '.join(COLUMNS)}")
-    cells = {name: value for name, value in row.items() if value not in (None, "")}
-    name = str(cells.get("id", number))
+def _id(value: Any, where: str) -> str:
+    name = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
     if not ID.fullmatch(name):
-        raise ValueError(f"{where}: id {name!r} is no file name of letters, digits, - . and _")
-    wrong = [c for c in (*FILES, *TEXTS) if not isinstance(cells.get(c, ""), str)]
-    if wrong:
-        raise ValueError(f"{where}: {wrong[0]} is {cells[wrong[0]]!r}, not a text")
-    own = _seed(cells["seed"], where) if "seed" in cells else derived_seed(seed, name)
-    return Sample(
-        id=name,
-        seed=own,
-        files={c: folder / cells[c] for c in FILES if c in cells},
-        texts={c: cells[c] for c in TEXTS if c in cells},
-        box=_box(cells["box"], where) if "box" in cells else None,
-        digest=hashlib.sha256(json.dumps([cells, own], sort_keys=True).encode()).hexdigest()[:16],
-    )
+        raise ValueError(f"{where}: id {_short(value)} is no file name of letters, digits, - . and _")
+    if len(name.encode()) > LONGEST_ID:
+        raise ValueError(f"{where}: id {_short(value)} has more than {LONGEST_ID} bytes")
+    return name
 
 
 def derived_seed(seed: int, name: str) -> int:
@@ -122,18 +176,24 @@ def derived_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "big")
 
 
-def _seed(value: Any, where: str) -> int:
-    text = str(value)
-    if isinstance(value, bool) or not re.fullmatch(r"\d+", text) or int(text) >= 2**63:
-        raise ValueError(f"{where}: seed {value!r} is not a whole number from 0 to 2^63 - 1")
-    return int(text)
+def _seed(value: Any, where: str) -> str:
+    text = str(int(value) if isinstance(value, float) and value.is_integer() else value)  # tables: 7.0 beside NaN
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,19}", text) or int(text) >= 2**63:
+        raise ValueError(f"{where}: seed {_short(value)} is not a whole number from 0 to 2^63 - 1")
+    return text
 
 
 def _box(value: Any, where: str) -> Box:
     parts = value if isinstance(value, list) else str(value).split()
-    if len(parts) != 4 or not all(re.fullmatch(r"\d+", str(p)) for p in parts):
-        raise ValueError(f"{where}: box {value!r} is not four pixels: top left bottom right")
+    if len(parts) != 4 or not all(re.fullmatch(r"[0-9]{1,9}", str(p)) for p in parts):
+        raise ValueError(f"{where}: box {_short(value)} is not four pixels: top left bottom right")
     box = Box(*map(int, parts))
     if box.top >= box.bottom or box.left >= box.right:
-        raise ValueError(f"{where}: box {value!r} is empty")
+        raise ValueError(f"{where}: box {_short(value)} is empty")
     return box
+
+
+def _short(value: Any) -> str:
+    """A value as an error shows it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,11 +1,11 @@
-"""Evaluating what is left of a dataset, sample by sample."""
+"""Evaluating what is left of a dataset, sample by sample, beside any number of other processes."""
 
 from __future__ import annotations
 
 import errno
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from i2am.evaluate.levels import keep_levels
+from i2am.evaluate.identity import pictures_identity
 from i2am.evaluate.manifest import Sample
 from i2am.evaluate.scores import score
 from i2am.evaluate.sheet import as_image, preview
-from i2am.evaluate.store import Store
+from i2am.evaluate.store import Store, StoreError
+from i2am.evaluate.thumbnails import keep_levels
 from i2am.maps import AttributionMaps
+
+LONGEST = 20_000  # characters of an error that a record keeps
+LOOK_AGAIN = 1.0  # seconds until a process that waits looks what the others have finished
 
 
 class DiskFull(OSError):
@@ -46,43 +50,80 @@ def evaluate(
     *,
     save: Sequence[str] = (),
     done: Callable[[], Any] = lambda: None,
+    wait: bool = False,
 ) -> None:
-    """Runs, scores and keeps samples one after another. One that raises is recorded and does not stop the others.
+    """Run, score and keep samples one after another; those that another process has or does are left to it.
+
+    One that raises is recorded and does not stop the others.
 
     Args:
         samples: those to do.
         run: traces one.
-        store: where results go.
+        store: where results go; open.
         save: "images" and "maps" keep more than scores, previews and small maps.
         done: called after every sample.
+        wait: go on until every sample is done, by whomever, and take over those of processes that die.
 
     Raises:
         DiskFull: a result could not be written for lack of room.
+        StoreError: a result could not be written for another reason.
     """
-    for sample in samples:
-        start = time.perf_counter()
+    for sample in _claimed(samples, store, wait):
+        record = _attempt(sample, run, store, save)
         try:
-            with torch.no_grad():
-                record = _record(sample, run(sample), store, save)
-        except Exception as error:
-            stop_if_full(error, store)
-            record = {
-                "status": "failed",
-                "error": f"{type(error).__name__}: {error}",
-                "traceback": traceback.format_exc(),
-            }
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
-        record |= {"id": sample.id, "seed": sample.seed, "digest": sample.digest}
-        try:
-            store.finish(record | {"seconds": round(time.perf_counter() - start, 3)})
+            store.finish(record)
         except OSError as error:
             stop_if_full(error, store)
             raise
         done()
 
 
-def _record(sample: Sample, traced: Traced, store: Store, save: Sequence[str]) -> dict[str, Any]:
+def _claimed(samples: Sequence[Sample], store: Store, wait: bool) -> Iterator[Sample]:
+    """Each sample that this process gets hold of, held until the next one is asked for."""
+    store.start()
+    left, rounds = samples, 0
+    while left and (wait or rounds < 2):  # the second time: samples that others have given back unfinished
+        missed = []
+        for sample in left:
+            if store.claim(sample):
+                try:
+                    yield sample
+                finally:
+                    store.release(sample)
+            elif not store.attempted(sample):
+                missed.append(sample)
+        left, rounds = missed, rounds + 1
+        if left and wait:
+            time.sleep(LOOK_AGAIN)
+
+
+def _attempt(sample: Sample, run: Callable[[Sample], Traced], store: Store, save: Sequence[str]) -> dict[str, Any]:
+    """The record of one sample: its scores, or what went wrong."""
+    start = time.perf_counter()
+    try:
+        pictures = pictures_identity(sample)
+        with torch.no_grad():
+            record = {"pictures": pictures, **_scored(sample, run(sample), store, save)}
+    except (Exception, SystemExit) as error:
+        stop_if_full(error, store)
+        if isinstance(error, StoreError):
+            raise
+        record = {"status": "failed", "error": _text(error), "traceback": traceback.format_exc()[-LONGEST:]}
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+    seconds = round(time.perf_counter() - start, 3)
+    return record | {"id": sample.id, "seed": sample.seed, "digest": sample.digest, "seconds": seconds}
+
+
+def _text(error: BaseException) -> str:
+    """An error's kind and message; its kind alone where the message cannot be made."""
+    try:
+        return f"{type(error).__name__}: {error}"[:LONGEST]
+    except Exception:
+        return type(error).__name__
+
+
+def _scored(sample: Sample, traced: Traced, store: Store, save: Sequence[str]) -> dict[str, Any]:
     """Scores of one sample, all but the record written."""
     maps = traced.maps
     r2g, g2r = maps.ulam("r2g")[0], ulam_or_none(maps, "g2r")
@@ -108,9 +149,9 @@ def ulam_or_none(maps: AttributionMaps, direction: str) -> Tensor | None:
 
 
 def stop_if_full(error: BaseException | None, store: Store) -> None:
-    """Raises DiskFull where an error, or what caused it, is a full disk (or quota)."""
+    """Raise DiskFull where an error, or what caused it, is a full disk (or quota)."""
     while error is not None:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "os error 28" in str(error):  # safetensors' own error carries the code in its text only
+        if full or "os error 28" in _text(error):  # safetensors' own error carries the code in its text only
             raise DiskFull(errno.ENOSPC, f"no room left for results in {store.out}") from error
         error = error.__cause__ or error.__context__

@@ -61,22 +61,23 @@ def _outlined(image: Any, mask: np.ndarray | Tensor | None) -> np.ndarray:
     return picture
 
 
-def contact_sheet(ranked: Sequence[dict[str, Any]], by: str, store: Store) -> Figure:
-    """Best and worst samples by one score, each with its strip and all its scores."""
+def contact_sheet(
+    best: Sequence[dict[str, Any]], worst: Sequence[dict[str, Any]], count: int, by: str, store: Store
+) -> Figure:
+    """Best and worst of ``count`` samples by one score, each with its strip and all its scores."""
     from matplotlib.figure import Figure
     from PIL import Image
 
-    half = min(SHOWN, (len(ranked) + 1) // 2)
-    best, worst = list(ranked[:half]), list(ranked[half:])[-SHOWN:]
+    chosen = [*best, *worst]
     titles = ["best"] * len(best) + ["worst"] * len(worst)
-    strips = [Image.open(store.path("previews", record["id"], ".jpg")) for record in best + worst]
+    strips = [Image.open(store.path("previews", record["id"], ".jpg")) for record in chosen]
     width = min(max(1.3 * max(strip.width / strip.height for strip in strips), 5.0), 9.0)  # inches, a row 1.3 high
     figure = Figure(figsize=(width + 0.2, 1.55 * len(titles) + 0.9), layout="constrained")
     axes = figure.subplots(len(titles), 1, squeeze=False)[:, 0]
-    for ax, title, record, strip in zip(axes, titles, best + worst, strips, strict=True):
+    for ax, title, record, strip in zip(axes, titles, chosen, strips, strict=True):
         ax.imshow(strip)
         ax.set_axis_off()
         scores = "   ".join(f"{MEANING[name][0]} {plot.signed(record[name])}" for name in MEANING if name in record)
         ax.set_title(f"{title} · {record['id']} · {scores}", fontsize=7, loc="left")
-    figure.suptitle(f"Best and worst of {len(ranked)} samples by {MEANING[by][0]}", fontsize=10)
+    figure.suptitle(f"Best and worst of {count} samples by {MEANING[by][0]}", fontsize=10)
     return plot.note(figure, "generated (mask outlined), R2G on it, reference, G2R on it; each map on its own scale")

@@ -1,96 +1,169 @@
-"""What came out of an evaluation: a table of samples, and means with confidence intervals."""
+"""What came out of an evaluation: a table of samples, and means with their intervals. Records are read one by one."""
 
 from __future__ import annotations
 
 import csv
+import heapq
 import importlib.util
+import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from i2am.evaluate.manifest import Sample
 from i2am.evaluate.scores import MEANING
-from i2am.evaluate.sheet import contact_sheet
+from i2am.evaluate.sheet import SHOWN, contact_sheet
 from i2am.evaluate.store import Store
 
-COLUMNS = ("id", "status", *MEANING, "seconds", "seed", "error")
+COLUMNS = ("id", "status", *MEANING, "seconds", "seed", "device", "versions", "error")
 RESAMPLES = 10_000
-METHOD = f"mean over samples with its 95 % confidence interval: percentile bootstrap, {RESAMPLES:,} resamples, seed 0"
+MANY = 5_000  # values from which on the mean is as good as normal, and resampling a waste
+METHOD = (
+    f"mean over samples with its 95 % confidence interval: percentile bootstrap, {RESAMPLES:,} resamples, seed 0; "
+    f"from {MANY:,} samples on, normal"
+)
+ERRORS = 100  # that the summary lists; results.csv has all
+BATCH = 10_000  # rows of the Parquet table written at once
 
 
 def summarise(samples: Sequence[Sample], store: Store) -> dict[str, Any]:
-    """Writes ``results.csv`` (and ``results.parquet``, where pyarrow is installed), ``summary.json``, ``contact.png``.
+    """Write ``results.csv`` (and ``results.parquet``, where pyarrow is installed), ``summary.json``, ``contact.png``.
 
     Every finished sample of the list counts once, whichever process or run did it.
     """
-    records = store.records(samples)
-    store.write(store.out / "results.csv", lambda path: _csv(records, path))
+    tally = _Tally()
+    store.write(store.out / "results.csv", lambda path: _write_csv(map(tally.add, store.records(samples)), path))
     if importlib.util.find_spec("pyarrow"):
-        store.write(store.out / "results.parquet", lambda path: _parquet(records, path))
-    fine = [r for r in records if r["status"] == "ok"]
-    summary = {
-        "samples": len(samples),
-        "ok": len(fine),
-        "failed": len(records) - len(fine),
-        "missing": len(samples) - len(records),
-        "method": METHOD,
-        "scores": {
-            name: interval([r[name] for r in fine if name in r]) for name in (*MEANING, "seconds") if _any(fine, name)
-        },
-        "errors": {r["id"]: r["error"] for r in records if r["status"] != "ok"},
-    }
-    text = json.dumps(summary, indent=2, ensure_ascii=False)
-    store.write(store.out / "summary.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    by = next((name for name in MEANING if _any(fine, name)), None)
+        store.write(store.out / "results.parquet", lambda path: _write_parquet(store.records(samples), path))
+    summary = tally.summary(len(samples))
+    text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+    store.write(store.out / "summary.json", lambda path: path.write_text(text, "utf-8", "backslashreplace"))
+    by = next((name for name in MEANING if name in tally.values), None)
     if by is not None:
-        figure = contact_sheet(sorted((r for r in fine if by in r), key=lambda r: -r[by]), by, store)
+        figure = contact_sheet(*_best_and_worst(store.records(samples), by), len(tally.values[by]), by, store)
         store.write(store.out / "contact.png", lambda path: figure.savefig(path, format="png", dpi=150))
     return summary
 
 
+class _Tally:
+    """Numbers of records that go by."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+        self.status: Counter[str] = Counter()
+        self.versions: Counter[str] = Counter()
+        self.errors: dict[str, str] = {}
+
+    def add(self, record: dict[str, Any]) -> dict[str, Any]:
+        self.status["ok" if record["status"] == "ok" else "failed"] += 1
+        self.versions[_show_versions(record)] += 1
+        if record["status"] != "ok":
+            if len(self.errors) < ERRORS:
+                self.errors[record["id"]] = record["error"]
+            return record
+        for name in (*MEANING, "seconds"):
+            if name in record:
+                self.values.setdefault(name, []).append(record[name])
+        return record
+
+    def summary(self, samples: int) -> dict[str, Any]:
+        return {
+            "samples": samples,
+            "ok": self.status["ok"],
+            "failed": self.status["failed"],
+            "missing": samples - self.status.total(),
+            "method": METHOD,
+            "scores": {name: interval(self.values[name]) for name in (*MEANING, "seconds") if name in self.values},
+            "versions": dict(self.versions.most_common()),  # of how many samples each
+            "errors": self.errors,
+        }
+
+
+def _best_and_worst(records: Iterable[dict[str, Any]], by: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The ``SHOWN`` best records, best first, and of the rest the worst, worst last."""
+    best: list[tuple[float, int, dict[str, Any]]] = []
+    worst: list[tuple[float, int, dict[str, Any]]] = []
+    count = 0
+    for place, record in enumerate(r for r in records if r["status"] == "ok" and by in r):
+        count += 1
+        for heap, key in ((best, (record[by], -place)), (worst, (-record[by], place))):
+            heapq.heappush(heap, (*key, record))
+            if len(heap) > SHOWN:
+                heapq.heappop(heap)
+    half = min(SHOWN, (count + 1) // 2)
+    first = [record for *_, record in sorted(best, key=lambda x: x[:2], reverse=True)][:half]
+    last = [record for *_, record in sorted(worst, key=lambda x: x[:2])]
+    return first, last[-min(SHOWN, count - half) :] if count > half else []
+
+
 def interval(values: Sequence[float], seed: int = 0) -> dict[str, float | int | None]:
     """Count, mean, standard deviation and a 95 % confidence interval of the mean (None for fewer than two values)."""
+    x = np.asarray(values, dtype=float)
+    found: dict[str, float | int | None] = {"n": len(x), "mean": float(x.mean()), "sd": None, "low": None, "high": None}
+    if len(x) < 2:
+        return found
+    sd = float(x.std(ddof=1))
+    if len(x) >= MANY:
+        half = 1.959963985 * sd / math.sqrt(len(x))
+        return found | {"sd": sd, "low": float(x.mean()) - half, "high": float(x.mean()) + half}
     from scipy.stats import bootstrap
 
-    x = np.asarray(values, dtype=float)
-    found = {"n": len(x), "mean": float(x.mean()), "sd": None, "low": None, "high": None}
-    if len(x) > 1:
-        rng = np.random.default_rng(seed)
-        result = bootstrap((x,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=rng, batch=500)
-        low, high = result.confidence_interval
-        found |= {"sd": float(x.std(ddof=1)), "low": float(low), "high": float(high)}
-    return found
+    rng = np.random.default_rng(seed)
+    result = bootstrap((x,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=rng, batch=500)
+    low, high = result.confidence_interval
+    return found | {"sd": sd, "low": float(low), "high": float(high)}
 
 
-def said(summary: dict[str, Any]) -> str:
+def format_table(summary: dict[str, Any]) -> str:
     """The summary as a table for people."""
-    lines = [f"{summary['ok']} of {summary['samples']} samples, {summary['failed']} failed"]
+    missing = f", {summary['missing']} not done" if summary["missing"] else ""
+    lines = [f"{summary['ok']} of {summary['samples']} samples, {summary['failed']} failed{missing}"]
     for name, s in summary["scores"].items():
         title = MEANING[name][0] if name in MEANING else "seconds a sample"
         spread = "" if s["low"] is None else f"  [{s['low']:.3f}, {s['high']:.3f}]"
         lines.append(f"{title:<18}{s['mean']:8.3f}{spread}  n = {s['n']}")
-    lines += [f"failed: {name}: {error}" for name, error in list(summary["errors"].items())[:5]]
+    if len(summary["versions"]) > 1:
+        lines += [f"made with {versions}: {count} samples" for versions, count in summary["versions"].items()]
+    lines += [f"failed: {name}: {error}" for name, error in itertools.islice(summary["errors"].items(), 5)]
     return "\n".join(lines)
 
 
-def _any(records: list[dict[str, Any]], name: str) -> bool:
-    return any(name in r for r in records)
+def _show_versions(record: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in record["versions"].items())
 
 
-def _csv(records: list[dict[str, Any]], path) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+def _row(record: dict[str, Any]) -> dict[str, Any]:
+    """A record's columns of the table."""
+    return {name: record.get(name) for name in COLUMNS} | {"versions": _show_versions(record)}
+
+
+def _write_csv(records: Iterable[dict[str, Any]], path: Path) -> None:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(records)
+        writer.writerows(map(_row, records))
 
 
-def _parquet(records: list[dict[str, Any]], path) -> None:
+def _write_parquet(records: Iterator[dict[str, Any]], path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    kinds = {"id": pyarrow.string(), "status": pyarrow.string(), "error": pyarrow.string(), "seed": pyarrow.int64()}
+    texts = ("id", "status", "device", "versions", "error")
+    kinds = {**dict.fromkeys(texts, pyarrow.string()), "seed": pyarrow.int64()}
     schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float64())) for name in COLUMNS])
-    rows = [{name: r.get(name) for name in COLUMNS} for r in records]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        while rows := [_encodable(_row(record)) for record in itertools.islice(records, BATCH)]:
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+
+
+def _encodable(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose texts are UTF-8, odd characters escaped."""
+    return {
+        name: value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+        for name, value in row.items()
+    }

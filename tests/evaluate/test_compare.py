@@ -12,10 +12,11 @@ from scipy.stats import wilcoxon
 
 from i2am import cli, plot
 from i2am.cli import results
-from i2am.compare import _left_out, compare, moved_shares, movers, total_variation
+from i2am.compare import compare, moved_shares, movers, total_variation
 from i2am.evaluate import Store
-from i2am.evaluate.levels import as_distribution, read_levels
+from i2am.evaluate.compare import _left_out
 from i2am.evaluate.summary import interval
+from i2am.evaluate.thumbnails import as_distribution, read_levels
 from tests.evaluate.test_evaluate import arguments
 
 pytest_plugins = ("tests.helpers.saved_pipelines",)  # the fixtures inpaint and images
@@ -151,7 +152,7 @@ def test_what_moved_and_where(runs, tmp_path, capsys):
     assert summary["samples"] == 3
 
     stores = [Store(runs / name) for name in "ab"]
-    records = [{i: json.loads(s.path("samples", i, ".json").read_text()) for i in "abc"} for s in stores]
+    records = [{r["id"]: r for r in s.all_records()} for s in stores]
     levels = [{i: read_levels(s.path("levels", i, ".safetensors"))[0] for i in "abc"} for s in stores]
     for name in ("imacs_r2g", "imacs_g2r", "box_iou"):
         difference = [records[1][i][name] - records[0][i][name] for i in "abc"]
@@ -179,11 +180,18 @@ def test_what_moved_and_where(runs, tmp_path, capsys):
     assert "% of the attention moved" in printed
 
 
+def forget(folder, samples):
+    """Remove samples' lines from a run's journals."""
+    for path in (folder / "samples").glob("*.jsonl"):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line).get("id") not in [*samples]))
+
+
 def test_missing_samples_are_noted(runs, tmp_path):
     import shutil
 
     shutil.copytree(runs / "b", tmp_path / "b")
-    (tmp_path / "b" / "samples" / "b.json").unlink()
+    forget(tmp_path / "b", "b")
     whole, found = compare(runs / "a", runs / "b"), compare(runs / "a", tmp_path / "b")
     assert found.samples == ["a", "c"]
     assert any("1 samples are not finished" in note for note in found.notes)
@@ -191,14 +199,13 @@ def test_missing_samples_are_noted(runs, tmp_path):
     for name, score in found.scores.items():
         pairs = [[run.scores[i][name] for run in (whole.a, whole.b)] for i in "ac"]
         assert score["difference"]["mean"] == pytest.approx(np.mean([b - a for a, b in pairs])), name
-    for name in "ac":
-        (tmp_path / "b" / "samples" / f"{name}.json").unlink()
+    forget(tmp_path / "b", "ac")
     with pytest.raises(ValueError, match="no finished sample in common"):
         compare(runs / "a", tmp_path / "b")
 
 
 def test_two_traced_runs(inpaint, images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(results, "_figures", lambda *_: ())  # test_cli looks at those
+    monkeypatch.setattr(results, "_figures", lambda *_: {})  # test_cli looks at those
     pipeline, adapter = inpaint
     for name, steps in (("a", 2), ("b", 3)):
         argv = ["trace", pipeline, "--reference", images / "reference.png", "--image", images / "image.png", "--mask"]

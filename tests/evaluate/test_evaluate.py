@@ -17,13 +17,18 @@ from PIL import Image
 
 import i2am
 from i2am import cli
+from i2am._files import machine
 from i2am.cli import evaluate as command
+from i2am.cli.arguments import SOME_FAILED, STOPPED
+from i2am.cli.job import Job
+from i2am.cli.processes import Process
 from i2am.evaluate import Sample, Store, read_manifest, summarise
 from i2am.evaluate import run as run_module
-from i2am.evaluate.levels import read_levels
+from i2am.evaluate.journal import Writer
 from i2am.evaluate.manifest import derived_seed
 from i2am.evaluate.scores import box_of, score
 from i2am.evaluate.summary import interval
+from i2am.evaluate.thumbnails import read_levels
 
 pytest_plugins = ("tests.helpers.saved_pipelines",)  # the fixtures inpaint and images
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,9 +82,7 @@ def scores_of(out):
 
 def test_everything_is_scored_and_failures_are_recorded(inpaint, dataset, images, tmp_path, capsys):
     out = tmp_path / "out"
-    assert (
-        cli.main(arguments(inpaint, dataset, out, "--save-images", "--save-maps", "--size", "64x72")) == command.FAILED
-    )
+    assert cli.main(arguments(inpaint, dataset, out, "--save-images", "--save-maps", "--size", "64x72")) == SOME_FAILED
     table = results(out)
     assert list(table) == list("abcdef")
     assert [i for i in table if table[i]["status"] == "ok"] == list("abcf")
@@ -123,7 +126,7 @@ def test_everything_is_scored_and_failures_are_recorded(inpaint, dataset, images
 
 def test_resumes_without_doing_anything_twice(inpaint, dataset, images, tmp_path, monkeypatch):
     out, whole = tmp_path / "out", tmp_path / "whole"
-    assert cli.main(arguments(inpaint, dataset, whole)) == command.FAILED
+    assert cli.main(arguments(inpaint, dataset, whole)) == SOME_FAILED
     done = []
     original = command._traced
 
@@ -134,22 +137,26 @@ def test_resumes_without_doing_anything_twice(inpaint, dataset, images, tmp_path
         return original(job, sample)
 
     monkeypatch.setattr(command, "_traced", counted)
-    assert cli.main(arguments(inpaint, dataset, out)) == 130
+    assert cli.main(arguments(inpaint, dataset, out)) == STOPPED
     assert done == ["a", "b"]
     assert not (out / "results.csv").exists()
-    (out / "samples" / "x.json.part").write_text("half")  # as a killed process leaves it
+    killed = ".".join((".i2am-" + machine(), "4194304", "1", "0123456789ab", "part"))  # a pid that none has
+    (out / "previews" / killed).write_text("half")
+    foreign = out / "previews" / killed.replace(machine(), "elsewhere-01234567")
+    foreign.write_text("of a machine that may still write it")
 
     monkeypatch.setattr(command, "_traced", lambda job, s: done.append(s.id) or original(job, s))
-    assert cli.main(arguments(inpaint, dataset, out)) == command.FAILED
+    assert cli.main(arguments(inpaint, dataset, out)) == SOME_FAILED
     assert done == list("abcdef")
-    assert not list(out.glob("*/*.part"))
+    assert [p.name for p in out.glob("*/.*.part")] == [foreign.name]
+    assert [p.name for p in (out / "running").iterdir()] == []
     assert scores_of(out) == scores_of(whole)
     one, other = (json.loads((folder / "summary.json").read_text()) for folder in (out, whole))
     assert [one.pop(name) for name in ("samples", "ok", "failed", "missing")] == [6, 4, 2, 0]
     assert all(one["scores"][name] == other["scores"][name] for name in SCORES)
 
     done.clear()  # those that failed are tried again, and only they
-    assert cli.main(arguments(inpaint, dataset, out)) == command.FAILED
+    assert cli.main(arguments(inpaint, dataset, out)) == SOME_FAILED
     assert done == ["d", "e"]
     done.clear()
     dataset.write_text(dataset.read_text().replace("nowhere.png", "reference.png").replace("broken.png", "image.png"))
@@ -163,27 +170,26 @@ def test_resumes_without_doing_anything_twice(inpaint, dataset, images, tmp_path
 
 
 def test_any_split_gives_the_same(inpaint, dataset, tmp_path, monkeypatch):
-    """Three ranks, one after the other, of which the last comes first; `pending` is found once, before any has run."""
-    one, split, pending, done = tmp_path / "one", tmp_path / "split", [], []
-    assert cli.main(arguments(inpaint, dataset, one)) == command.FAILED
+    """Three processes that have found what is left before any has begun: each sample is done once, by one of them."""
+    one, split, done = tmp_path / "one", tmp_path / "split", []
+    assert cli.main(arguments(inpaint, dataset, one)) == SOME_FAILED
     original = command._traced
 
-    class Rank(command.Processes):
-        def __init__(self, args):
-            super().__init__(args)
-            self.index, self.count = rank, 3
+    def traced(job, sample):
+        done.append((len(started), sample.id))
+        if started[-1:] == [0] and len(done) == 2:  # in the middle of the first one's share: the two others come and go
+            for rank in (1, 2):
+                started.append(rank)
+                with monkeypatch.context() as patch:
+                    patch.setattr(Process, "of_environment", lambda rank=rank: Process(rank, 3))
+                    assert cli.main(arguments(inpaint, dataset, split)) == STOPPED  # b is left, with no other process
+        return original(job, sample)
 
-        def of_main(self, find):
-            pending[:] = pending or find()
-            return pending
-
-    monkeypatch.setattr(command, "Processes", Rank)
-    monkeypatch.setattr(command, "_traced", lambda job, s: done.append((rank, s.id)) or original(job, s))
-    for rank in (2, 1, 0):
-        code = cli.main(arguments(inpaint, dataset, split))
-        assert code == (0 if rank else command.FAILED)  # the main one says how all of them fared
-    assert sorted(name for _, name in done) == list("abcdef")
-    assert sorted(r for r, _ in done) == [0, 0, 1, 1, 2, 2]
+    started = [0]
+    monkeypatch.setattr(command, "_traced", traced)
+    assert cli.main(arguments(inpaint, dataset, split)) == SOME_FAILED
+    assert [name for _, name in done[:6]] == list("abcfde")  # the second one's share first, then what others have left
+    assert sorted(name for _, name in done if name in "abcf") == list("abcf")  # those that fail are tried by each
     assert scores_of(split) == scores_of(one)
 
 
@@ -203,23 +209,30 @@ def test_other_settings_need_another_folder(inpaint, dataset, tmp_path, capsys):
 @pytest.mark.parametrize("where", ["record", "levels", "summary"])
 def test_a_full_disk_stops_cleanly(inpaint, dataset, tmp_path, capsys, monkeypatch, where):
     """Every writer meets it once; what was finished stays, and the next run goes on."""
-    out, real, countdown = tmp_path / "out", Store.write, iter(range(100))
+    out, real, appended, countdown = tmp_path / "out", Store.write, Writer.append, iter(range(100))
     after = 0 if where == "summary" else 2
 
     def write(self, path, how):
-        folder = {"record": "samples", "levels": "levels", "summary": "out"}[where]
-        if path.parent.name == folder and path.name != "i2am.json" and next(countdown) == after:
-            path.with_name(path.name + ".part").unlink(missing_ok=True)
+        folder = {"levels": "levels", "summary": "out"}.get(where)
+        if path.parent.name == folder and next(countdown) == after:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(self, path, how)
 
+    def append(self, record):
+        if where == "record" and next(countdown) == after:
+            os.write(self._handle, b'{"id": "half')  # what fitted
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        appended(self, record)
+
     monkeypatch.setattr(Store, "write", write)
-    assert cli.main(arguments(inpaint, dataset, out)) == command.DISK_FULL
+    monkeypatch.setattr(Writer, "append", append)
+    assert cli.main(arguments(inpaint, dataset, out)) == STOPPED
     err = capsys.readouterr().err
     assert "no room left" in err
     assert f"{4 if where == 'summary' else 2} of 6" in err
     monkeypatch.setattr(Store, "write", real)
-    assert cli.main(arguments(inpaint, dataset, out)) == command.FAILED
+    monkeypatch.setattr(Writer, "append", appended)
+    assert cli.main(arguments(inpaint, dataset, out)) == SOME_FAILED
     assert [r["status"] for r in results(out).values()] == ["ok"] * 3 + ["failed"] * 2 + ["ok"]
 
 
@@ -227,7 +240,7 @@ FULL_DISK = """
 set -e
 mount -t tmpfs -o size=$3 none $1
 code=0; "${@:4}" || code=$?
-mkdir -p $2/samples; cp $1/out/samples/*.json $2/samples/ 2>/dev/null || true
+mkdir -p $2/samples; cp $1/out/samples/*.jsonl $2/samples/ 2>/dev/null || true
 mount -o remount,size=50M $1
 again=0; "${@:4}" || again=$?
 cp -r $1/out $2/whole; echo "codes $code $again"
@@ -249,12 +262,13 @@ def test_a_disk_that_is_really_full(inpaint, dataset, tmp_path, room):
     job = [sys.executable, "-m", "i2am", *arguments(inpaint, dataset, disk / "out", "--save-images")]
     shell = [*namespace, "bash", "-c", FULL_DISK, "bash", disk, kept, room, *job]
     result = subprocess.run(list(map(str, shell)), capture_output=True, text=True)
-    assert result.stdout.splitlines()[-1] == f"codes {command.DISK_FULL} {command.FAILED}", result.stderr
+    assert result.stdout.splitlines()[-1] == f"codes {STOPPED} {SOME_FAILED}", result.stderr
     assert "no room left for results in" in result.stderr
     assert "Traceback" not in result.stderr
-    before = {p.stem: json.loads(p.read_text()) for p in (kept / "samples").glob("*.json")}  # whole, all of them
+    lines = [line for p in (kept / "samples").glob("*.jsonl") for line in p.read_text().splitlines()[1:]]
+    before = {r["id"]: r for r in map(json.loads, lines)}  # whole, all of them
     assert f"{sum(r['status'] == 'ok' for r in before.values())} of 6 samples are finished" in result.stderr
-    assert cli.main(arguments(inpaint, dataset, whole, "--save-images")) == command.FAILED
+    assert cli.main(arguments(inpaint, dataset, whole, "--save-images")) == SOME_FAILED
     assert scores_of(kept / "whole") == scores_of(whole)
     seconds = {name: row["seconds"] for name, row in results(kept / "whole").items()}
     assert all(float(seconds[i]) == r["seconds"] for i, r in before.items() if r["status"] == "ok")  # not done again
@@ -277,11 +291,16 @@ def test_two_processes_agree_with_one(inpaint, dataset, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "i2am"]
     launch += arguments(inpaint, dataset, two)
-    assert subprocess.run(alone, env=environment, capture_output=True).returncode == command.FAILED
+    assert subprocess.run(alone, env=environment, capture_output=True).returncode == SOME_FAILED
     result = subprocess.run(launch, env=environment, capture_output=True, text=True)
     assert result.returncode != 0, result.stderr  # two samples fail
     assert scores_of(one) == scores_of(two)
     assert json.loads((two / "summary.json").read_text())["ok"] == 4, result.stderr
+
+
+def records_in(out):
+    """Whole lines of all journals, their headers left out."""
+    return sum(max(p.read_bytes().count(b"\n") - 1, 0) for p in out.glob("samples/*.jsonl"))
 
 
 @pytest.mark.slow
@@ -292,13 +311,13 @@ def test_killed_at_any_point(inpaint, dataset, tmp_path):
     code = [sys.executable, "-m", "i2am", *arguments(inpaint, dataset, out)]
     for pause in (0.0, 0.05, 0.1, 0.02):
         process = subprocess.Popen(code, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        seen = len(list(out.glob("samples/*.json")))
-        while process.poll() is None and len(list(out.glob("samples/*.json"))) <= seen:
+        seen = records_in(out)
+        while process.poll() is None and records_in(out) <= seen:
             time.sleep(0.01)
         time.sleep(pause)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert subprocess.run(code, capture_output=True).returncode == command.FAILED
+    assert subprocess.run(code, capture_output=True).returncode == SOME_FAILED
     assert scores_of(out) == scores_of(whole)
 
 
@@ -306,7 +325,7 @@ def test_killed_at_any_point(inpaint, dataset, tmp_path):
 
 
 def test_what_the_pipeline_needs_is_checked_before_loading(inpaint, images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command.Job, "load", lambda self: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(Job, "load", lambda self: pytest.fail("weights were loaded"))
     manifest = tmp_path / "m.csv"
     manifest.write_text("reference,image\nr.png,i.png\n")
     assert cli.main(arguments(inpaint, manifest, tmp_path / "out")) == 2
@@ -365,17 +384,23 @@ def test_what_a_killed_run_leaves(tmp_path):
     """Killed while its settings were written, it left nothing to go on with; a record cut short counts as none."""
     out, sample = tmp_path / "out", Sample("a", 0, digest="x")
     out.mkdir()
-    (out / "i2am.json.part").write_text('{"comm')
+    (out / f".i2am-{machine()}.4194304.1.0123456789ab.part").write_text('{"comm')
     store = Store(out)
     store.open({"command": "evaluate"})
-    assert not list(out.glob("*.part"))
+    assert not list(out.glob(".*.part"))
     store.finish({"id": "a", "digest": "x"})
     assert store.record(sample) is not None
-    store.path("samples", "a", ".json").write_text('{"id": "a", "dig')
-    assert store.record(sample) is None
-    (out / "results.csv.part").write_text("half")
-    store.open({"command": "evaluate"})
-    assert sorted(p.name for p in out.iterdir()) == ["i2am.json", "samples"]
+    (journal,) = (out / "samples").glob("*.jsonl")
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-5])
+    again = Store(out)
+    again.open({"command": "evaluate"})
+    assert again.record(sample) is None
+    again.finish({"id": "b", "digest": "x"})
+    assert Store(out).record(Sample("b", 0, digest="x")) is not None
+    assert Store(out).record(sample) is None
+    journal.write_bytes(whole[:-2] + b"\x00\xff\n")  # a disk that lost power
+    assert Store(out).record(sample) is None
 
 
 def test_seeds_depend_on_nothing_but_seed_and_id():
@@ -410,6 +435,7 @@ def test_nothing_found_counts_zero():
 
 def test_contact_sheet_names_best_and_worst(tmp_path):
     store, samples = Store(tmp_path), [Sample(f"s{i:02d}", 0, digest="x") for i in range(14)]
+    store.open({"command": "evaluate"})
     for i, s in enumerate(samples):
         store.write(store.path("previews", s.id, ".jpg"), lambda p: Image.new("RGB", (90, 20)).save(p, "jpeg"))
         scores = {"imacs_r2g": -(5 * i % 14) / 10, "box_iou": i / 14}  # best first: 0, 3, 6, …

@@ -9,20 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from i2am.maps import AttributionMaps
+from i2am.maps.names import DIRECTIONS, LEVELS
 
 SIDE = 32  # tokens on the longer side, at most
-LEVELS = ("ulam", "tlam", "hlam", "llam")
+SHARES = tuple(d for d in DIRECTIONS if d != "mass")  # maps that are distributions, of which a share can move
 
 
 def keep_levels(maps: AttributionMaps, path: Path) -> None:
-    """Writes the first image's maps as float16 safetensors: ``"r2g.tlam" [T, h, w]``, each scaled to a mean of 1."""
+    """Write the first image's maps as float16 safetensors: ``"r2g.tlam" [T, h, w]``, each scaled to a mean of 1."""
     from safetensors.torch import save_file
 
     save_file(small_levels(maps), path, metadata={"layers": json.dumps(maps.layers)})
 
 
 def read_levels(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """``({"r2g.tlam": [T, h, w], …} float32, names of the layers)``."""
+    """Read ``({"r2g.tlam": [T, h, w], …} float32, names of the layers)``."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -33,7 +34,7 @@ def read_levels(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 def small_levels(maps: AttributionMaps) -> dict[str, Tensor]:
     """Return the first image's maps, as :func:`keep_levels` keeps them."""
     small = {}
-    for direction in ("r2g", "g2r"):
+    for direction in SHARES:
         for level in LEVELS:
             try:
                 found = getattr(maps, level)(direction)[0]

@@ -1,0 +1,97 @@
+"""Standard output and signals of a command: a closed pipe, a full device and SIGTERM end in order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import TextIO
+
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, taken as Ctrl-C is: whatever undoes itself after Ctrl-C does so here."""
+
+
+@contextlib.contextmanager
+def stopping_signals() -> Iterator[None]:
+    """Raise Terminated where SIGTERM or SIGHUP arrives; one that is ignored (nohup) stays ignored."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    taken = [number for number, handler in before.items() if handler == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
+
+
+@contextlib.contextmanager
+def no_interrupt() -> Iterator[None]:
+    """Hold back Ctrl-C, SIGTERM and SIGHUP for a moment that must not be cut in two; they arrive at its end."""
+    numbers = {signal.SIGINT, *STOPPING}
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def show_any_text() -> None:
+    """Let standard output and error write names that they cannot encode, with the odd characters escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(errors="backslashreplace")
+
+
+def say(text: str) -> None:
+    """Print a line; where the reader has gone, drop it: results on disk matter more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _drop(sys.stdout)
+
+
+def complain(text: str) -> None:
+    """Print a line on standard error, if it still takes any."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _drop(sys.stderr)
+
+
+def flush_output() -> str | None:
+    """Write what standard output still holds; return what went wrong, or None. A reader that has gone is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop(sys.stdout)
+    except OSError as error:
+        _drop(sys.stdout)
+        return error.strerror or str(error)
+    return None
+
+
+def _drop(stream: TextIO) -> None:
+    """Send a stream that cannot be written to nowhere, so that the interpreter's end does not try again."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
