@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import importlib
 import re
 import warnings
@@ -75,28 +74,23 @@ def reference_argument(pipeline_class: type, parameters: set[str], adapted: bool
     Raises:
         UserError: none does, or none that i2am traces.
     """
+    from i2am.families import registry
+
     name = pipeline_class.__name__
     if "num_frames" in parameters:
         raise UserError(f"{name} makes videos, which this command does not trace: use i2am.trace in Python")
-    if not adapted and _in_context(pipeline_class):
-        return "image_reference" if "image_reference" in parameters else "image"
-    if "example_image" in parameters:
-        return "example_image"
-    if "ip_adapter_image" in parameters:
-        if not adapted:
-            raise UserError(f"{name} takes a reference through an IP-Adapter only: give --ip-adapter")
-        return "ip_adapter_image"
-    if "image" in parameters and not parameters & {"prompt", "mask_image"}:
-        return "image"
-    raise UserError(f"{name} takes no reference image that i2am could trace")
-
-
-def _in_context(pipeline_class: type) -> bool:
-    """Whether the picture that a pipeline edits becomes tokens of its own, so that it is the reference."""
-    from i2am.families.pipelines import IN_CONTEXT
-
-    patterns = (*IN_CONTEXT, "DreamLite*")
-    return any(fnmatch.fnmatchcase(kind.__name__, p) for kind in pipeline_class.__mro__ for p in patterns)
+    if adapted and "ip_adapter_image" not in parameters:
+        raise UserError(f"{name} takes no --ip-adapter")
+    try:
+        argument = registry.reference_argument(pipeline_class, adapter=adapted)
+    except ValueError as error:
+        hint = ": give --ip-adapter" if "ip_adapter_image" in parameters and not adapted else ""
+        raise UserError(f"{error}{hint}") from error
+    if argument.endswith("_embeds"):
+        raise UserError(
+            f"{name} takes its reference as {argument}, which another pipeline makes: use i2am.trace in Python"
+        )
+    return argument
 
 
 def is_folder(path: str | Path) -> bool:

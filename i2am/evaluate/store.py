@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ class Store:
 
     # ------------------------------------------------------------------------------------------------ sharing samples
 
-    def pending(self, samples: Iterable[Sample], *, restart: bool = False) -> list[int]:
+    def pending(self, samples: Sequence[Sample], *, restart: bool = False) -> list[int]:
         """Which samples have no good record, by their place; those that a living process has just failed at count as
         done.
 
@@ -149,6 +149,8 @@ class Store:
         """
         self.refresh()
         journals, left, stale = self._opened(), [], {}
+        if not journals.entries:
+            return list(range(len(samples)))
         others = {f"{Path(o.name).stem}.jsonl" for o in self.others()}
         for place, sample in enumerate(samples):
             entry = journals.entries.get(sample.id)

@@ -32,7 +32,7 @@ class Flux(JointTransformer):
         PipelineFacts("FluxControl*", refused=CHANNELS),
         PipelineFacts("Flux*Img2Img*", refused=START),
         PipelineFacts("Flux*Inpaint*", refused=START),
-        PipelineFacts("FluxKontextInpaint*"),
+        PipelineFacts("FluxKontextInpaint*", "image_reference"),
         PipelineFacts(
             "FluxPriorRedux*",
             refused="it makes embeddings and runs no attention of a denoiser: trace the pipeline that they are given "
