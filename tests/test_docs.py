@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from i2am import zoo
-from i2am.cli import _parser
+from i2am.cli import build_parser
 from i2am.evaluate import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +83,7 @@ def test_commands_parse(page):
             words = shlex.split(line, comments=True)
             if "i2am" not in words or words[0] not in ("i2am", "accelerate", "python"):
                 continue
-            _parser().parse_args(words[words.index("i2am") + 1 :])
+            build_parser().parse_args(words[words.index("i2am") + 1 :])
 
 
 def test_every_page_is_in_the_navigation():

@@ -190,5 +190,5 @@ def test_editable_install_beside_the_other_package(checkout, stub, editable, tmp
 
 def test_editable_install_from_the_folder_above_the_clone(checkout, editable):
     """A script there has a folder named i2am beside it, the clone, which is no package."""
-    (checkout.parent / "script.py").write_text("import i2am, i2am.kernels.attention; print(i2am.trace, i2am.__file__)")
+    (checkout.parent / "script.py").write_text("import i2am, i2am.kernels.forward; print(i2am.trace, i2am.__file__)")
     assert str(checkout / "i2am" / "__init__.py") in run([editable, "script.py"], checkout.parent)

@@ -134,9 +134,9 @@ def backward(
         plain = k[at].to(lse.dtype) * scale  # [G, Nk, d]
         r = right[at].contiguous()
         for rows in heads.tiles():
-            s = heads.below(rows, lse[at][:, rows])  # [G, R, Nk]
-            below = None if surprise is None else (s / heads.unit).clamp_min_(IMPOSSIBLE)  # ln p
-            p = heads.exp_(s)
+            s = heads.logits(rows)  # [G, R, Nk]
+            below = None if surprise is None else (s / heads.unit).clamp_min_(IMPOSSIBLE)  # ln p, up to a constant
+            p = heads.exp_(heads.below_(s, lse[at][:, rows]))
             l = left[at][:, rows]  # [G, R, w + 1]
             if outputs:
                 dv[at].add_(torch.bmm(p.transpose(1, 2), l[..., :outputs]))
@@ -177,7 +177,11 @@ class _Heads(NamedTuple):
 
     def below(self, rows: slice, lse: Tensor) -> Tensor:
         """Return a tile of logits less their rows' ``lse [G, R]``: ln p in their unit, -inf where all is masked."""
-        return self.logits(rows).sub_(_finite(lse * self.unit).unsqueeze(2))
+        return self.below_(self.logits(rows), lse)
+
+    def below_(self, s: Tensor, lse: Tensor) -> Tensor:
+        """Return logits ``s [G, R, Nk]`` less their rows' ``lse [G, R]``, in their memory."""
+        return s.sub_(_finite(lse * self.unit).unsqueeze(2))
 
     def exp_(self, s: Tensor) -> Tensor:
         """Return the exponential of ``s``, in its memory."""

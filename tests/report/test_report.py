@@ -596,7 +596,7 @@ def test_every_kind_of_report_opens(browser, maps, pictures, tmp_path, kind, det
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(path.as_uri())
-    page.wait_for_selector("html[data-ready]", timeout=5000)
+    page.wait_for_selector("html[data-ready]", timeout=30_000)
     assert heat(page, "generated") is not None
     assert (heat(page, "reference") is None) == (kind == "one token")
     assert page.locator("#strip button").count() == (0 if not detail else 4 if kind == "one token" else 3)
