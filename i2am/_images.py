@@ -9,7 +9,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ SLACK = 1e-3  # by which resizing or half precision may leave 0…1
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-def open_image(path: Path) -> Image:
-    """Open an image file, upright as its EXIF says, of one of the kinds in ``FORMATS``.
+def open_image(path: Path | BinaryIO) -> Image:
+    """Open an image file (or one that is open), upright as its EXIF says, of one of the kinds in ``FORMATS``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -37,7 +37,7 @@ def open_image(path: Path) -> Image:
     import PIL.Image
     from PIL import ImageOps
 
-    if not path.is_file():
+    if isinstance(path, Path) and not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     PIL.Image.init()
     known = [kind for kind in FORMATS if kind in PIL.Image.OPEN]
@@ -47,11 +47,15 @@ def open_image(path: Path) -> Image:
             upright = ImageOps.exif_transpose(image)
             upright.load()
     except PIL.UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image of a known kind ({', '.join(known)})") from None
+        raise ValueError(f"{_name(path)} is not an image of a known kind ({', '.join(known)})") from None
     except (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        raise ValueError(f"{_name(path)} cannot be read as an image: {error}") from error
     upright.format = kind
     return upright
+
+
+def _name(file: Path | BinaryIO) -> str:
+    return str(file) if isinstance(file, Path) else "this"
 
 
 def as_rgb(image: Image) -> Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from i2am.cli.arguments import UserError
@@ -16,21 +17,28 @@ IMAGE_OPTIONS = {"reference": "RGB", "image": "RGB", "mask": "L", "control_image
 
 
 def open_image(what: str, picture: Picture | None, mode: str) -> Image | None:
-    """The image of a file, or of one inside a shard or table, upright; ``what`` names it in errors. None stays None."""
-    from PIL import Image, ImageOps
+    """Open the image of a file, or of one inside a shard or table, upright and in 8 bits.
+
+    Args:
+        what: names it in errors.
+        picture: None stays None.
+        mode: "RGB", or "L" of a mask: 255 inside.
+
+    Raises:
+        UserError: there is no such file, it is no image, or its values have no known meaning.
+    """
+    from i2am import _images
 
     if picture is None:
         return None
     try:
-        contents = io.BytesIO(picture.read_bytes())
+        image = _images.open_image(picture if isinstance(picture, Path) else io.BytesIO(picture.read_bytes()))
+        return _images.as_mask_image(image) if mode == "L" else _images.as_rgb(image)
     except FileNotFoundError:
         raise UserError(f"{what}: there is no file {picture}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{what}: {picture} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        return ImageOps.exif_transpose(Image.open(contents)).convert(mode)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{what}: {picture} cannot be read as an image: {error}") from error
+        reason = str(error).removeprefix(f"{picture} cannot be read as an image: ").removeprefix("this ")
+        raise UserError(f"{what}: {picture} cannot be read as an image: {reason}") from error
 
 
 def fit_images(images: dict[str, Image | None], size: tuple[int, int] | None) -> dict[str, Image | None]:

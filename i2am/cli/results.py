@@ -72,7 +72,7 @@ def write_results(
         document = {**settings, "layers": maps.layers, "reference_name": maps.references[0], "versions": versions()}
         files = {"maps.safetensors": partial(maps.save, record=False)}
         files |= {"generated.png": partial(generated.save, format="png"), "reference.png": reference.save}
-        bad = unfinite_layers(maps)
+        bad = sorted({layer for name in maps.references for layer in maps.not_finite(name)})
         if not bad:
             if story is not None:
                 files["demo.png"] = partial(_save_figure, story)
@@ -92,11 +92,6 @@ def write_results(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     say(f"wrote {', '.join(files)} and {SETTINGS} to {out}")
-
-
-def unfinite_layers(maps: AttributionMaps) -> list[str]:
-    """Layers whose maps hold NaN or infinity; those of time groups in which no step ran do not count."""
-    return [layer for layer in maps.layers if not maps.ulam("r2g", layers=layer).isfinite().all()]
 
 
 def _write_all(folder: Path, files: dict[str, Callable[[Path], Any]], document: dict[str, Any]) -> None:

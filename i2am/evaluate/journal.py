@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,21 +87,19 @@ class Journals:
             for name in sorted(grown):
                 self._take_in(name)
 
-    def read(self, entry: Entry) -> dict[str, Any]:
-        """The record of an entry, with the versions that it was made with."""
-        with open(self.folder / entry.file, "rb") as file:
-            file.seek(entry.offset)
-            return {**json.loads(file.readline()), **_shown(self.headers[entry.file])}
-
-    def read_all(self, entries: Iterator[Entry]) -> Iterator[dict[str, Any]]:
-        """The records of many entries, in their order; files stay open meanwhile."""
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[Entry], dict[str, Any]]]:
+        """A function that reads the record of an entry, with the versions that it was made with; files stay open."""
         with contextlib.ExitStack() as stack:
             files: dict[str, Any] = {}
-            for entry in entries:
+
+            def read(entry: Entry) -> dict[str, Any]:
                 if entry.file not in files:
                     files[entry.file] = stack.enter_context(open(self.folder / entry.file, "rb"))
                 files[entry.file].seek(entry.offset)
-                yield {**json.loads(files[entry.file].readline()), **_shown(self.headers[entry.file])}
+                return {**json.loads(files[entry.file].readline()), **_shown(self.headers[entry.file])}
+
+            yield read
 
     def forget(self, samples: set[str]) -> None:
         """Rewrite the journals without some samples. Nobody else may be writing."""

@@ -46,6 +46,7 @@ class Manifest(Sequence[Sample]):
 
     def __init__(self, path: Path, seed: int = 0):
         self.path, self.seed = path, seed
+        self._folder = path if path.is_dir() else path.parent
         self.columns: set[str] = set()  # that some sample fills
         self._rows: list[tuple[Any, ...]] = []  # cells in the order of COLUMNS; None: empty
         places: dict[str, str] = {}  # id → where it stands
@@ -77,8 +78,7 @@ class Manifest(Sequence[Sample]):
         cells = {name: value for name, value in zip(COLUMNS, self._rows[place], strict=True) if value is not None}
         name = cells.get("id") or f"row-{place % len(self) + 1:05d}"
         own = int(cells["seed"]) if "seed" in cells else derived_seed(self.seed, name)
-        folder = self.path if self.path.is_dir() else self.path.parent
-        files = {c: folder / cells[c] if isinstance(cells[c], str) else cells[c] for c in FILES if c in cells}
+        files = {c: self._folder / cells[c] if isinstance(cells[c], str) else cells[c] for c in FILES if c in cells}
         named = {c: v.name if isinstance(v, Embedded) else v for c, v in cells.items()}
         return Sample(
             id=name,

@@ -152,16 +152,14 @@ class Store:
         if not journals.entries:
             return list(range(len(samples)))
         others = {f"{Path(o.name).stem}.jsonl" for o in self.others()}
-        for place, sample in enumerate(samples):
-            entry = journals.entries.get(sample.id)
-            if entry is None or entry.digest != sample.digest:
-                left.append(place)
-            elif not entry.ok:
-                if entry.file not in others:
+        with journals.reading() as read:
+            for place, sample in enumerate(samples):
+                entry = journals.entries.get(sample.id)
+                if entry is None or entry.digest != sample.digest or (not entry.ok and entry.file not in others):
                     left.append(place)
-            elif (what := stale_picture(sample, journals.read(entry).get("pictures", {}))) is not None:
-                stale[sample.id] = what
-                left.append(place)
+                elif entry.ok and (what := stale_picture(sample, read(entry).get("pictures", {}))) is not None:
+                    stale[sample.id] = what
+                    left.append(place)
         if stale:
             name, what = next(iter(stale.items()))
             more = f", and {len(stale) - 1} samples more" if len(stale) > 1 else ""
@@ -232,12 +230,14 @@ class Store:
         self.refresh()
         journals = self._opened()
         entries = ((journals.entries.get(s.id), s.digest) for s in samples)
-        yield from journals.read_all(e for e, digest in entries if e is not None and e.digest == digest)
+        with journals.reading() as read:
+            yield from (read(e) for e, digest in entries if e is not None and e.digest == digest)
 
     def all_records(self) -> Iterator[dict[str, Any]]:
         """Every record, whatever the manifest says today."""
         self.refresh()
-        yield from self._opened().read_all(iter(self._opened().entries.values()))
+        with self._opened().reading() as read:
+            yield from map(read, self._opened().entries.values())
 
     def _opened(self) -> Journals:
         """The journals; of a folder that is only read, those of its own settings."""

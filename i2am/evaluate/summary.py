@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ METHOD = (
     f"from {MANY:,} samples on, normal"
 )
 ERRORS = 100  # that the summary lists; results.csv has all
-BATCH = 10_000  # rows of the Parquet table written at once
 
 
 def summarise(samples: Sequence[Sample], store: Store) -> dict[str, Any]:
@@ -37,15 +36,16 @@ def summarise(samples: Sequence[Sample], store: Store) -> dict[str, Any]:
     Every finished sample of the list counts once, whichever process or run did it.
     """
     tally = _Tally()
-    store.write(store.out / "results.csv", lambda path: _write_csv(map(tally.add, store.records(samples)), path))
+    table = store.out / "results.csv"
+    store.write(table, lambda path: _write_csv(map(tally.add, store.records(samples)), path))
     if importlib.util.find_spec("pyarrow"):
-        store.write(store.out / "results.parquet", lambda path: _write_parquet(store.records(samples), path))
+        store.write(store.out / "results.parquet", lambda path: _write_parquet(table, path))
     summary = tally.summary(len(samples))
     text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
     store.write(store.out / "summary.json", lambda path: path.write_text(text, "utf-8", "backslashreplace"))
     by = next((name for name in MEANING if name in tally.values), None)
     if by is not None:
-        figure = contact_sheet(*_best_and_worst(store.records(samples), by), len(tally.values[by]), by, store)
+        figure = contact_sheet(*tally.ranked[by].ends(), len(tally.values[by]), by, store)
         store.write(store.out / "contact.png", lambda path: figure.savefig(path, format="png", dpi=150))
     return summary
 
@@ -58,6 +58,7 @@ class _Tally:
         self.status: Counter[str] = Counter()
         self.versions: Counter[str] = Counter()
         self.errors: dict[str, str] = {}
+        self.ranked = {name: _Ranking(name) for name in MEANING}
 
     def add(self, record: dict[str, Any]) -> dict[str, Any]:
         self.status["ok" if record["status"] == "ok" else "failed"] += 1
@@ -69,6 +70,8 @@ class _Tally:
         for name in (*MEANING, "seconds"):
             if name in record:
                 self.values.setdefault(name, []).append(record[name])
+                if name in MEANING:
+                    self.ranked[name].add(record)
         return record
 
     def summary(self, samples: int) -> dict[str, Any]:
@@ -84,21 +87,28 @@ class _Tally:
         }
 
 
-def _best_and_worst(records: Iterable[dict[str, Any]], by: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The ``SHOWN`` best records, best first, and of the rest the worst, worst last."""
-    best: list[tuple[float, int, dict[str, Any]]] = []
-    worst: list[tuple[float, int, dict[str, Any]]] = []
-    count = 0
-    for place, record in enumerate(r for r in records if r["status"] == "ok" and by in r):
-        count += 1
-        for heap, key in ((best, (record[by], -place)), (worst, (-record[by], place))):
-            heapq.heappush(heap, (*key, record))
+class _Ranking:
+    """The ``SHOWN`` best and worst of records that go by, by one score; of equal ones the first counts as better."""
+
+    def __init__(self, by: str):
+        self.by, self.count = by, 0
+        self.best: list[tuple[float, int, dict[str, Any]]] = []
+        self.worst: list[tuple[float, int, dict[str, Any]]] = []
+
+    def add(self, record: dict[str, Any]) -> None:
+        value = record[self.by]
+        for heap, item in ((self.best, (value, -self.count, record)), (self.worst, (-value, self.count, record))):
+            heapq.heappush(heap, item)  # its smallest goes: the worst of the best, the best of the worst
             if len(heap) > SHOWN:
                 heapq.heappop(heap)
-    half = min(SHOWN, (count + 1) // 2)
-    first = [record for *_, record in sorted(best, key=lambda x: x[:2], reverse=True)][:half]
-    last = [record for *_, record in sorted(worst, key=lambda x: x[:2])]
-    return first, last[-min(SHOWN, count - half) :] if count > half else []
+        self.count += 1
+
+    def ends(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The best, best first, and of the others the worst, worst last."""
+        half = min(SHOWN, (self.count + 1) // 2)
+        best = [record for *_, record in sorted(self.best, key=lambda x: x[:2], reverse=True)][:half]
+        worst = [record for *_, record in sorted(self.worst, key=lambda x: x[:2])]
+        return best, worst[len(worst) - min(SHOWN, self.count - half) :]
 
 
 def interval(values: Sequence[float], seed: int = 0) -> dict[str, float | int | None]:
@@ -149,21 +159,16 @@ def _write_csv(records: Iterable[dict[str, Any]], path: Path) -> None:
         writer.writerows(map(_row, records))
 
 
-def _write_parquet(records: Iterator[dict[str, Any]], path: Path) -> None:
+def _write_parquet(table: Path, path: Path) -> None:
+    """Write the table again, with types."""
     import pyarrow
+    import pyarrow.csv
     import pyarrow.parquet
 
     texts = ("id", "status", "device", "versions", "error")
     kinds = {**dict.fromkeys(texts, pyarrow.string()), "seed": pyarrow.int64()}
-    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float64())) for name in COLUMNS])
-    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-        while rows := [_encodable(_row(record)) for record in itertools.islice(records, BATCH)]:
-            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
-
-
-def _encodable(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose texts are UTF-8, odd characters escaped."""
-    return {
-        name: value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
-        for name, value in row.items()
-    }
+    read = pyarrow.csv.ConvertOptions(
+        column_types={name: kinds.get(name, pyarrow.float64()) for name in COLUMNS}, strings_can_be_null=True
+    )
+    lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    pyarrow.parquet.write_table(pyarrow.csv.read_csv(table, parse_options=lines, convert_options=read), path)

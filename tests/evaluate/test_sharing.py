@@ -1,0 +1,262 @@
+"""Several processes in one folder, what dead ones leave, and results of another experiment."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from i2am._files import machine, runs, this_process, write_atomically
+from i2am.cli.processes import Process
+from i2am.evaluate import Sample, Store, evaluate, read_manifest, summarise
+from i2am.evaluate.identity import difference, weights_identity
+from i2am.evaluate.leases import Lease
+from i2am.evaluate.run import Traced
+from i2am.maps import AttributionMaps, LayerSums
+
+SETTINGS = {"command": "evaluate", "versions": {}}
+PICTURE = np.random.default_rng(0).random((32, 32, 3))
+MASK = np.pad(np.ones((12, 12), np.float32), 10)
+
+
+def maps():
+    sums = dict(grid=(8, 8), reference_grid=(4, 4), skip=0, keys=16, default=True, counts=(1,))
+    return AttributionMaps(
+        [LayerSums(layer="a", reference="r", **sums, r2g=torch.rand(1, 1, 2, 64), g2r=torch.rand(1, 1, 2, 16))]
+    )
+
+
+def samples_of(count):
+    return [Sample(f"s{i:03d}", i, digest=f"d{i}") for i in range(count)]
+
+
+def work(folder, count):
+    """What one process does, its start and end told by files."""
+    torch.set_num_threads(1)
+    store, samples = Store(Path(folder) / "out"), samples_of(count)
+    store.open(SETTINGS)
+    left = [samples[place] for place in store.pending(samples)]
+    evaluate(left, lambda sample: Traced(maps(), PICTURE, PICTURE, MASK), store)
+    store.close()
+
+
+def records_of(folder, count):
+    """Every line of every journal, and what counts of them."""
+    lines = [json.loads(x) for p in (folder / "out" / "samples").glob("*.jsonl") for x in p.read_text().splitlines()]
+    return [x["id"] for x in lines if "id" in x], list(Store(folder / "out").records(samples_of(count)))
+
+
+def killed_at_random(folder, count, processes, kills, seed):
+    context, dice = multiprocessing.get_context("spawn"), random.Random(seed)
+    running = [context.Process(target=work, args=(str(folder), count)) for _ in range(processes)]
+    for process in running:
+        process.start()
+    for _ in range(kills):
+        time.sleep(dice.uniform(0.5, 3))
+        victim = dice.choice([i for i, p in enumerate(running) if p.is_alive()] or [0])
+        if running[victim].is_alive():
+            os.kill(running[victim].pid, signal.SIGKILL)
+        running[victim].join()
+        running[victim] = context.Process(target=work, args=(str(folder), count))
+        running[victim].start()
+    for process in running:
+        process.join()
+        assert process.exitcode == 0
+    work(str(folder), count)  # whatever the last ones that were killed had begun
+    written, kept = records_of(folder, count)
+    assert [r["id"] for r in kept] == [s.id for s in samples_of(count)]
+    assert all(r["status"] == "ok" for r in kept)
+    assert len(written) == len(set(written))  # nothing was done twice
+    for file in (folder / "out" / "previews").glob("*.jpg"):
+        Image.open(file).load()
+    assert not list((folder / "out").glob("*/.*.part"))
+
+
+def test_two_processes_share_a_folder_and_one_is_killed(tmp_path):
+    killed_at_random(tmp_path, 24, 2, 1, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_four_processes_killed_at_random(tmp_path, seed):
+    killed_at_random(tmp_path, 200, 4, 8, seed)
+
+
+# ------------------------------------------------------------------------------------------------------------- claims
+
+
+def test_a_claim_is_one_process_until_it_is_given_back_or_dead(tmp_path):
+    with Lease(tmp_path) as a, Lease(tmp_path) as b:
+        assert a.claim("x")
+        assert not b.claim("x")
+        a.release("x")
+        assert b.claim("x")
+        assert a.claim("y")
+        os.kill(os.getpid(), 0)
+        a.path.unlink()  # as if it had died
+        assert b.claim("y")
+        assert not Lease(tmp_path).claim("y")
+        b.release("y")
+        assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("y")) == []
+
+
+def test_a_claim_without_hard_links(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refused)
+    with Lease(tmp_path) as a, Lease(tmp_path) as b:
+        assert a.claim("x")
+        assert not b.claim("x")
+
+
+def test_processes_are_told_apart_from_later_ones_of_their_number():
+    host, pid, started = this_process()
+    assert host == machine()
+    assert runs(pid, started)
+    assert not runs(pid, started + 1)  # the number was given again
+    assert not runs(4194304, 0)
+
+
+def test_a_lease_of_another_machine_lives_by_its_beat(tmp_path):
+    with Lease(tmp_path) as lease:
+        owner = lease.owner._replace(name="elsewhere-1-x.lease", machine="elsewhere-12345678", pid=1)
+        other = tmp_path / owner.name
+        other.write_text(json.dumps(owner._asdict()))
+        assert [o.name for o in lease.others()] == [owner.name]
+        long_ago = time.time() - 3600
+        os.utime(other, (long_ago, long_ago))
+        assert lease.others() == []
+        assert other.exists()  # of another machine: not ours to remove
+
+
+# ----------------------------------------------------------------------------------------------------------- identity
+
+
+def run(folder, samples, restart=False):
+    """The samples that were done."""
+    store, done = Store(folder), []
+    store.open(SETTINGS)
+    left = [samples[place] for place in store.pending(samples, restart=restart)]
+    evaluate(left, lambda s: done.append(s.id) or Traced(maps(), PICTURE, PICTURE, MASK), store)
+    store.close()
+    return done
+
+
+def test_a_picture_that_was_replaced(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{name}.png")
+    (tmp_path / "m.csv").write_text("id,reference\nx,a.png\ny,b.png\n")
+    samples, out = read_manifest(tmp_path / "m.csv"), tmp_path / "out"
+    assert run(out, samples) == ["x", "y"]
+    assert run(out, samples) == []
+    os.utime(tmp_path / "a.png")  # copied, or touched: the same picture
+    assert run(out, samples) == []
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"other pictures \(y: reference .*b\.png has changed.*--restart"):
+        run(out, samples)
+    assert run(out, samples, restart=True) == ["y"]
+    assert run(out, samples) == []
+
+
+def test_weights_are_told_apart_by_their_files(tmp_path):
+    (tmp_path / "unet").mkdir()
+    weights = tmp_path / "unet" / "w.safetensors"
+    weights.write_bytes(b"a" * (2 << 20))
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "README.md").write_text("not weights")
+    before = weights_identity(tmp_path)
+    assert set(before) == {"unet/w.safetensors", "model_index.json"}
+    os.utime(tmp_path / "model_index.json", (1, 1))  # small: its contents count
+    assert weights_identity(tmp_path) == before
+    os.utime(weights, (1, 1))
+    now = weights_identity(tmp_path)
+    found = difference({"weights": {"pipeline": before}}, {"weights": {"pipeline": now}})
+    assert found == "weights of the pipeline: unet/w.safetensors has changed since"
+    assert difference({"weights": {}, "steps": 3}, {"weights": {}, "steps": 4}) == "steps: 3, now 4"
+    assert difference({"versions": 1}, {"versions": 2}, ["versions"]) is None
+
+
+def test_other_settings_are_refused_or_done_anew(tmp_path):
+    samples = samples_of(2)
+    assert run(tmp_path / "out", samples) == ["s000", "s001"]
+    store = Store(tmp_path / "out")
+    with pytest.raises(ValueError, match="dtype: None, now 'float16'"):
+        store.open(SETTINGS | {"dtype": "float16"})
+    store.open(SETTINGS | {"dtype": "float16"}, restart=True)
+    assert store.pending(samples) == [0, 1]
+    assert list(store.records(samples)) == []
+
+
+def test_versions_are_kept_for_each_row(tmp_path):
+    samples = samples_of(2)
+    for version, sample in zip("12", samples, strict=True):
+        store = Store(tmp_path / "out")
+        store.open(SETTINGS | {"versions": {"torch": version}})
+        store.finish({"id": sample.id, "digest": sample.digest, "status": "failed", "error": "\udcff", "seed": 0})
+        store.close()
+    summary = summarise(samples, store)
+    assert summary["versions"] == {"torch 1": 1, "torch 2": 1}
+    assert "\\udcff" in (tmp_path / "out" / "results.csv").read_text(encoding="utf-8")
+
+
+def test_an_error_that_cannot_be_shown_does_not_stop_the_others(tmp_path):
+    class Odd(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    def traced(sample):
+        if sample.id == "s001":
+            raise SystemExit(7)
+        raise Odd
+
+    store = Store(tmp_path / "out")
+    store.open(SETTINGS)
+    evaluate(samples_of(2), traced, store)
+    assert [r["error"].split(":")[0] for r in store.records(samples_of(2))] == ["Odd", "SystemExit"]
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_writers_of_one_file_leave_one_of_them_whole(tmp_path):
+    path, seen = tmp_path / "f", []
+
+    def outer(file):
+        file.write_text("outer")
+        write_atomically(path, lambda inner: inner.write_text("inner"))
+        seen.append(path.read_text())
+
+    write_atomically(path, outer)
+    assert (seen, path.read_text()) == (["inner"], "outer")
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, lambda file: (file.write_text("half"), signal.raise_signal(signal.SIGINT)))
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+    assert path.read_text() == "outer"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1, "", True)),
+        ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, (1, 4, "h:1/1", False)),
+        ({"SLURM_ARRAY_TASK_ID": "12", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "10"}, (2, 4, "", True)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, "", True)),
+    ],
+)
+def test_who_this_process_is(monkeypatch, environment, expected):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    process = Process.of_environment()
+    assert (process.index, process.count, process.name, process.speaks) == expected
+    assert sorted(process.order(range(10))) == list(range(10))
+    assert process.order(range(10))[0] == expected[0]
