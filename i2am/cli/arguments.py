@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from i2am.cli.streams import say
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,6 +33,10 @@ class StoppedEarly(Exception):
 
 class Parser(argparse.ArgumentParser):
     """A parser that says what is wrong in one sentence instead of printing the usage first."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help and version as every other line is; argparse's own drops what cannot be written, in silence."""
+        say(message, end="")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")

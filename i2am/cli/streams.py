@@ -61,12 +61,22 @@ def show_any_text() -> None:
                 stream.reconfigure(errors="backslashreplace")
 
 
-def say(text: str) -> None:
-    """Print a line; where the reader has gone, drop it: results on disk matter more."""
+_problems: list[str] = []  # what standard output could not take, and why
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print a line. Where it cannot be written the run goes on: results on disk matter more. The end tells of it."""
     try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        _drop(sys.stdout)
+        print(text, end=end, flush=True)
+    except OSError as error:
+        _note(error)
+
+
+def _note(error: OSError) -> None:
+    """Keep why output failed; a reader that has gone is no error."""
+    if not isinstance(error, BrokenPipeError):
+        _problems.append(error.strerror or str(error))
+    _drop(sys.stdout)
 
 
 def complain(text: str) -> None:
@@ -78,15 +88,14 @@ def complain(text: str) -> None:
 
 
 def flush_output() -> str | None:
-    """Write what standard output still holds; return what went wrong, or None. A reader that has gone is no error."""
+    """Write what standard output still holds; return what went wrong since the last time, or None."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        _drop(sys.stdout)
     except OSError as error:
-        _drop(sys.stdout)
-        return error.strerror or str(error)
-    return None
+        _note(error)
+    found = _problems[0] if _problems else None
+    _problems.clear()
+    return found
 
 
 def _drop(stream: TextIO) -> None:
