@@ -42,15 +42,21 @@ def stopping_signals() -> Iterator[None]:
 @contextlib.contextmanager
 def no_interrupt() -> Iterator[None]:
     """Hold back Ctrl-C, SIGTERM and SIGHUP for a moment that must not be cut in two; they arrive at its end."""
-    numbers = {signal.SIGINT, *STOPPING}
-    if not hasattr(signal, "pthread_sigmask"):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOPPING)}
+    held = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    try:  # a mask would hold them back in this thread alone, and another of torch's may take them
+        for number in held:
+            signal.signal(number, lambda number, frame: came.append(number))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number in held:
+            signal.signal(number, before[number])
+        if came:
+            signal.raise_signal(came[0])
 
 
 def show_any_text() -> None:
