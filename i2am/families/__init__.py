@@ -131,8 +131,13 @@ class Family:
         return ()
 
 
+UNKNOWN = "i2am does not know"  # how the reason begins where there is none
+
+
 def no_reference_keys(name: str, reason: str) -> str:
-    """Return the message for a pipeline or model without reference keys."""
+    """Return the message for a pipeline or model without reference keys, or of which that is not known."""
+    if reason.startswith(UNKNOWN):
+        return f"{name}: {reason}. {SELF_HINT}"
     return (
         f"{name}: no attention keys encode a reference ({reason}). Attention then tells which positions exchange "
         f"information, never reference from generation. {SELF_HINT}"

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 import i2am.families
-from i2am.families import Family, PipelineFacts, Request
+from i2am.families import UNKNOWN, Family, PipelineFacts, Request
 from i2am.references import Banked, Concatenated
 from i2am.tracing.intercept import refuse_compiled
 
@@ -104,7 +104,7 @@ def why_not(kind: type[Any]) -> str:
     elif not _pictures(parameters):
         reason = "it draws from text alone"
     else:
-        reason = f"i2am does not know how {kind.__name__} uses its image"
+        reason = f"{UNKNOWN} how {kind.__name__} uses its image: describe the keys with reference= if they are known"
     return with_adapter(kind, reason)
 
 

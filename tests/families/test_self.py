@@ -362,3 +362,14 @@ def test_a_pass_without_banked_keys_does_not_count():
         unet(torch.randn(1, 4, 8, 8), 1, torch.randn(1, 3, pipelines.CONTEXT))
     with pytest.raises(ValueError, match="nothing was recorded"):
         tracer.maps()
+
+
+def test_a_reason_is_only_given_where_it_is_known():
+    from i2am.families import no_reference_keys, registry
+
+    reasons = {name: registry.why_not(getattr(diffusers, name)) for name in ("I2VGenXLPipeline", "LucyEditPipeline")}
+    assert reasons["LucyEditPipeline"] == "the video enters as channels beside the latents"
+    said = no_reference_keys("I2VGenXLPipeline", reasons["I2VGenXLPipeline"])
+    assert said.startswith("I2VGenXLPipeline: i2am does not know how I2VGenXLPipeline uses its image")
+    assert "no attention keys" not in said
+    assert "text alone" in registry.why_not(diffusers.QwenImagePipeline)
