@@ -11,7 +11,9 @@ import socket
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 UMASK = os.umask(0)
@@ -117,3 +119,38 @@ def _started(pid: int) -> int:
         return 0
     fields = stat.rpartition(b")")[2].split()
     return -1 if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+READS = 100  # of a file that is replaced while it is read
+
+
+def read_unchanged(path: Path, read: Callable[[Path], T]) -> T:
+    """Return ``read(path)`` of one and the same file, also where others replace it meanwhile.
+
+    safetensors opens a path once for its header and once for its tensors: a save in between would mix two files, so
+    that a read counts only if the path named the same file before and after it.
+
+    Raises:
+        ValueError: what ``read`` raises (a RuntimeError, too); or the file was replaced each time.
+    """
+    for _ in range(READS):
+        before, failed = _identity(path), None
+        try:
+            contents = read(path)
+        except (ValueError, RuntimeError) as error:
+            failed = error
+        if _identity(path) != before:
+            continue
+        if failed is not None:
+            raise failed if isinstance(failed, ValueError) else ValueError(f"{path}: {failed}") from None
+        return contents
+    raise ValueError(f"{path} was replaced each of the {READS} times that it was read: load it when its writer is done")
+
+
+def _identity(path: Path) -> tuple[int, int, int, int] | None:
+    """Return the numbers that tell one file of this path from the next; None where there is none."""
+    try:
+        of = path.stat()
+    except OSError:
+        return None
+    return of.st_dev, of.st_ino, of.st_size, of.st_mtime_ns

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from i2am._files import write_atomically
+from i2am._files import read_unchanged, write_atomically
 from i2am.maps.aggregate import STORED, LayerSums, check_sums
 from i2am.maps.entries import QKEntry, pack
 from i2am.maps.provenance import plain
@@ -134,7 +134,7 @@ def read_maps(path: Path, record_anywhere: bool = False) -> Contents:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no maps file at {path}")
-    metadata, shapes, tensors = _read_safetensors(path)
+    metadata, shapes, tensors = read_unchanged(path, _read_safetensors)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a maps file of i2am (format {metadata.get('format')!r})")
     try:

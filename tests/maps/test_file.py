@@ -480,3 +480,38 @@ def test_maps_refuse_sums_that_no_level_could_read():
             AttributionMaps([replace(good[0], **changes), *good[1:]], regions=["corner", "sleeve"])
     with pytest.raises(ValueError, match="no maps without"):
         AttributionMaps([])
+
+
+def test_a_file_replaced_between_its_header_and_its_tensors_is_read_again(tmp_path, monkeypatch):
+    """safetensors opens a path twice: what a save in between makes of it belongs to neither file."""
+    from i2am.maps import file
+
+    path = tmp_path / "maps.safetensors"
+
+    def save(value, layers):
+        x = torch.full((1, 1, 2, 6), value)
+        sums = [LayerSums(f"l{i}", "r", (2, 3), (2, 3), 0, 6, True, (1,), x.clone(), x.clone()) for i in range(layers)]
+        AttributionMaps(sums).save(path)
+
+    save(1.0, 2)
+    read, times = file._read_safetensors, []
+
+    def replaced(where):
+        times.append(1)
+        if len(times) == 1:
+            read(where)
+            save(2.0, 3)
+            raise RuntimeError("size <1> is smaller than the required mapping size <2>")
+        return read(where)
+
+    monkeypatch.setattr(file, "_read_safetensors", replaced)
+    assert AttributionMaps.load(path).layers == ["l0", "l1", "l2"]
+    assert len(times) == 2
+
+    def always(where):
+        save(3.0, 1)
+        return read(where)
+
+    monkeypatch.setattr(file, "_read_safetensors", always)
+    with pytest.raises(ValueError, match="was replaced each of the 100 times"):
+        AttributionMaps.load(path)
