@@ -51,7 +51,7 @@ __all__ = ["LayerRead", "Probe", "probe"]
 
 @dataclass(frozen=True)
 class LayerRead:
-    """What one attention call said of one reference. A read-out is an attribute: ``read.expected``.
+    """Read-outs of one attention call about one reference, each an attribute: ``read.expected``.
 
     Attributes:
         layer: name of the attention module.
