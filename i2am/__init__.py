@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from i2am.ops import AttentionOutput, attention
     from i2am.references import Banked, Concatenated, Reference
     from i2am.tracing import BlindLayerError, Tracer, patch_modules, patch_transformer, patch_unet, trace, unpatch
+    from i2am.tracing.accumulator import Accumulator
     from i2am.tracing.probe import probe
 
 __version__ = "0.2.0"
@@ -36,10 +37,12 @@ HOMES = {
     "ops": ("AttentionOutput", "attention"),
     "references": ("Banked", "Concatenated", "Reference"),
     "tracing": ("BlindLayerError", "Tracer", "patch_modules", "patch_transformer", "patch_unet", "trace", "unpatch"),
+    "tracing.accumulator": ("Accumulator",),
     "tracing.probe": ("probe",),
 }
 HOME = {name: home for home, names in HOMES.items() for name in names}
 __all__ = [
+    "Accumulator",
     "AttentionOutput",
     "AttributionMaps",
     "Banked",

@@ -271,6 +271,7 @@ def takes_trace_options(*without: str) -> Callable[[F], F]:
     known = {f.name: f for f in fields(TraceSettings) if f.name not in without}
 
     def decorate(function: F) -> F:
+        called = function.__qualname__.removesuffix(".__init__")
         own = inspect.signature(function)
         named = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
 
@@ -281,7 +282,7 @@ def takes_trace_options(*without: str) -> Callable[[F], F]:
                 if name not in names:
                     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
                     hint = f"did you mean {near[0]}=?" if near else f"it takes {', '.join(names[1:])}"
-                    raise TypeError(f"{function.__name__}() takes no {name}=; {hint}")
+                    raise TypeError(f"{called}() takes no {name}=; {hint}")
             return function(*args, **given)
 
         taken = {p.name for p in named}

@@ -84,12 +84,13 @@ class SumStore:
                 sram=zeros(regions, K) if regions else None,
                 counts=[0] * T,
             )
-        seen = (track.grid, tuple(track.r2g.shape[1:]), tuple(track.g2r.shape[1:]))
-        now = (grid, (B, H, queries), (B, H, K))
+        seen = (track.grid, tuple(track.r2g.shape[1:]), track.reference_grid, tuple(track.g2r.shape[1:]))
+        now = (grid, (B, H, queries), reference.grid, (B, H, K))
         if seen != now:
             raise ValueError(
-                f"layer {layer}: grid, [B, H, queries], [B, H, keys] of reference {reference.name!r} were {seen} and "
-                f"are now {now}; one set of maps needs the same batch and sizes: maps() then reset() between such runs"
+                f"layer {layer}: grid, [B, H, queries], reference grid, [B, H, keys] of reference {reference.name!r} "
+                f"were {seen} and are now {now}; one set of maps needs the same batch and sizes: maps() then reset() "
+                "between such runs"
             )
         if track.r2g.device != q.device:
             raise ValueError(f"layer {layer} moved from {track.r2g.device} to {q.device}; reset() the tracer first")
