@@ -102,8 +102,9 @@ def enlarged(x: Tensor) -> Image:
     """Return ``[3, h, w]`` in [-1, 1] as a picture of SIZE pixels."""
     from PIL import Image
 
-    pixels = ((x + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy().astype(np.uint8)
-    return Image.fromarray(pixels).resize((SIZE, SIZE), Image.BICUBIC)
+    from i2am.zoo.pipelines import as_images
+
+    return as_images(x[None])[0].resize((SIZE, SIZE), Image.BICUBIC)
 
 
 def findings(maps: AttributionMaps) -> list[str]:

@@ -11,7 +11,7 @@ import sys
 import traceback
 
 import i2am
-from i2am.cli import compare, completion, demo, evaluate, trace
+from i2am.cli import app, compare, completion, demo, evaluate, trace
 from i2am.cli.arguments import DONE, EXIT_CODES, INTERNAL, STOPPED, USAGE, Parser, StoppedEarly, UserError
 from i2am.cli.streams import complain, flush_output, show_any_text, stopping_signals
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "trace": (trace, "run a diffusers pipeline and map what it took from a reference"),
     "evaluate": (evaluate, "trace and score a whole dataset, in one process or several"),
     "compare": (compare, "what moved between two runs, or two checkpoints, and where"),
+    "app": (app, "serve a page: load a pipeline, give a reference, run, click patches"),
     "completion": (completion, "print a script that completes this command in a shell"),
 }
 

@@ -37,17 +37,10 @@ def route(pipeline_class: type, parameters: set[str], args: argparse.Namespace) 
     """
     name = pipeline_class.__name__
     routes = {reference_argument(pipeline_class, parameters, args.ip_adapter is not None): "reference"}
-    controlled = "controlnet_conditioning_scale" in parameters and "control_image" not in parameters
-    needed = {
-        "image": "control_image" if controlled else "image",
-        "mask_image": "mask",
-        "control_image": "control_image",
-    }
-    for argument, option in needed.items():
-        if argument in parameters and argument not in routes:
-            if getattr(args, option) is None:
-                raise UserError(f"{name} needs {flag(option)}")
-            routes[argument] = option
+    for argument, option in images_needed(parameters, {*routes}).items():
+        if getattr(args, option) is None:
+            raise UserError(f"{name} needs {flag(option)}")
+        routes[argument] = option
     given = {a: option for a, option in CALL_OPTIONS.items() if getattr(args, option) is not None}
     given |= {} if args.mask is None else {"mask": "mask"}  # what some that are edited by words take beside them
     routes |= {argument: option for argument, option in given.items() if argument in parameters}
@@ -61,6 +54,22 @@ def route(pipeline_class: type, parameters: set[str], args: argparse.Namespace) 
     if unused:
         raise UserError(f"{name} takes no {' and no '.join(unused)}")
     return routes
+
+
+def images_needed(parameters: set[str], taken: set[str]) -> dict[str, str]:
+    """Find the pictures beside the reference that a pipeline's call wants: ``{argument: option}``.
+
+    Args:
+        parameters: names that the call takes.
+        taken: of these, what something else gives.
+    """
+    controlled = "controlnet_conditioning_scale" in parameters and "control_image" not in parameters
+    wanted = {
+        "image": "control_image" if controlled else "image",
+        "mask_image": "mask",
+        "control_image": "control_image",
+    }
+    return {argument: option for argument, option in wanted.items() if argument in parameters - taken}
 
 
 def reference_argument(pipeline_class: type, parameters: set[str], adapted: bool) -> str:

@@ -249,6 +249,12 @@ class SuperResolutionPipeline(ZooPipeline):
         return Prepared(self.image_encoder(reference, patches), channels)
 
 
+def as_images(pictures: Tensor) -> list[Image.Image]:
+    """Return ``[B, 3, H, W]`` in [-1, 1] as PIL images."""
+    pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
+    return [Image.fromarray(x) for x in pixels]
+
+
 def bicubic(reference: Tensor, size: tuple[int, int]) -> Tensor:
     """Enlarge ``reference [B, 3, h, w]`` to ``size``, without any model."""
     return F.interpolate(reference, tuple(size), mode="bicubic", align_corners=False)
