@@ -207,7 +207,8 @@ def correspondence_error(found: Tensor, truth: Tensor, scale: float | tuple[floa
     if not found.isfinite().all():
         raise ValueError("a place that was found must be finite")
     apart: Tensor = found.double() * torch.as_tensor(scale, dtype=torch.float64) - truth.double()
-    return torch.linalg.vector_norm(apart, dim=-1)
+    distance: Tensor = torch.linalg.vector_norm(apart, dim=-1)
+    return distance
 
 
 def pck(error: Tensor, threshold: float) -> Tensor:

@@ -1,9 +1,11 @@
-"""Arguments of a module's forward, whether they were given by position or by name."""
+"""Arguments of a module's forward, whether they were given by position or by name, and a module's own attributes."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -22,9 +24,14 @@ def argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name:
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return all given arguments of a module's forward by the names in its class's signature."""
-    return dict(_signature(type(module)).bind_partial(module, *args, **kwargs).arguments)
+    return dict(_signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments)
 
 
 @functools.cache
-def _signature(kind: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(kind.forward)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def attribute(module: nn.Module, path: str) -> Any:
+    """Return an attribute of a module by its path ("config.patch_size"); to a type checker all are Tensor | Module."""
+    return attrgetter(path)(module)

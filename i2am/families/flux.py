@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from i2am.families import CHANNELS, RESIDUAL, START, Hooked, PipelineFacts, TokenLayout
+from i2am.families.arguments import attribute
 from i2am.families.joint import JointTransformer, Positions, Segment, apart
 from i2am.references import Reference
 from i2am.tracing.intercept import LayerContext, running_context
@@ -25,7 +26,7 @@ class Flux(JointTransformer):
 
     models = ("FluxTransformer2DModel",)
     attentions = ("FluxAttention",)
-    pipelines = (
+    pipelines: ClassVar[tuple[PipelineFacts, ...]] = (
         PipelineFacts("FluxKontext*"),
         PipelineFacts("FluxFill*", refused=CHANNELS),
         PipelineFacts("FluxControlNet*", refused=RESIDUAL),
@@ -73,7 +74,7 @@ class Flux(JointTransformer):
         context = running_context()
         if context is None or not context.layers or self._generated is None:
             return
-        several = len(self.transformer.encoder_hid_proj.image_projection_layers) > 1
+        several = len(attribute(self.transformer, "encoder_hid_proj.image_projection_layers")) > 1
         name = f"ip_adapter_{adapter}" if several else "ip_adapter"
         images, T = args[0].shape[1:3]
         references = tuple(

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from i2am.families import ForwardInputs, Hooked, TokenLayout
-from i2am.families.arguments import named_arguments
+from i2am.families.arguments import attribute, named_arguments
 from i2am.families.resampler import KINDS, Rollout
 from i2am.families.tokens import clip_tokens
 from i2am.families.unet import UNetFamily, grid_of
 from i2am.references import Grid, Reference
 from i2am.tracing.intercept import LayerContext, running_context
 
+PROJECTIONS = "encoder_hid_proj.image_projection_layers"  # of a UNet's IP-Adapters
 Scales = list[list[float]]  # per adapter, per image
 
 
@@ -52,7 +53,7 @@ class IPAdapter(UNetFamily):
         rollout: bool = False,
     ):
         super().__init__(unet)
-        self.projections = list(unet.encoder_hid_proj.image_projection_layers)
+        self.projections = list(attribute(unet, PROJECTIONS))
         if references is not None and len(references) != len(self.projections):
             raise ValueError(f"{len(self.projections)} IP-Adapters are loaded, but {len(references)} references given")
         self.references = references
@@ -73,7 +74,7 @@ class IPAdapter(UNetFamily):
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
         replaced = [n for n, p in self.processors.items() if self.unet.get_submodule(n).processor is not p]
-        if replaced or list(self.unet.encoder_hid_proj.image_projection_layers) != self.projections:
+        if replaced or list(attribute(self.unet, PROJECTIONS)) != self.projections:
             raise ValueError(
                 f"the attention processors{' of ' + replaced[0] if replaced else ''} were replaced after tracing "
                 "began, so "
@@ -114,7 +115,7 @@ class IPAdapter(UNetFamily):
         for rollout in self.rollouts.values():
             yield from rollout.watch()
         for module in self.layers().values():
-            for adapter, to_k in enumerate(module.processor.to_k_ip):
+            for adapter, to_k in enumerate(attribute(module, "processor.to_k_ip")):
                 yield to_k, partial(self._announce, adapter), "before"
 
     def _announce(self, adapter: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -140,7 +141,9 @@ class IPAdapter(UNetFamily):
         references, rolls, weights = [], [], []
         roll = None
         if adapter in self.rollouts:
-            roll = self.rollouts[adapter].matrix.unflatten(0, (-1, self.images[adapter]))  # [B, images, T, X]
+            matrix = self.rollouts[adapter].matrix
+            assert matrix is not None, "the resampler runs before the first layer that takes its tokens"
+            roll = matrix.unflatten(0, (-1, self.images[adapter]))  # [B, images, T, X]
         for image, start in found:
             reference = self._reference(adapter, image, T if roll is None else roll.shape[-1])
             reference.check(T if roll is None else roll.shape[-1])
@@ -157,7 +160,7 @@ class IPAdapter(UNetFamily):
         )
 
     def _scale(self, layer: LayerContext, adapter: int, image: int) -> float:
-        scales = layer.state.scales
+        scales: Scales | None = layer.state.scales
         if scales is None:
             return 1.0
         return scales[adapter][image if len(scales[adapter]) > 1 else 0]
@@ -175,7 +178,8 @@ class IPAdapter(UNetFamily):
         from diffusers.image_processor import IPAdapterMaskProcessor
 
         mask = masks[adapter][:, image]  # [1, H, W]
-        return scale * IPAdapterMaskProcessor.downsample(mask, 1, h * w, 1)[..., 0].detach().to(torch.float32)
+        at_queries: Tensor = IPAdapterMaskProcessor.downsample(mask, 1, h * w, 1)[..., 0]  # [1, Q]
+        return scale * at_queries.detach().to(torch.float32)
 
     def _reference(self, adapter: int, image: int, T: int) -> Reference:
         if self.references is not None:

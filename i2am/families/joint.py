@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from i2am.families import Family, ForwardInputs, Request, TokenLayout
 from i2am.families.arguments import named_arguments
-from i2am.families.registry import check_described
+from i2am.families.registry import described_tokens
 from i2am.families.tokens import among, reference_names
 from i2am.references import SELF, Grid, Reference
 from i2am.tracing.intercept import LayerContext
@@ -63,11 +63,11 @@ class JointTransformer(Family):
 
     @classmethod
     def read(cls, model: nn.Module, request: Request) -> Family:
-        check_described(model, request)
+        references = described_tokens(model, request)
         if request.rollout:
             name = type(model).__name__
             raise ValueError(f"rollout=True needs an adapter with a resampler, and i2am knows none of {name}")
-        return cls(model, request.references, self_attention=request.self_attention)
+        return cls(model, references, self_attention=request.self_attention)
 
     def layers(self) -> dict[str, nn.Module]:
         found = {n: m for n, m in self.transformer.named_modules() if type(m).__name__ in self.attentions}
@@ -153,7 +153,7 @@ def _segments(ids: Tensor) -> list[tuple[float, Segment]]:
     found, start = [], 0
     for picture, count in zip(which.tolist(), counts.tolist(), strict=True):
         rows, columns = ids[start : start + count, 1:3].double().T  # bfloat16 can't count the tokens of a picture
-        grid = tuple(int(axis.max() - axis.min()) + 1 for axis in (rows, columns))
+        grid = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
         if grid[0] * grid[1] != count:
             raise ValueError(f"picture {picture:g} of the position ids has {count} tokens, which do not fill {grid}")
         order = (rows - rows.min()) * grid[1] + (columns - columns.min())

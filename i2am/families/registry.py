@@ -13,7 +13,7 @@ from torch import nn
 
 import i2am.families
 from i2am.families import UNKNOWN, Family, PipelineFacts, Request
-from i2am.references import Banked, Concatenated
+from i2am.references import Banked, Concatenated, Reference
 from i2am.tracing.intercept import refuse_compiled
 
 PICTURES = ("image", "video")  # what names of arguments that take pictures contain
@@ -123,10 +123,15 @@ def _pictures(parameters: set[str]) -> list[str]:
     ]
 
 
-def check_described(model: nn.Module, request: Request) -> None:
-    """Refuse a description of pictures side by side for a model that joins its pictures as tokens."""
-    if isinstance(request.references, (Concatenated, Banked)):
+def described_tokens(model: nn.Module, request: Request) -> list[Reference] | None:
+    """Return what a caller says of the tokens of a model that joins its pictures as tokens; None: nothing.
+
+    Raises:
+        ValueError: pictures side by side are described.
+    """
+    described = request.references
+    if isinstance(described, (Concatenated, Banked)):
         raise ValueError(
-            f"{type(model).__name__} joins its pictures as tokens, which need no description: got "
-            f"{request.references!r}"
+            f"{type(model).__name__} joins its pictures as tokens, which need no description: got {described!r}"
         )
+    return described

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from i2am.families import Hooked
+from i2am.families.arguments import attribute
 from i2am.tracing.intercept import running_context
 
 KINDS = ("IPAdapterPlusImageProjection", "IPAdapterTimeImageProjection")
@@ -35,7 +36,7 @@ class Rollout:
 
     def watch(self) -> Iterable[Hooked]:
         yield self.resampler, self._begin, "before"
-        for block in self.resampler.layers:
+        for block in attribute(self.resampler, "layers"):
             attn = block.attn
             key = attn.to_kv if getattr(attn, "to_k", None) is None else attn.to_k
             yield attn.to_q, self._see_query, "after"
@@ -49,9 +50,10 @@ class Rollout:
         self._query = query
 
     def _see_key(self, attn: nn.Module, module: nn.Module, args: tuple[Any, ...], key: Tensor) -> None:
-        if running_context() is None:
+        q = self._query
+        if q is None or running_context() is None:
             return
-        q, key = self._query, key[..., : self._query.shape[-1]]  # a fused projection gives values behind the keys
+        key = key[..., : q.shape[-1]]  # a fused projection gives values behind the keys
         T, X = q.shape[1], key.shape[1] - q.shape[1]
         q, k = (x.detach().float().unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, key))
         A = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)  # [images, T, X + T]

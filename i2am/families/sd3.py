@@ -22,8 +22,8 @@ from i2am.families import (
     TokenLayout,
     no_reference_keys,
 )
-from i2am.families.arguments import named_arguments
-from i2am.families.registry import check_described
+from i2am.families.arguments import attribute, named_arguments
+from i2am.families.registry import described_tokens
 from i2am.families.resampler import Rollout
 from i2am.families.tokens import square
 from i2am.references import SELF, Grid, Reference
@@ -45,12 +45,11 @@ class StableDiffusion3(Family):
         self.transformer = transformer
         self.self_attention = self_attention
         self._grid: Grid = (0, 0)
-        self._rollout = Rollout(transformer.image_proj) if rollout else None
+        self._rollout = Rollout(attribute(transformer, "image_proj")) if rollout else None
 
     @classmethod
     def read(cls, model: nn.Module, request: Request) -> Family:
-        check_described(model, request)
-        if request.references:
+        if described_tokens(model, request):
             raise ValueError("SD3's text tokens encode no reference: load its IP-Adapter, which needs no description")
         return cls(model, self_attention=request.self_attention, rollout=request.rollout)
 
@@ -66,7 +65,7 @@ class StableDiffusion3(Family):
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
         given = named_arguments(self.transformer, args, kwargs)
-        latents, patch = given["hidden_states"], self.transformer.config.patch_size
+        latents, patch = given["hidden_states"], attribute(self.transformer, "config.patch_size")
         self._grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
         context = given.get("encoder_hidden_states")
         return ForwardInputs(latents, given["timestep"], conditioning=(context,) if isinstance(context, Tensor) else ())
@@ -80,7 +79,7 @@ class StableDiffusion3(Family):
         if self._rollout is not None:
             yield from self._rollout.watch()
         for module in () if self.self_attention else self._adapters().values():
-            yield module.processor.to_k_ip, self._announce, "before"
+            yield attribute(module, "processor.to_k_ip"), self._announce, "before"
 
     def _attentions(self) -> dict[str, nn.Module]:
         return {n: m for n, m in self.transformer.named_modules() if type(m).__name__ == "Attention"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -95,7 +95,7 @@ class CrossAttention(UNetFamily):
     """
 
     models = ("UNet2DConditionModel",)
-    pipelines = (
+    pipelines: ClassVar[tuple[PipelineFacts, ...]] = (
         PipelineFacts("PaintByExample*", "example_image"),
         PipelineFacts("StableDiffusionImageVariation*"),
         PipelineFacts("VersatileDiffusionImageVariation*"),

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from i2am.families import CHANNELS, Family, ForwardInputs, Hooked, PipelineFacts, Request, no_reference_keys
-from i2am.families.arguments import argument
+from i2am.families.arguments import argument, attribute
 from i2am.families.unet import CrossAttention, attentions, read_grid, read_unet
 
 
@@ -36,7 +36,7 @@ class StableVideo(CrossAttention):
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
         sample, timestep = argument(args, kwargs, 0, "sample"), argument(args, kwargs, 1, "timestep")
-        latents = sample[:, :, : self.unet.config.out_channels]
+        latents = sample[:, :, : attribute(self.unet, "config.out_channels")]
         return ForwardInputs(
             latents, timestep, frames=sample.shape[1], conditioning=self.conditioning(args, kwargs), stepped=False
         )

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from i2am.families import CHANNELS, Family, ForwardInputs, PipelineFacts, Request, TokenLayout, no_reference_keys
-from i2am.families.arguments import argument, named_arguments
-from i2am.families.registry import check_described
+from i2am.families.arguments import argument, attribute, named_arguments
+from i2am.families.registry import described_tokens
 from i2am.families.tokens import among, clip_tokens, reference_names
 from i2am.references import Grid, Reference
 from i2am.tracing.intercept import LayerContext
@@ -50,14 +50,14 @@ class Wan(Family):
 
     @classmethod
     def read(cls, model: nn.Module, request: Request) -> Family:
-        check_described(model, request)
+        references = described_tokens(model, request)
         if request.rollout:
             raise ValueError("rollout=True needs an adapter with a resampler, and i2am knows none of Wan")
         if request.self_attention:
             raise ValueError(
                 "the self-attention of a video transformer goes over frames, where i2am has no grid to draw on"
             )
-        return cls(model, request.references, request.image_grid)
+        return cls(model, references, request.image_grid)
 
     def has_adapters(self) -> bool:
         return bool(self._image_attentions())
@@ -73,7 +73,8 @@ class Wan(Family):
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
         given = named_arguments(self.transformer, args, kwargs)
         latents, image = given["hidden_states"], given.get("encoder_hidden_states_image")
-        frames, h, w = (n // p for n, p in zip(latents.shape[2:], self.transformer.config.patch_size, strict=True))
+        patch = attribute(self.transformer, "config.patch_size")
+        frames, h, w = (n // p for n, p in zip(latents.shape[2:], patch, strict=True))
         self._grid = (frames * h, w)
         conditioning = tuple(x for x in (given.get("encoder_hidden_states"), image) if isinstance(x, Tensor))
         return ForwardInputs(latents, given["timestep"], self._grid, conditioning=conditioning, stepped=False)

@@ -31,7 +31,7 @@ def device_of(device: torch.device) -> Device:
     """Return what the choice of tiles depends on."""
     if device.type != "cuda":
         return Device(64 * tiles.KIB, "none")
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks shared_memory_per_block_optin
     if torch.version.hip is not None:
         return Device(properties.shared_memory_per_block, "cdna" if properties.warp_size == 64 else "rdna")
     units = "fma" if properties.major < 8 else "tmem" if properties.major == 10 else "mma"
@@ -41,12 +41,13 @@ def device_of(device: torch.device) -> Device:
 
 def programs(device: torch.device) -> int:
     """Return how many programs the device works on at once."""
-    return _processors(device) * tiles.PROGRAMS_PER_PROCESSOR if device.type == "cuda" else tiles.CPU_PROGRAMS
+    count: int = _processors(device) * tiles.PROGRAMS_PER_PROCESSOR if device.type == "cuda" else tiles.CPU_PROGRAMS
+    return count
 
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 # ------------------------------------------------------------------------------------------------------------- launch

@@ -211,7 +211,7 @@ def _first_sweep(
         sums = e.sum(2)  # [G, R]
         row_lse[:, rows] = (heads.log(sums) + shift) / heads.unit
         inverse = sums.clamp_min_(TINY).reciprocal_()  # a fully masked row, all zeros, stays so
-        if out is not None:
+        if out is not None and heads.v is not None:
             _write_output(out[:, rows], e, heads.v, inverse)
         first, last = max(rows.start, heads.queries.start), min(rows.stop, heads.queries.stop)
         if first >= last:

@@ -208,8 +208,10 @@ def attention(
             return found
     if error is not None:
         _warn_once(device, shape, "in torch ops (slower)", error)
-    left = {"keys": keys[progress.done :], "sums": sums[progress.done :], "queries": queries}
-    found = streaming.attention(q, k, v, scale=scale, mask=mask, regions=regions, **left)
+    done = progress.done
+    found = streaming.attention(
+        q, k, v, scale=scale, mask=mask, regions=regions, queries=queries, keys=keys[done:], sums=sums[done:]
+    )
     return progress.results or found
 
 
@@ -262,7 +264,7 @@ def _run(
         column_sum[first:] if first else column_sum, p.columns, pivots, row_lse, col_lse, stop - start, row_lse_max,
         factor, sizes, queries, (start, stop), p.splits, p.tiles_per_split * f.tiles.m, 0,
     )  # fmt: skip
-    progress.results = out, row_lse, col_lse
+    results = progress.results = out, row_lse, col_lse
     for i in range(progress.done, len(keys)):
         r, total, span = p.references[i], sums[i], keys[i]
         r2g_partial, g2r_partial, mass_partial, sram_partial = (
@@ -278,12 +280,13 @@ def _run(
             factor, sizes, queries, span, r.tiles_per_group, r.tiles_per_split, call.regions,
         )  # fmt: skip
         if g2r is not None:
-            spent, stride = g2r[span[0] :], f.tiles.n
+            g2r_partial, stride = g2r[span[0] :], f.tiles.n
         else:
-            spent, stride = g2r_partial, r.sizes[2]
-        start_accumulate(total, (r2g_partial, spent, mass_partial, sram_partial), stride, r.sizes, r.counts, B * H)
+            stride = r.sizes[2]
+        partials = r2g_partial, g2r_partial, mass_partial, sram_partial
+        start_accumulate(total, partials, stride, r.sizes, r.counts, B * H)
         progress.done = i + 1
-    return progress.results
+    return results
 
 
 # ----------------------------------------------------------------------------------------------------------- fallback

@@ -20,7 +20,7 @@ from i2am.tracing.claims import unpatch
 from i2am.tracing.clock import Clock, CountingClock, SchedulerClock, TimestepClock, ViewsClock
 from i2am.tracing.guidance import Told
 from i2am.tracing.layers import BlindLayerError
-from i2am.tracing.options import TraceOptions, TraceSettings, takes_trace_options
+from i2am.tracing.options import KeywordOptions, ModuleOptions, TraceOptions, TraceSettings, takes_trace_options
 from i2am.tracing.tracer import Tracer
 from i2am.tracing.who import calling_pipeline
 
@@ -48,7 +48,7 @@ def trace(
     layers: LayerFilter = None,
     *,
     reference: References = None,
-    **options: Unpack[TraceOptions],
+    **options: Unpack[KeywordOptions],
 ) -> Tracer:
     """Trace a diffusers pipeline: what its images take from the reference.
 
@@ -182,8 +182,7 @@ def patch_modules(
     projections: tuple[str, str] = ("to_q", "to_k"),
     num_steps: int | None = None,
     scheduler: Any = None,
-    layers: LayerFilter = None,
-    **options: Unpack[TraceOptions],
+    **options: Unpack[ModuleOptions],
 ) -> Tracer:
     """Trace attention modules of any code base, without importing it: those with ``to_q``, ``to_k`` and ``heads``.
 
@@ -226,6 +225,7 @@ def patch_modules(
     """
     from i2am.families.modules import AttentionModules
 
+    layers = options.pop("layers", None)
     settings = TraceSettings(output="model", **options)
     described = reference if callable(reference) else _described(reference)
     if described is None or isinstance(described, (Concatenated, Banked)):

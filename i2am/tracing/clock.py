@@ -129,6 +129,7 @@ class SchedulerClock(Clock):
         )
         self.scheduler = self._source()
         self._evaluations = evaluations
+        self._read: tuple[Any, list[float]] | None = None  # the schedule that was read last, and its numbers
         self.restart()
 
     def open(self) -> None:
@@ -161,12 +162,12 @@ class SchedulerClock(Clock):
         timesteps = self.scheduler.timesteps
         if timesteps is None or len(timesteps) == 0:
             raise ValueError(f"{type(self.scheduler).__name__} has no timesteps yet: call its set_timesteps first")
-        first = self._start is None
-        if first:
+        start, first = self._start, self._start is None
+        if start is None:
             self._starts = self._find_starts(timestep)
-            self._start = self._starts[0]
+            start = self._start = self._starts[0]
         self._check(timestep)
-        evaluations = self._evaluations() or len(timesteps) - self._start
+        evaluations = self._evaluations() or len(timesteps) - start
         step, steps = self._user_step(len(timesteps), evaluations)
         stepped, self._counted = self._counted != self._count, self._count
         return StepInfo(min(step * time_groups // steps, time_groups - 1), step, steps, evaluations, first, stepped)
@@ -201,7 +202,7 @@ class SchedulerClock(Clock):
     def _on_host(self) -> list[float]:
         """Return the schedule as numbers, read once a schedule: a GPU would wait each time."""
         now = self.scheduler.timesteps
-        if getattr(self, "_read", None) is None or self._read[0] is not now:
+        if self._read is None or self._read[0] is not now:
             self._read = now, [float(t) for t in (now.tolist() if hasattr(now, "tolist") else now)]
         return self._read[1]
 

@@ -23,7 +23,7 @@ class Told(NamedTuple):
     """Guidance of a pipeline's running call, as it says; None: it does not say."""
 
     parts: int | None = None  # of the batch
-    index: int | None = None  # of the conditional one among them
+    part: int | None = None  # index of the conditional one among them
     call: int | None = None  # index of the conditional one among the calls of an evaluation
     of_three: int = 0  # index of the conditional one, where the latents show three parts
     extra: str | None = None  # why it calls the model again on other latents without a step: those calls do not count
@@ -171,8 +171,8 @@ class Guidance:
             index = int(self.mode)
             parts = told.parts if told.parts is not None and told.parts > index else max(2, index + 1)
             return Verdict(_part(batch, parts, index), parts, f"guidance={index}: part {index} of {parts}")
-        if told.parts is not None and told.index is not None:
-            chosen = _part(batch, told.parts, told.index)
+        if told.parts is not None and told.part is not None:
+            chosen = _part(batch, told.parts, told.part)
             if told.parts > 1 and not _repeats(latents, told.parts):
                 raise ValueError(
                     f"{told.how} says that the batch of {batch} is {told.parts} parts of guidance, but they denoise "
@@ -180,7 +180,7 @@ class Guidance:
                     "latents: pass guidance='none' if every sample counts, or the index of the conditional part"
                 )
             how = (
-                f"{told.how}: part {told.index} of {told.parts}"
+                f"{told.how}: part {told.part} of {told.parts}"
                 if told.parts > 1
                 else f"{told.how}: no guidance in the batch"
             )

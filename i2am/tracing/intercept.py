@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,10 @@ from torch import Tensor, nn
 from i2am.families import TokenLayout
 from i2am.references import Grid
 from i2am.tracing.clock import StepInfo
+
+Attention = Callable[..., Any]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,13 @@ class AttentionCall:
         value = None if self.value is None else self.value[samples]
         return replace(self, query=self.query[samples], key=self.key[samples], value=value, attn_mask=mask)
 
+    @property
+    def values(self) -> Tensor:
+        """Values ``[B, H, Nk, dv]`` of a call whose output is asked for."""
+        if self.value is None:
+            raise ValueError("this attention call has no values: only its attribution is asked for")
+        return self.value
+
     def run(self) -> Tensor:
         """Return the model's own attention."""
         if self.original is not None:
@@ -59,7 +70,7 @@ class AttentionCall:
         return _original(
             self.query,
             self.key,
-            self.value,
+            self.values,
             attn_mask=self.attn_mask,
             dropout_p=self.dropout_p,
             is_causal=self.is_causal,
@@ -150,7 +161,7 @@ def close_context(context: ForwardContext) -> None:
 
 def running_context() -> ForwardContext | None:
     """Return the innermost living context of this thread; dead ones are closed on the way."""
-    contexts = getattr(_local, "contexts", None)
+    contexts: list[ForwardContext] = getattr(_local, "contexts", [])
     while contexts:
         if contexts[-1].alive():
             return contexts[-1]
@@ -176,15 +187,17 @@ def _waiting() -> tuple[ForwardContext, LayerContext] | None:
 
 
 @functools.cache
-def _disabled(function: Callable) -> Callable:
-    return eager(function)
+def _disabled(function: Attention) -> Attention:
+    disabled: Attention = eager(function)
+    return disabled
 
 
-def eager(function: Callable) -> Callable:
+def eager(function: Callable[P, R]) -> Callable[P, R]:
     """Return ``function``, kept out of the graphs of torch.compile: there they break, and it runs as it is."""
     known = inspect.signature(torch.compiler.disable).parameters
     reason = {"reason": COMPILED} if "reason" in known else {}
-    return torch.compiler.disable(function, **reason)
+    disabled: Callable[P, R] = torch.compiler.disable(function, **reason)
+    return disabled
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -206,7 +219,6 @@ def frame_of_forward() -> FrameType:
 # ---------------------------------------------------------------------------------------- the functions of attention
 
 
-Attention = Callable[..., Any]
 _own: dict[Attention, Attention] = {}  # what stands in a place → what stood there
 
 
@@ -247,6 +259,12 @@ def _restore_all() -> None:
             names[name] = _own[names[name]]
 
 
+def _output(out: Tensor | None) -> Tensor:
+    """Return the output of a call that had values."""
+    assert out is not None
+    return out
+
+
 @functools.cache
 def _through_torch(sdpa: Attention) -> Attention:
     """Intercept torch's ``scaled_dot_product_attention``."""
@@ -262,11 +280,11 @@ def _through_torch(sdpa: Attention) -> Attention:
 
 
 @functools.cache  # the same replacement in every forward, or compiled code would see a new one each time
-def _through_registry(name: object, backend: Callable) -> Callable:
+def _through_registry(name: object, backend: Attention) -> Attention:
     """Intercept a backend of diffusers, which takes ``[B, N, H, d]`` by keyword."""
 
     @functools.wraps(backend)
-    def intercepted(*args, **kwargs):
+    def intercepted(*args: Any, **kwargs: Any) -> Any:
         waiting = None if args else _waiting()
         if waiting is None:
             return backend(*args, **kwargs)
@@ -284,20 +302,29 @@ def _through_registry(name: object, backend: Callable) -> Callable:
 
         def original(call: AttentionCall) -> Tensor:
             own = {x: getattr(call, x).transpose(1, 2) for x in tensors} | {x: getattr(call, x) for x in passed}
-            return backend(**own, **kwargs).transpose(1, 2)
+            out: Tensor = backend(**own, **kwargs)
+            return out.transpose(1, 2)
 
         call = AttentionCall(**{x: t.transpose(1, 2) for x, t in tensors.items()}, **known, original=original)
-        return context.attend(context, layer, call).transpose(1, 2)
+        return _output(context.attend(context, layer, call)).transpose(1, 2)
 
     return intercepted
 
 
 @functools.cache
-def _through_xformers(attention: Callable) -> Callable:
+def _through_xformers(attention: Attention) -> Attention:
     """Intercept xformers' ``memory_efficient_attention``, on ``[B, N, H, d]`` or ``[B·H, N, d]``."""
 
     @functools.wraps(attention)
-    def intercepted(query, key, value, attn_bias=None, p=0.0, scale=None, **options):
+    def intercepted(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_bias: Any = None,
+        p: float = 0.0,
+        scale: float | None = None,
+        **options: Any,
+    ) -> Any:
         waiting = _waiting()
         if waiting is None:
             return attention(query, key, value, attn_bias=attn_bias, p=p, scale=scale, **options)
@@ -321,11 +348,11 @@ def _through_xformers(attention: Callable) -> Callable:
             bias = None
             if call.attn_mask is not None:
                 bias = call.attn_mask.flatten(0, 1) if merged else call.attn_mask
-            parts = (join(x).contiguous() for x in (call.query, call.key, call.value))
-            out = attention(*parts, attn_bias=bias, p=p, scale=scale, **options)
+            parts = (join(x).contiguous() for x in (call.query, call.key, call.values))
+            out: Tensor = attention(*parts, attn_bias=bias, p=p, scale=scale, **options)
             return out.unflatten(0, (call.query.shape[0], -1)) if merged else out.transpose(1, 2)
 
         call = AttentionCall(split(query), split(key), split(value), mask, dropout_p=p, scale=scale, original=original)
-        return join(context.attend(context, layer, call))
+        return join(_output(context.attend(context, layer, call)))
 
     return intercepted

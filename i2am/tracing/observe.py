@@ -87,11 +87,12 @@ class Observer:
         queries = self._check(context, layer, layout, call)
         part = call.on(context.conditional)
         mask = padding_is_masked(part.attn_mask)
-        q, k, v = (None if x is None else as_autocast(x) for x in (part.query, part.key, part.value))
-        assert q is not None
-        assert k is not None
+        q, k = as_autocast(part.query), as_autocast(part.key)
+        v = None if part.value is None else as_autocast(part.value)
         if call.enable_gqa:
-            k, v = (None if x is None else x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            repeats = q.shape[1] // k.shape[1]
+            k = k.repeat_interleave(repeats, dim=1)
+            v = None if v is None else v.repeat_interleave(repeats, dim=1)
         group = context.info.group
         regions = self.regions.weights(layout.grid)
         tracks = self.sums.open(layer.name, layout, q, k, queries, len(self.regions.names), context.tile)

@@ -28,18 +28,10 @@ MODES: tuple[Mode, ...] = ("reference", "self")
 OUTPUTS: tuple[Output, ...] = ("i2am", "model")
 
 
-class TraceOptions(TypedDict, total=False):
-    """The keywords of :func:`i2am.trace`, :func:`i2am.patch_unet`, :func:`i2am.patch_transformer` and
-    :func:`i2am.patch_modules`. :class:`TraceSettings` holds their defaults and what each one means.
-    """
+class _SharedOptions(TypedDict, total=False):
+    """Keywords of every entry point."""
 
-    time_groups: int
-    layers: LayerFilter
     guidance: GuidanceMode
-    mode: Mode
-    rollout: bool
-    weighted: bool
-    output: Output
     backend: Backend | None
     sram: Mapping[str, Region] | None
     canvas: Grid | None
@@ -49,6 +41,29 @@ class TraceOptions(TypedDict, total=False):
     record_times: Sequence[int] | None
     record_dtype: torch.dtype | None
     record_limit: str | int
+
+
+class KeywordOptions(_SharedOptions, total=False):
+    """Keywords of :func:`i2am.trace` beside ``time_groups`` and ``layers``, which it also takes by position."""
+
+    mode: Mode
+    rollout: bool
+    weighted: bool
+    output: Output
+
+
+class ModuleOptions(_SharedOptions, total=False):
+    """Keywords of :func:`i2am.patch_modules`."""
+
+    time_groups: int
+    layers: LayerFilter
+
+
+class TraceOptions(KeywordOptions, ModuleOptions, total=False):
+    """Keywords of :func:`i2am.patch_unet` and :func:`i2am.patch_transformer`: all that there are.
+
+    :class:`TraceSettings` holds their defaults and what each one means.
+    """
 
 
 @dataclass(frozen=True)

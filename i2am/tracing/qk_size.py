@@ -75,21 +75,26 @@ def check_limit(options: RecordOptions, per_evaluation: int, info: StepInfo, tim
         ValueError: it would not fit; names three settings that would.
     """
 
+    if info.steps is None or info.evaluations is None:
+        raise ValueError("a record's size needs a clock that knows the run's steps: pass num_steps= or scheduler=")
+    steps, evaluations = info.steps, info.evaluations
+
     def total(o: RecordOptions) -> int:
-        kept = sum(o.wants(StepInfo(i * time_groups // info.steps, i)) for i in range(info.steps))
-        return per_evaluation * math.ceil(kept * info.evaluations / info.steps)
+        kept = sum(o.wants(StepInfo(i * time_groups // steps, i)) for i in range(steps))
+        return per_evaluation * math.ceil(kept * evaluations / steps)
 
     limit, needed = parse_size(options.record_limit), total(options)
-    where = {"cpu": "main memory", None: "the model's device"}.get(options.record_to, "a folder on disk")
+    places: dict[object, str] = {"cpu": "main memory", None: "the model's device"}
+    where = places.get(options.record_to, "a folder on disk")
     plan = (
-        f"record: {show_size(per_evaluation)} a model call, {show_size(needed)} for {info.steps} steps, in {where} "
+        f"record: {show_size(per_evaluation)} a model call, {show_size(needed)} for {steps} steps, in {where} "
         f"(record_limit {show_size(limit)})"
     )
     if have + needed <= limit:
         logger.log(logging.WARNING if needed > WORTH_SAYING * limit else logging.INFO, plan)
         return
     room = max(limit - have, 1)
-    every = next((n for n in range(2, info.steps + 1) if total(replace(options, record_every=n)) <= room), None)
+    every = next((n for n in range(2, steps + 1) if total(replace(options, record_every=n)) <= room), None)
     group = replace(options, record_times=(time_groups - 1,))
     fits = [
         f"record_every={every} ({show_size(total(replace(options, record_every=every)))})" if every else None,
