@@ -175,7 +175,3 @@ def match(sram: Tensor) -> Match:
     positions = torch.stack([y, x], dim=-1).reshape(h * w, 2)
     entropy = torch.special.entr(p).sum(-1)
     return Match(p @ positions, positions[p.argmax(-1)], 1 - entropy / math.log(h * w))
-
-
-# Names that i2am.tracing still imports.
-Weights, several, cells, pooled = RegionOnGrid, stack_regions, grid_cells, region_rows

@@ -20,14 +20,11 @@ from i2am.ops.readouts import READS, readouts, refuse_undifferentiable, wants_gr
 from i2am.ops.results import AttentionOutput, Readouts, Sums
 from i2am.ops.tokens import Selector, Span, TokenSet, gather, inverse, on_device
 
-Selection = TokenSet  # its name until 0.1
-
 __all__ = [
     "BACKENDS",
     "READS",
     "AttentionOutput",
     "Readouts",
-    "Selection",
     "Selector",
     "Sums",
     "TokenSet",
@@ -90,7 +87,7 @@ def attention(
     columns: Selector = None,
     pairs: Tensor | None = None,
 ) -> AttentionOutput | Readouts:
-    """Scaled dot-product attention with the bidirectional attribution of I2AM, without the ``Nq × Nk`` tensor.
+    """Compute scaled dot-product attention with the bidirectional attribution of I2AM, without the ``Nq × Nk`` tensor.
 
     Everything that it returns is differentiable in q, k and v, and that in O(N) memory, too.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from i2am.maps.sram import Region, RegionOnGrid, region_weights, several
+from i2am.maps.sram import Region, RegionOnGrid, region_weights, stack_regions
 from i2am.references import Grid
 
 
@@ -50,4 +50,4 @@ class RegisteredRegions:
         return self._on_grid[grid]
 
     def _read(self, canvas: Grid) -> None:
-        self._all = several([region_weights(region, canvas) for region in self._regions])
+        self._all = stack_regions([region_weights(region, canvas) for region in self._regions])
