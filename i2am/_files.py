@@ -63,7 +63,7 @@ def unfinished_path(folder: Path) -> Path:
 
 
 def abandoned(path: Path) -> bool:
-    """Whether an unfinished file or folder was left by a process of this machine that has ended."""
+    """Return whether an unfinished file or folder was left by a process of this machine that has ended."""
     match = UNFINISHED.fullmatch(path.name)
     if match is None:
         return False
@@ -81,7 +81,7 @@ def sync(path: Path) -> None:
 
 
 def this_process() -> tuple[str, int, int]:
-    """``(machine, pid, start time)`` of this process; a child's after a fork."""
+    """Return ``(machine, pid, start time)`` of this process; a child's after a fork."""
     pid = os.getpid()
     return machine(), pid, _started(pid)
 
@@ -98,8 +98,10 @@ def machine() -> str:
 
 
 def runs(pid: int, started: int) -> bool:
-    """Whether a process of this machine still runs: its pid does, and started when it did. Where that cannot be asked,
-    yes."""
+    """Return whether a process of this machine still runs: its pid does, and started when it did.
+
+    True where that cannot be asked.
+    """
     if os.name == "nt":  # there, signal 0 is Ctrl-C
         return True
     try:
@@ -112,7 +114,7 @@ def runs(pid: int, started: int) -> bool:
 
 
 def _started(pid: int) -> int:
-    """When a process started, in clock ticks since boot; 0 where that cannot be read, -1 of one that has ended."""
+    """Return when a process started, in clock ticks since boot; 0 if that cannot be read, -1 if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:

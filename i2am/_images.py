@@ -167,7 +167,7 @@ def one_mask(mask: Any, index: int = 0) -> Tensor:
 
 
 def _mask_of_image(image: Image) -> np.ndarray:
-    """``[H, W]`` float32 in 0…1 of a PIL mask."""
+    """Return ``[H, W]`` float32 in 0…1 of a PIL mask."""
     mode = image.mode
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         alpha = np.asarray(image.convert("RGBA"))[..., 3]
@@ -186,7 +186,7 @@ def _mask_of_image(image: Image) -> np.ndarray:
 
 
 def _grey_of_colours(pixels: np.ndarray, what: str) -> np.ndarray:
-    """``[H, W]`` in 0…1 of colours that are greys; labels of a palette are not."""
+    """Return ``[H, W]`` in 0…1 of colours that are greys; labels of a palette are not."""
     if pixels.shape[-1] == 4 and pixels[..., 3].min() < 255:
         raise ValueError("a mask with transparent pixels: give its alpha or its colour, [H, W]")
     colours = pixels[..., :3].astype(np.int16)
@@ -261,7 +261,7 @@ def one_of(batch: Any, index: int, what: str) -> Any:
 
 
 def _grey_of_deep(image: Image) -> np.ndarray:
-    """``[H, W]`` in 0…1 of an image of 16 or 32 bits a pixel."""
+    """Return ``[H, W]`` in 0…1 of an image of 16 or 32 bits a pixel."""
     if image.mode not in _DEEP:
         raise ValueError(f"an image of mode {image.mode} has no known scale: convert it to RGB first")
     x = np.asarray(image)
@@ -273,7 +273,7 @@ def _grey_of_deep(image: Image) -> np.ndarray:
 
 
 def _scaled(x: np.ndarray, what: str, weights: bool = False) -> np.ndarray:
-    """Numbers of a picture or mask in 0…1, by their kind."""
+    """Return the numbers of a picture or mask in 0…1, by their kind."""
     if x.dtype.kind == "b":
         return x.astype(np.float32)
     low, high = x.min(), x.max()

@@ -42,7 +42,7 @@ class MissingGradio(ImportError):
 
 
 class Made(NamedTuple):
-    """What a traced run gives to the page."""
+    """Results of a traced run, as the page takes them."""
 
     maps: AttributionMaps  # with recorded queries and keys, so that patches can be asked
     generated: Image
@@ -69,7 +69,7 @@ class Session:
 
 
 class Answer(NamedTuple):
-    """What the page shows of a run."""
+    """Outputs of the page for a run."""
 
     generated: Image
     said: str  # Markdown: scores, and what the maps are a mean of

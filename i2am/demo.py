@@ -37,7 +37,7 @@ SIZE = 256  # pixels that the 64-px pictures are enlarged to, to be looked at
 
 @contextmanager
 def one_thread():
-    """torch on one thread: a model this small loses more to threads waiting for each other (10× on a busy machine)."""
+    """Run torch on one thread: threads that wait for each other cost a small model more (10× on a busy machine)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

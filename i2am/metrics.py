@@ -29,7 +29,7 @@ THRESHOLD = 0.4
 
 
 def imacs(map: MapLike, mask: MaskLike, *, complement: bool = False, premultiply: bool = False) -> Tensor:
-    """IMACS: how well a map keeps to a mask (Park & Jang, ICLR 2025, section 3.4).
+    """Score how well a map keeps to a mask: IMACS (Park & Jang, ICLR 2025, section 3.4).
 
     The map is min-max normalised, resized to the mask (bicubic), normalised again, and values up to 0.4 are set to 0:
     ``IMACS = Σ a·m / Σ m − 3 · Σ a·(1−m) / Σ (1−m)``. R2G is scored with the inpainting region, G2R with the mask of
@@ -64,7 +64,7 @@ def imacs(map: MapLike, mask: MaskLike, *, complement: bool = False, premultiply
 
 
 def mask_iou(map: MapLike, mask: MaskLike, threshold: float = THRESHOLD) -> Tensor:
-    """Overlap of the thresholded map with a mask, intersection over union.
+    """Score the overlap of the thresholded map with a mask, intersection over union.
 
     The map is resized to the mask (bicubic) and min-max normalised; what exceeds ``threshold`` counts, as do mask
     values above 0.5. A constant map marks nothing and scores 0.
@@ -84,7 +84,7 @@ def mask_iou(map: MapLike, mask: MaskLike, threshold: float = THRESHOLD) -> Tens
 
 
 def mean_iou(map: MapLike, mask: MaskLike, threshold: float = THRESHOLD) -> Tensor:
-    """mIoU over the two classes, inside and outside: the mean of both :func:`mask_iou`.
+    """Score the mIoU over the two classes, inside and outside: the mean of both :func:`mask_iou`.
 
     A map that marks nothing still earns the outside's share, so read it beside that. A mask without an outside has
     one class only. Arguments, errors and range as :func:`mask_iou`.
@@ -96,7 +96,7 @@ def mean_iou(map: MapLike, mask: MaskLike, threshold: float = THRESHOLD) -> Tens
 
 
 def box_iou(found: Sequence[Box | None], truth: Sequence[Box]) -> Tensor:
-    """``[B]`` intersection over union of boxes, pair by pair; nothing found (None) scores 0.
+    """Return ``[B]`` intersection over union of boxes, pair by pair; nothing found (None) scores 0.
 
     Raises:
         ValueError: lists of different lengths, or a true box without area.
@@ -112,7 +112,7 @@ def box_iou(found: Sequence[Box | None], truth: Sequence[Box]) -> Tensor:
 
 
 def pointing_game(map: MapLike, mask: MaskLike, tolerance: int = 0) -> Tensor:
-    """1 where the map's maximum lies on the object, else 0 (Zhang et al., "Top-down neural attention", IJCV 2018).
+    """Return 1 where the map's maximum lies on the object, else 0 ("Top-down neural attention", IJCV 2018).
 
     Several equal maxima share the point: the answer is the part of them that lies on the object, so that a constant
     map scores the object's area and gains nothing by its first pixel's place.
@@ -135,7 +135,7 @@ def pointing_game(map: MapLike, mask: MaskLike, tolerance: int = 0) -> Tensor:
 
 
 def contrast(map: MapLike, mask: MaskLike) -> Tensor:
-    """Mean of the map inside the mask over its mean outside: 1 says nothing, ``inf`` says that nothing is outside.
+    """Return the mean of the map inside the mask over its mean outside: 1 says nothing, ``inf``: nothing is outside.
 
     Args:
         map: ``[h, w]`` or ``[B, h, w]``, not negative. It is resized to the mask (bicubic, clamped at 0).
@@ -189,7 +189,7 @@ def ranking_auc(map: MapLike, mask: MaskLike) -> Tensor:
 
 
 def correspondence_error(found: Tensor, truth: Tensor, scale: float | tuple[float, float] = 1.0) -> Tensor:
-    """Distance between found and true places: what :meth:`AttributionMaps.match` is worth.
+    """Return the distance between found and true places: what :meth:`AttributionMaps.match` is worth.
 
     Args:
         found: ``[..., 2]`` places ``(y, x)``, in reference tokens as ``match`` gives them.
@@ -212,7 +212,7 @@ def correspondence_error(found: Tensor, truth: Tensor, scale: float | tuple[floa
 
 
 def pck(error: Tensor, threshold: float) -> Tensor:
-    """Percentage of correct keypoints, as a share: errors up to ``threshold`` (same unit) among those that are known.
+    """Return the share of correct keypoints (PCK): errors up to ``threshold`` (same unit) among the known ones.
 
     Raises:
         ValueError: no error is known, or the threshold is negative.
@@ -285,7 +285,7 @@ def removal_curve(
 
 
 def area(curve: Tensor, shares: Sequence[float]) -> Tensor:
-    """Area under curves ``[..., len(shares)]`` (trapezoids), per unit of share: the curve's mean height.
+    """Return the area under curves ``[..., len(shares)]`` (trapezoids), per unit of share: the curve's mean height.
 
     Raises:
         ValueError: shares that do not rise in [0, 1], or as many as the curve has points.

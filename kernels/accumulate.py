@@ -40,7 +40,7 @@ def accumulate_kernel(
     counts,                    # of key groups, query splits, splits of G2R
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``r2g += Σ_groups / K``, ``g2r += Σ_splits / Q``, ``mass += Σ_groups``, ``sram += Σ_splits``.
+    """Add ``r2g += Σ_groups / K``, ``g2r += Σ_splits / Q``, ``mass += Σ_groups``, ``sram += Σ_splits``.
 
     Grid: (B·H, query blocks + key blocks · (1 + R)).
     """

@@ -48,7 +48,7 @@ def attribution_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
     EVEN_N: tl.constexpr, ROW_MASK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``P_ij = exp2(s_ij − row_i)``, summed over i, and ``C_ij = P_ij · 2^row_i / 2^col_j``, summed over j.
+    """Sum ``P_ij = exp2(s_ij − row_i)`` over i, and ``C_ij = P_ij · 2^row_i / 2^col_j``, summed over j.
 
     The ratio is split at ``c = min_j col_j`` into ``exp2(row_i − c) · exp2(c − col_j)``, two vectors; a tile whose rows
     reach too far above ``c`` (P would underflow where C does not) takes ``exp2(s_ij − col_j)`` instead.

@@ -41,7 +41,7 @@ def column_lse_kernel(
     D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, ROW_MASK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """``col_j = log Σ_splits 2^pivot · sum_j``, and ``row_lse_max = max_i row_i`` over each of pass 2's query tiles.
+    """Compute ``col_j = log Σ_splits 2^pivot · sum_j``, and ``row_lse_max = max_i row_i`` of pass 2's query tiles.
 
     Grid: (B·H, key tiles + query tiles).
     """

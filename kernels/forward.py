@@ -58,7 +58,7 @@ def attention_fwd_kernel(
     BM: tl.constexpr, BN: tl.constexpr, LANE_ROWS: tl.constexpr,
     EVEN_N: tl.constexpr, ROW_MASK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """``O = softmax(S) V``, ``row_i = log Σ_j exp(S_ij)``, and ``sum_j = Σ_i exp2(s_ij − pivot)`` over the split's i.
+    """Compute ``O = softmax(S) V``, ``row_i = log Σ_j exp(S_ij)``, and ``sum_j = Σ_i exp2(s_ij − pivot)`` per split.
 
     Grid: (B·H, splits). A program walks the query tiles of its split, and owns one slot of the last three.
     """

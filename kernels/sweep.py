@@ -44,7 +44,7 @@ def sweep_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
     EVEN_N: tl.constexpr, ROW_MASK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``total_x = Σ_y exp2(s_xy − norm_y)``: G2R for x = keys and y = queries, R2G for x = queries and y = keys.
+    """Compute ``total_x = Σ_y exp2(s_xy − norm_y)``: G2R for x = keys, y = queries; R2G for x = queries, y = keys.
 
     Every sum stays within a thread until its tile of x is done: no barrier, no shuffle and nothing read back in the
     loop. Grid: (B·H, x groups, y splits); each program owns one slot of every partial, for its tiles of x.

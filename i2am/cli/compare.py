@@ -51,6 +51,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluation(args: argparse.Namespace, pipeline: str, out: Path) -> argparse.Namespace:
-    """The arguments of ``i2am evaluate`` for one of the two."""
+    """Return the arguments of ``i2am evaluate`` for one of the two."""
     own = {name: value for name, value in vars(args).items() if name not in ("a", "b", "run")}
     return argparse.Namespace(**own | {"pipeline": pipeline, "out": out, "save_images": False, "save_maps": False})

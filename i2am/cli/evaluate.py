@@ -141,14 +141,14 @@ def _stopped(error: Exception, store: Store, samples: Manifest) -> StoppedEarly:
 
 
 def _options(args: argparse.Namespace, columns: set[str]) -> argparse.Namespace:
-    """The options of a single run: what a column gives counts as given."""
+    """Return the options of a single run: what a column gives counts as given."""
     given = {name: "" if name in columns else None for name in IMAGE_OPTIONS}
     texts = {name: "" for name in ("prompt", "negative_prompt") if name in columns and getattr(args, name) is None}
     return argparse.Namespace(**{**vars(args), **given, **texts})
 
 
 def _settings(args: argparse.Namespace, job: Job) -> dict[str, Any]:
-    """What results depend on; and, for people, where it came from."""
+    """Return the settings that results depend on and, for people, where they came from."""
     from i2am.cli.weights import weights_of
 
     given = {o.name: getattr(args, o.name) for o in OPTIONS if o.setting and getattr(args, o.name) is not None}
@@ -190,7 +190,7 @@ def _traced(job: Job, sample: Sample) -> Traced:
 
 @contextmanager
 def _bar(store: Store, total: int, pending: int, shown: bool) -> Iterator[Callable[[], None]]:
-    """A bar over all processes' samples; what it gives is to be called after each sample."""
+    """Show a bar over all processes' samples; what it gives is to be called after each sample."""
     from tqdm import tqdm
 
     before = store.refresh()

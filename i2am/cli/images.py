@@ -42,7 +42,7 @@ def open_image(what: str, picture: Picture | None, mode: str) -> Image | None:
 
 
 def fit_images(images: dict[str, Image | None], size: tuple[int, int] | None) -> dict[str, Image | None]:
-    """The input images at one size: the one asked for, else the first one's own in multiples of 8.
+    """Return the input images at one size: the one asked for, else the first one's own in multiples of 8.
 
     Not the reference: its encoder has a size of its own.
     """
@@ -62,7 +62,7 @@ def fit_images(images: dict[str, Image | None], size: tuple[int, int] | None) ->
 
 
 def part_seen(reference: Image, pipe: Any) -> Image:
-    """The part of a reference that the pipeline's image encoder sees, and that the G2R maps lie on.
+    """Return the part of a reference that the pipeline's image encoder sees, and that the G2R maps lie on.
 
     CLIP's image processors scale the shorter side and cut out the centre; others scale the whole image.
     """

@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Job:
-    """What to run, decided before any weights are read; ``load`` reads them."""
+    """Run to make, decided before any weights are read; ``load`` reads them."""
 
     args: argparse.Namespace
     pipeline_class: type
@@ -96,7 +96,7 @@ class Job:
         return Outcome(tracer.maps(), result.images[0], part_seen(images["reference"], self.pipe))
 
     def as_seen(self, mask: Image | None, reference: Image) -> Image | None:
-        """A mask of the reference, cut to the part that its encoder sees."""
+        """Cut a mask of the reference to the part that its encoder sees."""
         if mask is None:
             return None
         return part_seen(mask.resize(reference.size), self.pipe)

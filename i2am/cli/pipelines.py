@@ -103,7 +103,7 @@ def reference_argument(pipeline_class: type, parameters: set[str], adapted: bool
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether a path names a folder; a name that no path can have does not."""
+    """Return whether a path names a folder; a name that no path can have does not."""
     try:
         return Path(path).is_dir()
     except (OSError, ValueError):
@@ -150,7 +150,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _loadable(pipeline_class: type[DiffusionPipeline], config: dict[str, Any]) -> type[DiffusionPipeline]:
-    """``pipeline_class``, such that it loads although diffusers has retired it.
+    """Return ``pipeline_class`` such that it loads although diffusers has retired it.
 
     diffusers (0.42) moved old pipelines, Paint-by-Example among them, to ``pipelines.deprecated``, and there its loader
     does not find the classes that come with a pipeline: neither as published checkpoints name them

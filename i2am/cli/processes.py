@@ -48,16 +48,16 @@ class Process:
 
     @property
     def speaks(self) -> bool:
-        """Whether this process says how all of its launch have fared."""
+        """Return whether this process says how all of its launch have fared."""
         return not self.launch or self.index == 0
 
     @property
     def name(self) -> str:
-        """What its lease says: "host:port/rank"."""
+        """Return the process as its lease names it: "host:port/rank"."""
         return f"{self.launch}/{self.index}" if self.launch else ""
 
     def own_device(self, asked: torch.device | None) -> torch.device | None:
-        """The device of this process: one GPU each, where none or just "cuda" was asked for."""
+        """Return the device of this process: one GPU each, where none or just "cuda" was asked for."""
         import torch
 
         if not self.launch or not torch.cuda.is_available() or (asked is not None and asked.type != "cuda"):
@@ -65,7 +65,7 @@ class Process:
         return torch.device("cuda", self.local % torch.cuda.device_count())
 
     def order(self, places: Sequence[int]) -> list[int]:
-        """Every place, this process's own share first, so that processes meet late."""
+        """Return every place, this process's own share first, so that processes meet late."""
         return [p for k in range(self.count) for p in places[(self.index + k) % self.count :: self.count]]
 
     def wait_for_first(self, store: Store) -> None:

@@ -138,7 +138,7 @@ def _no_room(out: Path) -> str:
 def _figures(
     maps: AttributionMaps, generated: Image, reference: Image, footer: str | None
 ) -> dict[str, Callable[[Path], None]]:
-    """File name → function that writes it, for each figure of a run."""
+    """Return file name → function that writes it, for each figure of a run."""
     directions = {"r2g": generated, "g2r": reference}
     try:
         maps.ulam("g2r")
@@ -157,7 +157,7 @@ def _save_figure(draw: Callable[[], Figure], path: Path) -> None:
 def _drawings(
     maps: AttributionMaps, generated: Image, reference: Image, directions: dict[str, Image], footer: str | None
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
-    """(name, function that draws it) of each figure of a run."""
+    """Yield (name, function that draws it) of each figure of a run."""
     from i2am import plot
 
     def unified(direction: str, image: Image) -> Figure:
@@ -175,7 +175,7 @@ def _drawings(
 
 
 def _head_groups(maps: AttributionMaps) -> dict[str, list[str]]:
-    """Layers that share a head count, by a suffix for their picture: empty where all do (SDXL: 10 and 20)."""
+    """Return layers that share a head count, by a suffix for their picture: empty where all do (SDXL: 10 and 20)."""
     groups: dict[int, list[str]] = {}
     heads = maps.heads()
     for layer in maps.layers:
@@ -201,7 +201,7 @@ def prepare_output_dir(out: Path) -> None:
 
 
 def written_before(out: Path) -> list[str]:
-    """Names of the files that an earlier run wrote to ``out``, as its settings list them."""
+    """Return names of the files that an earlier run wrote to ``out``, as its settings list them."""
     try:
         listed = json.loads((out / SETTINGS).read_text(encoding="utf-8"))["files"]
         names = [SETTINGS, *listed]

@@ -77,7 +77,7 @@ def _traced(job: Job, images: dict[str, Image | None], args: argparse.Namespace)
 
 
 def shown_settings(args: argparse.Namespace, pipeline_class: str) -> dict[str, Any]:
-    """The given options as JSON values."""
+    """Return the given options as JSON values."""
     given = {k: v for k, v in vars(args).items() if v is not None and k not in NOT_SHOWN}
     readable = {k: v if isinstance(v, (int, float, str, list, tuple)) else str(v) for k, v in given.items()}
     return {"command": "trace", "pipeline_class": pipeline_class, **readable}

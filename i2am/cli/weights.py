@@ -48,6 +48,6 @@ def _adapter(args: argparse.Namespace) -> Path:
 
 
 def _encoder(args: argparse.Namespace) -> Path | None:
-    """The image encoder beside an adapter's weight file, which is loaded with it."""
+    """Return the image encoder beside an adapter's weight file, which is loaded with it."""
     folder = Path(args.ip_adapter, args.ip_adapter_subfolder or "", "image_encoder")
     return folder if is_folder(folder) else None

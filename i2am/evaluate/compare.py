@@ -46,14 +46,14 @@ class Run:
     rows: dict[str, str] = field(default_factory=dict)  # id → digest of the manifest's row
 
     def levels(self, sample: str) -> tuple[dict[str, Tensor], list[str]]:
-        """Maps at every level, and the layers' names; see :func:`i2am.evaluate.thumbnails.read_levels`."""
+        """Read maps at every level, and the layers' names; see :func:`i2am.evaluate.thumbnails.read_levels`."""
         if self.settings["command"] == "evaluate":
             return read_levels(Store(self.path).path("levels", sample, ".safetensors"))
         maps = AttributionMaps.load(self.path / "maps.safetensors")
         return small_levels(maps), maps.layers
 
     def preview(self, sample: str) -> Image:
-        """The sample's strip of images."""
+        """Return the sample's strip of images."""
         from PIL import Image
 
         if self.settings["command"] == "evaluate":
@@ -66,7 +66,7 @@ class Run:
 
 @dataclass
 class Comparison:
-    """What :func:`compare` found."""
+    """Result of :func:`compare`."""
 
     a: Run
     b: Run
@@ -78,7 +78,7 @@ class Comparison:
     notes: list[str]
 
     def summary(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the comparison as JSON values."""
         return {
             "a": str(self.a.path),
             "b": str(self.b.path),
@@ -134,7 +134,7 @@ def compare(a: Path, b: Path) -> Comparison:
 
 
 def read_run(path: Path) -> Run:
-    """A folder's settings and scores.
+    """Read a folder's settings and scores.
 
     Raises:
         ValueError: i2am wrote no run there.
@@ -160,7 +160,7 @@ def read_run(path: Path) -> Run:
 def moved_shares(
     x: dict[str, Tensor], y: dict[str, Tensor], layers: Sequence[str], others: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Shares of attention that moved, one a map: ``{"r2g.llam": [...]}``.
+    """Return shares of attention that moved, one a map: ``{"r2g.llam": [...]}``.
 
     Layers are matched by name; other levels by number, and left out where the numbers differ. Maps on other grids are
     resized to the first one's.
@@ -177,7 +177,7 @@ def moved_shares(
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
-    """``½ Σ |p − q|`` of maps ``[..., h, w]``, each scaled to sum 1: in [0, 1]; NaN where a map is not finite."""
+    """Return ``½ Σ |p − q|`` of maps ``[..., h, w]``, each scaled to sum 1: in [0, 1]; NaN if one is not finite."""
     if p.shape[-2:] != q.shape[-2:]:
         grids = q.nan_to_num(0.0).reshape(1, -1, *q.shape[-2:])
         grids = F.interpolate(grids, p.shape[-2:], mode="bilinear", align_corners=False)
@@ -186,7 +186,7 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _labels(x: dict[str, Tensor], layers: Sequence[str], others: Sequence[str]) -> dict[str, list[str]]:
-    """What each map of a level is called."""
+    """Return the names of the maps of each level."""
     named = {"llam": [n for n in layers if n in others]}
     return {
         f"{d}.{level}": named.get(level) or [f"{what} {i}" for i in range(len(x[f"{d}.{level}"]))]
@@ -199,7 +199,7 @@ def _labels(x: dict[str, Tensor], layers: Sequence[str], others: Sequence[str]) 
 def _left_out(
     x: dict[str, Tensor], y: dict[str, Tensor], layers: Sequence[str], others: Sequence[str], shares: dict
 ) -> dict[str, None]:
-    """Sentences (in order, each once) about what one run has and the other does not."""
+    """Return sentences (in order, each once) about what one run has and the other does not."""
     sentences = []
     alone = [
         plot.short_layer_names([n])[0].replace("\n", "")
@@ -222,7 +222,7 @@ def _left_out(
 
 
 def _weights(runs: tuple[Run, Run]) -> dict[str, tuple[str, str]]:
-    """A short digest of both runs' weights, where both say and they differ."""
+    """Return a short digest of both runs' weights, where both say and they differ."""
     known = [run.settings.get("weights") for run in runs]
     if None in known or known[0] == known[1]:
         return {}

@@ -48,7 +48,7 @@ def _write_table(comparison: Comparison, path: Path) -> None:
 
 
 def format_table(comparison: Comparison) -> str:
-    """The comparison as a table for people."""
+    """Return the comparison as a table for people."""
     lines = [f"{len(comparison.samples)} samples, A = {comparison.a.path}, B = {comparison.b.path}"]
     lines += [f"{k}: {pair[0]!r} → {pair[1]!r}" for k, pair in comparison.settings.items()]
     for name, s in comparison.scores.items():
@@ -68,7 +68,7 @@ def format_table(comparison: Comparison) -> str:
 
 
 def overview(comparison: Comparison) -> Figure:
-    """Scores before and after, and where attention moved: by time group, head and layer."""
+    """Draw scores before and after, and where attention moved: by time group, head and layer."""
     from matplotlib.figure import Figure
 
     tables = {name: t for name, t in comparison.where.items() if len(t) > 1}
@@ -92,7 +92,7 @@ def overview(comparison: Comparison) -> Figure:
 
 
 def _draw_scores(figure: Figure, place: SubplotSpec, comparison: Comparison) -> None:
-    """Every sample's change as a line from A to B, the means in front."""
+    """Draw every sample's change as a line from A to B, the means in front."""
     axes = figure.add_subfigure(place).subplots(1, len(comparison.scores), squeeze=False)[0]
     for ax, (name, s) in zip(axes, comparison.scores.items(), strict=True):
         for i in comparison.samples:
@@ -119,7 +119,7 @@ def _draw_where(ax: Axes, table: dict[str, float], direction: str, level: str) -
 
 
 def movers(comparison: Comparison) -> Figure:
-    """The samples that moved most: A, B, and the difference of their maps."""
+    """Draw the samples that moved most: A, B, and the difference of their maps."""
     from matplotlib.figure import Figure
 
     chosen = comparison.movers[:MOVERS]

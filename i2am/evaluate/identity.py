@@ -43,7 +43,7 @@ def _file_identity(file: Path) -> list[Any]:
 
 
 def digest(contents: bytes) -> str:
-    """A short hash of some bytes."""
+    """Return a short hash of some bytes."""
     return hashlib.sha256(contents).hexdigest()[:16]
 
 
@@ -120,6 +120,6 @@ def stale_picture(sample: Sample, known: Mapping[str, Any]) -> str | None:
 
 
 def stamp(picture: Picture) -> list[int]:
-    """``[bytes, time of the last change]`` of a picture's file, or of the shard or table that holds it."""
+    """Return ``[bytes, time of the last change]`` of a picture's file, or of the shard or table that holds it."""
     status = os.stat(picture if isinstance(picture, Path) else picture.container)
     return [status.st_size, status.st_mtime_ns]

@@ -18,7 +18,7 @@ SUFFIX = ".jsonl"
 
 
 class Entry(NamedTuple):
-    """Where a sample's record lies, and what there is to know of it without reading it."""
+    """Place of a sample's record, and what there is to know of it without reading it."""
 
     file: str
     offset: int
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
     finished: float  # seconds since the epoch
 
     def replaces(self, other: Entry | None) -> bool:
-        """Whether this record counts rather than another of the same sample."""
+        """Return whether this record counts rather than another of the same sample."""
         if other is None:
             return True
         if self.digest == other.digest:  # done twice: a good one stays
@@ -89,7 +89,7 @@ class Journals:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Callable[[Entry], dict[str, Any]]]:
-        """A function that reads the record of an entry, with the versions that it was made with; files stay open."""
+        """Yield a function that reads the record of an entry, with the versions that made it; files stay open."""
         with contextlib.ExitStack() as stack:
             files: dict[str, Any] = {}
 
@@ -141,7 +141,7 @@ class Journals:
 
 
 def _line(value: dict[str, Any]) -> bytes:
-    """One line of ASCII: odd characters, undecodable ones too, are written as escapes."""
+    """Return one line of ASCII: odd characters, undecodable ones too, are written as escapes."""
     return json.dumps(value, ensure_ascii=True).encode() + b"\n"
 
 

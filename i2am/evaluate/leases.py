@@ -27,7 +27,7 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EN
 
 
 class Owner(NamedTuple):
-    """Whose lease it is."""
+    """Process that a lease belongs to."""
 
     name: str  # of the lease's file
     machine: str
@@ -94,7 +94,7 @@ class Lease:
             self._claim_path(sample, generation).unlink(missing_ok=True)
 
     def holds(self, claim: Path) -> bool:
-        """Whether a claim's owner is alive; one that has just gone counts, as its sample is done."""
+        """Return whether a claim's owner is alive; one that has just gone counts, as its sample is done."""
         try:
             text = claim.read_text(encoding="utf-8")
             owner = Owner(**json.loads(text))
@@ -105,7 +105,7 @@ class Lease:
         return self.alive(owner)
 
     def alive(self, owner: Owner) -> bool:
-        """Whether a process still works here."""
+        """Return whether a process still works here."""
         if owner.name == self.owner.name:
             return True
         path = self.folder / owner.name
@@ -114,7 +114,7 @@ class Lease:
         return runs(owner.pid, owner.started) if owner.machine == machine() else self._age(path) < PATIENCE
 
     def others(self) -> list[Owner]:
-        """The other processes that are alive, and forget the leases of the dead of this machine."""
+        """Return the other processes that are alive, and forget the leases of the dead of this machine."""
         found = []
         for owner in owners(self.folder):
             if owner[1:4] == self.owner[1:4]:  # this very process
@@ -137,7 +137,7 @@ class Lease:
             _write_new(path, json.dumps(self.owner._asdict()))
 
     def _age(self, path: Path) -> float:
-        """Seconds since a file was touched, by the clock of the file system."""
+        """Return seconds since a file was touched, by the clock of the file system."""
         try:
             os.utime(self.path)
             return self.path.stat().st_mtime - path.stat().st_mtime
@@ -151,7 +151,7 @@ class Lease:
 
 
 def owners(folder: Path) -> list[Owner]:
-    """Everyone who has a lease in a folder, dead or alive."""
+    """Return everyone who has a lease in a folder, dead or alive."""
     found = []
     for path in sorted(folder.glob("*.lease")):
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # gone meanwhile, or being written

@@ -93,7 +93,7 @@ class Manifest(Sequence[Sample]):
         return (self[place] for place in range(len(self)))
 
     def part(self, places: Sequence[int]) -> Sequence[Sample]:
-        """Some of the samples, in this order; made when they are asked for, too."""
+        """Return some of the samples, in this order; made when they are asked for, too."""
         return Part(self, places)
 
 
@@ -135,7 +135,7 @@ def read_manifest(path: Path, seed: int = 0) -> Manifest:
 
 
 def _cells(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The filled cells of a row, each of its type.
+    """Return the filled cells of a row, each of its type.
 
     Raises:
         ValueError: one is not; names it.
@@ -158,7 +158,7 @@ def _cells(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _empty(value: Any) -> bool:
-    """Whether a cell holds nothing; tables write NaN there."""
+    """Return whether a cell holds nothing; tables write NaN there."""
     return value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and math.isnan(value))
 
 
@@ -172,7 +172,7 @@ def _id(value: Any, where: str) -> str:
 
 
 def derived_seed(seed: int, name: str) -> int:
-    """A sample's own seed, from a run's and its id."""
+    """Return a sample's own seed, from a run's and its id."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "big")
 
 
@@ -194,6 +194,6 @@ def _box(value: Any, where: str) -> Box:
 
 
 def _short(value: Any) -> str:
-    """A value as an error shows it, cut where it is long."""
+    """Return a value as an error shows it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"

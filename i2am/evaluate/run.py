@@ -31,7 +31,7 @@ class DiskFull(OSError):
 
 @dataclass
 class Traced:
-    """What running one sample gave: maps of one image, and what they lie on (forms of :func:`i2am.plot.overlay`).
+    """Result of one sample's run: maps of one image, and what they lie on (forms of :func:`i2am.plot.overlay`).
 
     Masks are ``[H, W]`` in 0…1, on the generated image and on the reference.
     """
@@ -79,7 +79,7 @@ def evaluate(
 
 
 def _claimed(samples: Sequence[Sample], store: Store, wait: bool) -> Iterator[Sample]:
-    """Each sample that this process gets hold of, held until the next one is asked for."""
+    """Yield each sample that this process gets hold of, held until the next one is asked for."""
     store.start()
     left, rounds = samples, 0
     while left and (wait or rounds < 2):  # the second time: samples that others have given back unfinished
@@ -98,7 +98,7 @@ def _claimed(samples: Sequence[Sample], store: Store, wait: bool) -> Iterator[Sa
 
 
 def _attempt(sample: Sample, run: Callable[[Sample], Traced], store: Store, save: Sequence[str]) -> dict[str, Any]:
-    """The record of one sample: its scores, or what went wrong."""
+    """Run one sample and return its record: its scores, or what went wrong."""
     start = time.perf_counter()
     try:
         pictures = pictures_identity(sample)
@@ -116,7 +116,7 @@ def _attempt(sample: Sample, run: Callable[[Sample], Traced], store: Store, save
 
 
 def _text(error: BaseException) -> str:
-    """An error's kind and message; its kind alone where the message cannot be made."""
+    """Return an error's kind and message; its kind alone where the message cannot be made."""
     try:
         return f"{type(error).__name__}: {error}"[:LONGEST]
     except Exception:
@@ -124,7 +124,7 @@ def _text(error: BaseException) -> str:
 
 
 def _scored(sample: Sample, traced: Traced, store: Store, save: Sequence[str]) -> dict[str, Any]:
-    """Scores of one sample, all but the record written."""
+    """Score one sample: all but the record written."""
     maps = traced.maps
     r2g, g2r = maps.ulam("r2g")[0], ulam_or_none(maps, "g2r")
     scores = score(r2g, g2r, traced.mask, traced.reference_mask, sample.box)
@@ -141,7 +141,7 @@ def _scored(sample: Sample, traced: Traced, store: Store, save: Sequence[str]) -
 
 
 def ulam_or_none(maps: AttributionMaps, direction: str) -> Tensor | None:
-    """``[h, w]`` of the first image, or None where there is no such map."""
+    """Return ULAM ``[h, w]`` of the first image, or None where there is no such map."""
     try:
         return maps.ulam(direction)[0]
     except ValueError:

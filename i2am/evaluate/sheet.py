@@ -22,14 +22,14 @@ SHOWN = 5  # best, and worst
 
 
 def as_image(picture: Any) -> Image:
-    """A PIL image of any form that :func:`i2am.plot.overlay` takes."""
+    """Return a PIL image of any form that :func:`i2am.plot.overlay` takes."""
     from PIL import Image
 
     return Image.fromarray((plot.as_picture(picture, 0) * 255).round().astype(np.uint8))
 
 
 def preview(generated: Any, r2g: Tensor, reference: Any, g2r: Tensor | None, mask: np.ndarray | Tensor | None) -> Image:
-    """A strip: generated image, the same under R2G, reference, the same under G2R (plain where there is none).
+    """Draw a strip: generated image, the same under R2G, reference, the same under G2R (plain where there is none).
 
     The mask is drawn as a white line on the first.
     """
@@ -64,7 +64,7 @@ def _outlined(image: Any, mask: np.ndarray | Tensor | None) -> np.ndarray:
 def contact_sheet(
     best: Sequence[dict[str, Any]], worst: Sequence[dict[str, Any]], count: int, by: str, store: Store
 ) -> Figure:
-    """Best and worst of ``count`` samples by one score, each with its strip and all its scores."""
+    """Draw the best and worst of ``count`` samples by one score, each with its strip and all its scores."""
     from matplotlib.figure import Figure
     from PIL import Image
 

@@ -30,7 +30,7 @@ class Embedded:
     read: Callable[[Path], bytes] = field(compare=False, repr=False)
 
     def read_bytes(self) -> bytes:
-        """Its bytes, as they are stored."""
+        """Return its bytes, as they are stored."""
         return self.read(self.container)
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ Picture: TypeAlias = "Path | Embedded"
 
 
 def rows_of(path: Path) -> Iterator[Row]:
-    """The rows of a manifest: ``(where, {column: cell})``; a cell is a text, a number, a list or a picture.
+    """Yield the rows of a manifest: ``(where, {column: cell})``; a cell is a text, a number, a list or a picture.
 
     Raises:
         ValueError: there is none, of a kind that is none, or it cannot be read. Names the file and the line.
@@ -109,7 +109,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 
 def read_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """An object of a JSON text.
+    """Read an object of a JSON text.
 
     Raises:
         ValueError: it is not JSON, not an object, has a name twice, or is nested too deeply.
@@ -159,7 +159,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _holds_bytes(kind: Any) -> bool:
-    """Whether a column holds files: binary, or ``datasets``' struct of bytes and path."""
+    """Return whether a column holds files: binary, or ``datasets``' struct of bytes and path."""
     import pyarrow.types as types
 
     if types.is_struct(kind):
@@ -182,7 +182,7 @@ def _read_cell(group: int, place: int, column: str, path: Path) -> bytes:
 
 @functools.lru_cache(maxsize=4)
 def _column(path: Path, changed: int, group: int, column: str) -> Any:
-    """One column of one row group: the last few are kept."""
+    """Read one column of one row group: the last few are kept."""
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(path).read_row_group(group, columns=[column]).column(0)
@@ -222,7 +222,7 @@ def _dataset(path: Path, column: str) -> Any:
 
 
 def _shard_rows(path: Path) -> Iterator[Row]:
-    """Samples of WebDataset shards: ``KEY.reference.png``, ``KEY.prompt.txt``, ``KEY.json`` with the other columns."""
+    """Yield the samples of WebDataset shards: ``KEY.reference.png``, ``KEY.prompt.txt``, ``KEY.json`` with the rest."""
     for shard in [path] if path.suffix == ".tar" else sorted(path.glob("*.tar")):
         key, cells = "", {}
         try:
@@ -243,7 +243,7 @@ def _shard_rows(path: Path) -> Iterator[Row]:
 
 
 def _member_cells(shard: Path, members: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> dict[str, Any]:
-    """The cells that one file of a shard fills."""
+    """Return the cells that one file of a shard fills."""
     column, _, kind = extension.rpartition(".")
     if f".{kind.lower()}" in PICTURE_SUFFIXES:
         read = functools.partial(_read_member, member.offset_data, member.size)

@@ -105,7 +105,7 @@ class Store:
         self._lease = self._writer = None
 
     def settings(self) -> dict[str, Any]:
-        """Settings and versions.
+        """Return settings and versions.
 
         Raises:
             ValueError: this is not a folder of results.
@@ -119,7 +119,7 @@ class Store:
         return settings
 
     def path(self, folder: str, sample_id: str, suffix: str) -> Path:
-        """Where a sample's file lies."""
+        """Return the path of a sample's file."""
         return self.out / folder / (sample_id + suffix)
 
     def write(self, path: Path, write: Callable[[Path], Any]) -> None:
@@ -137,8 +137,8 @@ class Store:
     # ------------------------------------------------------------------------------------------------ sharing samples
 
     def pending(self, samples: Sequence[Sample], *, restart: bool = False) -> list[int]:
-        """Which samples have no good record, by their place; those that a living process has just failed at count as
-        done.
+        """Return the places of the samples without a good record; those that a living process has just failed at count
+        as done.
 
         Args:
             samples: the manifest's.
@@ -190,16 +190,16 @@ class Store:
         self._leased().release(sample.id)
 
     def attempted(self, sample: Sample) -> bool:
-        """Whether a sample has a record since ``start``, good or not, as far as the last look."""
+        """Return whether a sample has a record since ``start``, good or not, as far as the last look."""
         entry = self._opened().entries.get(sample.id)
         return entry is not None and entry.digest == sample.digest and entry != self._to_retry.get(sample.id)
 
     def others(self) -> list[Owner]:
-        """Other processes that work in this folder."""
+        """Return other processes that work in this folder."""
         return self._leased().others()
 
     def visitors(self) -> list[Owner]:
-        """Everyone who has signed in, as seen from outside; some may have died on another machine."""
+        """Return everyone who has signed in, as seen from outside; some may have died on another machine."""
         return [o for o in owners(self.out / RUNNING) if o.machine != machine() or runs(o.pid, o.started)]
 
     # -------------------------------------------------------------------------------------------------------- records
@@ -222,11 +222,11 @@ class Store:
         return self._opened().seen
 
     def record(self, sample: Sample) -> dict[str, Any] | None:
-        """A finished sample's record; None where there is none of this very row, or none that is whole."""
+        """Return a finished sample's record; None where there is none of this very row, or none that is whole."""
         return next(self.records([sample]), None)
 
     def records(self, samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
-        """The records of those that are finished, in the samples' order, read one by one."""
+        """Yield the records of those that are finished, in the samples' order, read one by one."""
         self.refresh()
         journals = self._opened()
         entries = ((journals.entries.get(s.id), s.digest) for s in samples)
@@ -234,13 +234,13 @@ class Store:
             yield from (read(e) for e, digest in entries if e is not None and e.digest == digest)
 
     def all_records(self) -> Iterator[dict[str, Any]]:
-        """Every record, whatever the manifest says today."""
+        """Yield every record, whatever the manifest says today."""
         self.refresh()
         with self._opened().reading() as read:
             yield from map(read, self._opened().entries.values())
 
     def _opened(self) -> Journals:
-        """The journals; of a folder that is only read, those of its own settings."""
+        """Open the journals; of a folder that is only read, those of its own settings."""
         if self._journals is None:
             self._journals = Journals(self.out / "samples", _identity(self.settings()))
         return self._journals
@@ -280,7 +280,7 @@ def _foreign(path: Path) -> bool:
 
 
 def _identity(settings: dict[str, Any]) -> str:
-    """A digest of all settings that are compared."""
+    """Return a digest of all settings that are compared."""
     compared = {k: v for k, v in settings.items() if k not in NOT_COMPARED}
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:16]
 

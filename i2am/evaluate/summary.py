@@ -104,7 +104,7 @@ class _Ranking:
         self.count += 1
 
     def ends(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The best, best first, and of the others the worst, worst last."""
+        """Return the best, best first, and of the others the worst, worst last."""
         half = min(SHOWN, (self.count + 1) // 2)
         best = [record for *_, record in sorted(self.best, key=lambda x: x[:2], reverse=True)][:half]
         worst = [record for *_, record in sorted(self.worst, key=lambda x: x[:2])]
@@ -112,7 +112,7 @@ class _Ranking:
 
 
 def interval(values: Sequence[float], seed: int = 0) -> dict[str, float | int | None]:
-    """Count, mean, standard deviation and a 95 % confidence interval of the mean (None for fewer than two values)."""
+    """Return count, mean, standard deviation and a 95 % confidence interval of the mean (None below two values)."""
     x = np.asarray(values, dtype=float)
     found: dict[str, float | int | None] = {"n": len(x), "mean": float(x.mean()), "sd": None, "low": None, "high": None}
     if len(x) < 2:
@@ -130,7 +130,7 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, float | int | 
 
 
 def format_table(summary: dict[str, Any]) -> str:
-    """The summary as a table for people."""
+    """Return the summary as a table for people."""
     missing = f", {summary['missing']} not done" if summary["missing"] else ""
     lines = [f"{summary['ok']} of {summary['samples']} samples, {summary['failed']} failed{missing}"]
     for name, s in summary["scores"].items():
@@ -148,7 +148,7 @@ def _show_versions(record: dict[str, Any]) -> str:
 
 
 def _row(record: dict[str, Any]) -> dict[str, Any]:
-    """A record's columns of the table."""
+    """Return a record's columns of the table."""
     return {name: record.get(name) for name in COLUMNS} | {"versions": _show_versions(record)}
 
 

@@ -46,7 +46,7 @@ def small_levels(maps: AttributionMaps) -> dict[str, Tensor]:
 
 
 def shrunk(x: Tensor, side: int = SIDE) -> Tensor:
-    """``[G, h, w]`` averaged to at most ``side`` on the longer side."""
+    """Average ``[G, h, w]`` to at most ``side`` on the longer side."""
     longer = max(x.shape[-2:])
     if longer <= side:
         return x
@@ -55,6 +55,6 @@ def shrunk(x: Tensor, side: int = SIDE) -> Tensor:
 
 
 def as_distribution(x: Tensor) -> Tensor:
-    """``[..., h, w]`` scaled to sum 1 over the map; NaN where it is not finite (a time group without a step)."""
+    """Scale ``[..., h, w]`` to sum 1 over the map; NaN where it is not finite (a time group without a step)."""
     x = x.float()
     return x / x.sum((-2, -1), keepdim=True)

@@ -49,6 +49,6 @@ class Flux2(JointTransformer):
         return self.in_context(generated, references, text, slice(0, text), text + given["hidden_states"].shape[1])
 
     def _with_cache(self, generated: Segment, text: int) -> TokenLayout:
-        """Keys ``[text ‖ references ‖ generated]``, as ``generated`` says; queries ``[text ‖ generated]``."""
+        """Return keys ``[text ‖ references ‖ generated]``, as ``generated`` says; queries ``[text ‖ generated]``."""
         carried = self.in_context(generated, self._cached, text, slice(0, text), text + generated.stop)
         return carried._replace(queries=slice(text, text + generated.stop - generated.start))

@@ -119,7 +119,9 @@ class IPAdapter(UNetFamily):
                 yield to_k, partial(self._announce, adapter), "before"
 
     def _announce(self, adapter: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """``args[0]`` is ``[B, images, T, C]``, all in one softmax, or ``[B, T, C]``: one image, with a mask."""
+        """Announce an adapter's call. ``args[0]``: ``[B, images, T, C]``, all in one softmax, or ``[B, T, C]``: one
+        image, with a mask.
+        """
         context = running_context()
         if context is None or not context.layers or not isinstance(context.layers[-1].state, AdapterCalls):
             return

@@ -65,5 +65,5 @@ def _width(q: Tensor, width: int) -> int:
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
-    """``x [B, H, N, w]``, tokens before heads in memory, filled up with zeros to ``width``."""
+    """Return ``x [B, H, N, w]``, tokens before heads in memory, filled up with zeros to ``width``."""
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))

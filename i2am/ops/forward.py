@@ -56,7 +56,7 @@ class Setting(NamedTuple):
         return slice(min(a for a, _ in self.keys), max(b for _, b in self.keys))
 
     def within(self, n: int) -> slice:
-        """Reference ``n``'s keys within the hull."""
+        """Return reference ``n``'s keys within the hull."""
         return slice(self.keys[n][0] - self.hull.start, self.keys[n][1] - self.hull.start)
 
     def members(self, like: Tensor, *, shares: bool = False) -> Tensor:

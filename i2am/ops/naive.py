@@ -49,7 +49,7 @@ def output(rows: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _softmax(s: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Softmax along ``dim`` in which a fully masked slice is all zeros, and its log-sum-exp (-inf there)."""
+    """Return the softmax along ``dim`` in which a fully masked slice is all zeros, and its log-sum-exp (-inf there)."""
     lse = torch.logsumexp(s, dim, keepdim=True)
     p = torch.where(lse.isneginf(), 0.0, torch.exp(s - lse.masked_fill(lse.isneginf(), 0.0)))
     return p, lse.squeeze(dim)
@@ -73,7 +73,7 @@ def probabilities(
     queries: slice | Tensor = slice(None),
     keys: slice | Tensor = slice(None),
 ) -> Probabilities:
-    """Row and column probabilities of ``q [B, H, Nq, d]`` and ``k [B, H, Nk, d]`` in float64."""
+    """Return row and column probabilities of ``q [B, H, Nq, d]`` and ``k [B, H, Nk, d]`` in float64."""
     s = logits(q, k, scale, mask)
     rows, row_lse = _softmax(s, -1)
     columns, col_lse = _softmax(s[:, :, queries][..., keys], -2)
@@ -90,7 +90,7 @@ def attention(
     queries: slice | Tensor = slice(None),
     keys: slice | Tensor = slice(None),
 ) -> AttentionOutput:
-    """Attention and its attribution by definition, every field in float64.
+    """Compute attention and its attribution by definition, every field in float64.
 
     ``mask`` broadcasts to ``[B, H, Nq, Nk]``: bool (True = take part) or additive.
     """
@@ -107,7 +107,7 @@ def attention(
 
 
 def sram(rows: Tensor, weights: Tensor) -> Tensor:
-    """SRAM of regions: ``sum_i w[i] P[i, :] / sum_i w[i]``.
+    """Return SRAM of regions: ``sum_i w[i] P[i, :] / sum_i w[i]``.
 
     Args:
         rows: ``[B, H, Q, K]`` row probabilities of the generated queries on the reference keys.

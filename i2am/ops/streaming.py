@@ -81,7 +81,7 @@ def attention(
 
 
 def _groups(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice]]:
-    """Which heads are worked on together: ``(image, heads)``."""
+    """Yield the heads that are worked on together: ``(image, heads)``."""
     B, H, Nq, d = q.shape
     step = max(1, min(H, SMALL // (k.shape[2] * max(Nq, d))))
     for b in range(B):
@@ -135,7 +135,7 @@ class _Heads(NamedTuple):
         )
 
     def tiles(self, queries: slice, width: int) -> Iterator[slice]:
-        """``queries`` in tiles of about equal size: at most TILE for ``width`` keys, 4 TILE for their q or out."""
+        """Yield ``queries`` in about equal tiles: at most TILE for ``width`` keys, 4 TILE for their q or out."""
         G, _, d = self.q.shape
         longest = d if self.v is None else max(d, self.v.shape[2])
         most = max(1, TILE // (G * max(width, longest // 4)))
@@ -169,7 +169,7 @@ class _Columns:
         self.sums = heads.k.new_zeros(heads.k.shape[0], hull.stop - hull.start)  # [G, K] relative to it
 
     def add(self, e: Tensor, shift: Tensor) -> Tensor:
-        """Takes up ``e = exp(s − shift)``, ``[G, R, Nk]``; returns the rows' weights ``exp(shift − top) [G, R]``."""
+        """Take up ``e = exp(s − shift)``, ``[G, R, Nk]``; return the rows' weights ``exp(shift − top) [G, R]``."""
         top = torch.maximum(self.top, shift.amax(1, keepdim=True))
         weights = self.heads.exp_(shift - top)  # [G, R]
         self.sums *= self.heads.exp_(self.top - top)
@@ -179,7 +179,7 @@ class _Columns:
 
 
 def _query_weights(heads: _Heads, regions: Tensor | None) -> Tensor:
-    """``[1 + regions, Q]`` weights over the generated queries: their mean (G2R), then the regions (SRAM)."""
+    """Return ``[1 + regions, Q]`` weights over the generated queries: their mean (G2R), then the regions (SRAM)."""
     Q = heads.queries.stop - heads.queries.start
     mean = heads.k.new_full((1, Q), 1.0 / Q)
     return mean if regions is None else torch.cat([mean, regions.to(mean)])
@@ -200,7 +200,7 @@ def _first_sweep(
     out: Tensor | None,
     row_lse: Tensor,
 ) -> _Whole | None:
-    """Writes ``out`` and ``row_lse``, adds G2R, mass and SRAM, gathers the column sums."""
+    """Write ``out`` and ``row_lse``, adds G2R, mass and SRAM, gathers the column sums."""
     (G, Nq, _), Nk = heads.q.shape, heads.k.shape[1]
     whole = None
     spent = [heads.k.new_zeros(G, len(weights), r.keys.stop - r.keys.start) for r in references]  # [G, 1 + regions, K]
@@ -236,7 +236,7 @@ def _first_sweep(
 
 
 def _write_output(out: Tensor, e: Tensor, v: Tensor, inverse: Tensor) -> None:
-    """``out = inverse · e v``, with the factor where there are fewer numbers to multiply."""
+    """Write ``out = inverse · e v``, with the factor where there are fewer numbers to multiply."""
     if e.shape[2] >= NARROW:
         torch.mul(_product(e, v.transpose(1, 2))[..., : out.shape[2]], inverse.unsqueeze(2), out=out)
     elif out.dtype == v.dtype:
@@ -246,7 +246,7 @@ def _write_output(out: Tensor, e: Tensor, v: Tensor, inverse: Tensor) -> None:
 
 
 def _column_lse(heads: _Heads, columns: _Columns) -> tuple[Tensor, bool]:
-    """Log-sum-exp of the columns, ``[G, K]``, and whether some had to be computed anew.
+    """Return the log-sum-exp of the columns, ``[G, K]``, and whether some had to be computed anew.
 
     Columns far below the strongest row are: their terms underflowed. So are fully masked ones (-inf).
     """
@@ -263,7 +263,7 @@ def _column_lse(heads: _Heads, columns: _Columns) -> tuple[Tensor, bool]:
 
 
 def _second_sweep(heads: _Heads, lse: Tensor, hull: slice, reference: _Reference) -> None:
-    """Adds R2G: every generated query's share of the reference's columns, given their log-sum-exp."""
+    """Add R2G: every generated query's share of the reference's columns, given their log-sum-exp."""
     width = reference.keys.stop - reference.keys.start
     lse = _finite(_within(lse, hull, reference)).unsqueeze(1)  # [G, 1, K]
     for rows in heads.tiles(heads.queries, width):
@@ -274,7 +274,7 @@ def _second_sweep(heads: _Heads, lse: Tensor, hull: slice, reference: _Reference
 
 
 def _second_look(whole: _Whole, columns: _Columns, reference: _Reference) -> None:
-    """What :func:`_second_sweep` does, from the exponentials at hand."""
+    """Do what :func:`_second_sweep` does, from the exponentials at hand."""
     width = reference.keys.stop - reference.keys.start
     sums = _within(columns.sums, columns.hull, reference)  # [G, K]
     shares = _rows_times(sums.reciprocal(), whole.e[:, :, reference.keys].transpose(1, 2))  # [G, Q]
@@ -282,12 +282,12 @@ def _second_look(whole: _Whole, columns: _Columns, reference: _Reference) -> Non
 
 
 def _within(x: Tensor, hull: slice, reference: _Reference) -> Tensor:
-    """The reference's columns of ``x [G, hull]``."""
+    """Return the reference's columns of ``x [G, hull]``."""
     return x[:, reference.keys.start - hull.start : reference.keys.stop - hull.start]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a bᵀ`` of ``[G, M, d]`` and ``[G, N, d]``. For float32 oneDNN, on AMD twice as fast as torch's own choice."""
+    """Return ``a bᵀ`` of ``[G, M, d]`` and ``[G, N, d]``; float32 by oneDNN, on AMD twice as fast as torch's choice."""
     G, M, d = a.shape
     if _linear is not None and a.is_cpu and a.dtype == torch.float32 and (G == 1 or M * b.shape[1] * d >= HEAVY):
         products = [_linear(x, _dense(y), None, "none", [], "") for x, y in zip(a, b, strict=True)]
@@ -296,7 +296,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x [N, d]``, copied if its rows lie apart: for a view of one head oneDNN falls back to a loop 1000× as slow."""
+    """Return ``x [N, d]``, copied if its rows lie apart: for those oneDNN falls back to a loop 1000× as slow."""
     return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
 
 
@@ -304,19 +304,19 @@ _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 
 
 def _rows_times(weights: Tensor, e: Tensor) -> Tensor:
-    """``Σ_i weights[i] · e[i, :]``: ``[G, R]`` or ``[G, W, R]`` and ``[G, R, K]`` give ``[G, K]`` or ``[G, W, K]``."""
+    """Return ``Σ_i weights[i] · e[i, :]``: ``[G, (W,) R]`` by ``[G, R, K]`` → ``[G, (W,) K]``."""
     if weights.ndim == 2:
         return torch.bmm(weights.unsqueeze(1), e).squeeze(1)
     return torch.bmm(weights, e)
 
 
 def _finite(x: Tensor) -> Tensor:
-    """What to subtract: nothing where everything is masked (-inf)."""
+    """Return what to subtract: nothing where everything is masked (-inf)."""
     return x.masked_fill(x.isneginf(), 0.0)
 
 
 def _unexpanded(mask: Tensor) -> Tensor:
-    """Axes that were only expanded, back to length 1."""
+    """Return a tensor with axes that were only expanded back at length 1."""
     for axis, stride in enumerate(mask.stride()):
         if stride == 0:
             mask = mask.narrow(axis, 0, 1)
@@ -324,7 +324,7 @@ def _unexpanded(mask: Tensor) -> Tensor:
 
 
 def _keep_freed_memory() -> None:
-    """Has glibc reuse a freed tile. By default it goes back to the system, and its page faults cost 4× its arithmetic.
+    """Have glibc reuse a freed tile. By default it goes back to the system, and its page faults cost 4× its arithmetic.
 
     Freeing one large block (never touched) raises the size from which malloc does so to its maximum of 32 MiB.
     """

@@ -138,7 +138,7 @@ def animate(
 
 
 def _fitted(picture: np.ndarray) -> np.ndarray:
-    """``[H, W, 3]`` of at most SIDE pixels on the longer side; small ones are enlarged to half of it, to be seen."""
+    """Return ``[H, W, 3]`` of at most SIDE pixels on the longer side; small ones are enlarged to half of it."""
     from PIL import Image
 
     longer = max(picture.shape[:2])

@@ -75,12 +75,12 @@ def as_picture(image: Any, index: int) -> np.ndarray:
 
 
 def grey(picture: np.ndarray) -> np.ndarray:
-    """Rec. 601 luma, as three equal channels."""
+    """Return Rec. 601 luma as three equal channels."""
     return (picture @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[..., None].repeat(3, axis=-1)
 
 
 def shrunk(picture: np.ndarray) -> np.ndarray:
-    """At most PANEL_PIXELS on the longer side."""
+    """Shrink to at most PANEL_PIXELS on the longer side."""
     height, width = picture.shape[:2]
     longer = max(height, width)
     if longer <= PANEL_PIXELS:
@@ -91,7 +91,7 @@ def shrunk(picture: np.ndarray) -> np.ndarray:
 
 
 def resized(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """``[h, w]`` → ``size``, bicubic as for the maps' common grid, never beyond the values there are."""
+    """Resize ``[h, w]`` to ``size``, bicubic as for the maps' common grid, never beyond the values there are."""
     grid = torch.from_numpy(np.ascontiguousarray(values))[None, None]
     smooth = F.interpolate(grid, size, mode="bicubic", align_corners=False)[0, 0].numpy()
     return smooth.clip(values.min(), values.max())
@@ -100,7 +100,7 @@ def resized(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def limits_of(
     panels: Sequence[np.ndarray], vmin: float | None = None, vmax: float | None = None
 ) -> tuple[float, float]:
-    """Ends of a colour scale over some maps, never equal (a constant map is drawn in the lowest colour)."""
+    """Return ends of a colour scale over some maps, never equal (a constant map is drawn in the lowest colour)."""
     if vmin is not None and vmax is not None and vmin >= vmax:
         raise ValueError(f"vmin must be below vmax, got {vmin} and {vmax}")
     low = min((float(p.min()) for p in panels), default=0.0) if vmin is None else vmin

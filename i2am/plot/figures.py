@@ -36,7 +36,7 @@ def overlay(
     title: str | None = None,
     quantity: str | None = None,
 ) -> Axes:
-    """Draws a map over the image that it is about, resized smoothly (bicubic) to the image.
+    """Draw a map over the image that it is about, resized smoothly (bicubic) to the image.
 
     The photograph is shown in grey under the map, so that every hue is the map's.
 
@@ -145,7 +145,7 @@ def summary(
     footer: str | None = None,
     **options,
 ) -> Figure:
-    """Both directions in one figure: the generated image with ULAM R2G, the reference with ULAM G2R.
+    """Draw both directions in one figure: the generated image with ULAM R2G, the reference with ULAM G2R.
 
     A reference without a map of its own (one token, or tokens without a 2-D layout) gets a note that says so.
 
@@ -205,7 +205,7 @@ def blend(
 
 
 def thumbnail(maps: AttributionMaps, *, cmap: str = CMAP) -> bytes:
-    """PNG of the ULAMs alone, both directions, of the first image and reference: what a notebook shows of maps."""
+    """Draw a PNG of the ULAMs alone, both directions, of the first image and reference, as notebooks show maps."""
     import io
 
     from matplotlib.figure import Figure
@@ -225,7 +225,7 @@ def thumbnail(maps: AttributionMaps, *, cmap: str = CMAP) -> bytes:
 
 
 def _or_reason(maps: AttributionMaps, direction: str, options: dict) -> Tensor | str:
-    """ULAM, or why there is none."""
+    """Return ULAM, or why there is none."""
     try:
         return maps.ulam(direction, **options)
     except ValueError as error:

@@ -59,7 +59,7 @@ def _calls(maps: AttributionMaps, options: dict) -> list[str]:
 
 
 def short_layer_names(names: Sequence[str], width: int = 20) -> list[str]:
-    """Names for under a panel: diffusers' block names abbreviated, anything longer wrapped at its dots.
+    """Return names for under a panel: diffusers' block names abbreviated, anything longer wrapped at its dots.
 
     ``up_blocks.3.attentions.2.transformer_blocks.0.attn2`` becomes ``up 3 · attn 2``, with `` · block 0`` where a
     transformer of that model has several blocks.
@@ -73,7 +73,7 @@ def short_layer_names(names: Sequence[str], width: int = 20) -> list[str]:
 
 
 def _block_parts(name: str) -> tuple[str, str, str] | None:
-    """(block, attention, transformer block) of a diffusers UNet layer name."""
+    """Return (block, attention, transformer block) of a diffusers UNet layer name."""
     words = name.split(".")
     if words[-1:] != ["attn2"] or words[-3:-2] != ["transformer_blocks"] or words[-5:-4] != ["attentions"]:
         return None
@@ -84,7 +84,7 @@ def _block_parts(name: str) -> tuple[str, str, str] | None:
 
 
 def _wrap_dots(name: str, width: int) -> str:
-    """``name`` broken after dots into lines of about ``width``, of which the last three are kept."""
+    """Break ``name`` after dots into lines of about ``width``, of which the last three are kept."""
     lines = [""]
     for word in name.replace(".", ". ").split():
         if len(lines[-1]) + len(word) > width and lines[-1]:
@@ -94,7 +94,7 @@ def _wrap_dots(name: str, width: int) -> str:
 
 
 def value_range(low: float, high: float) -> str:
-    """Both ends with three digits of the larger, over one power of ten: ``0.78 – 1.23 ×10⁻³``."""
+    """Return both ends with three digits of the larger, over one power of ten: ``0.78 – 1.23 ×10⁻³``."""
     exponent = math.floor(math.log10(high)) if high > 0 else 0
     if -2 < exponent < 3:
         return f"{low:.3g} – {high:.3g}"

@@ -33,7 +33,7 @@ def grid(
     footer: str,
     quantity: str | None = None,
 ) -> Figure:
-    """Panels ``[h, w]`` over one picture, with a label under each; a panel that is not finite says "no step"."""
+    """Draw panels ``[h, w]`` over one picture, with a label under each; a panel that is not finite says "no step"."""
     from i2am.plot.shown import Figure
 
     rows = math.ceil(len(panels) / columns)
@@ -68,7 +68,7 @@ def grid(
 
 
 def balanced(count: int, most: int) -> int:
-    """Columns for so many panels: ``most`` or a square of them, with rows about equally long (6: 3 + 3, not 5 + 1)."""
+    """Choose the columns for so many panels: ``most`` or a square of them, rows about equally long (6: 3 + 3)."""
     most = max(most, math.isqrt(count - 1) + 1)
     return math.ceil(count / math.ceil(count / most))
 
@@ -96,7 +96,7 @@ def colorbar_of(figure: Figure, heat, axes: list[Axes], shrink: float = 1.0, qua
 
 
 def instead(ax: Axes, headline: str, reason: str) -> None:
-    """Text where a map would be."""
+    """Write text where a map would be."""
     bare(ax).set_title(headline, fontsize=9)
     for spine in ax.spines.values():
         spine.set_visible(True)
@@ -113,6 +113,6 @@ def bare(ax: Axes) -> Axes:
 
 
 def note(figure: Figure, text: str) -> Figure:
-    """Writes a small note below a figure, wrapped to its width; replaces the one that is there."""
+    """Write a small note below a figure, wrapped to its width; replaces the one that is there."""
     figure.supxlabel(wrap(text, int(figure.get_figwidth() * 18)), fontsize=6.5, color="0.25")
     return figure

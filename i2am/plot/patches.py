@@ -30,7 +30,7 @@ def sram(
     footer: str | None = None,
     **options,
 ) -> Figure:
-    """Three panels: the patch marked on the generated image, its SRAM on the reference, and where most of it lies.
+    """Draw three panels: the patch marked on the generated image, its SRAM on the reference, and where most of it lies.
 
     The last one outlines the smallest part of the reference that holds ``share`` of the patch's attention to it.
 

@@ -34,7 +34,7 @@ def side_by_side(
     footer: str | None = None,
     **options,
 ) -> Figure:
-    """Two runs' unified maps beside each other, and their difference.
+    """Draw two runs' unified maps beside each other, and their difference.
 
     Args:
         first, second: the runs' maps.

@@ -55,7 +55,7 @@ def build_report(
     settings: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Path:
-    """Writes a report; see :meth:`AttributionMaps.report`."""
+    """Write a report; see :meth:`AttributionMaps.report`."""
     if detail is not None and detail not in (0, 1, 2, 3):
         raise ValueError(f"detail must be 0, 1, 2 or 3 (how many of time, head and layer at once), got {detail!r}")
     name = maps._reference(reference_name)
@@ -113,7 +113,7 @@ def _parts(
     has_g2r: bool,
     progress: bool,
 ) -> dict[str, dict]:
-    """Maps, rows and registered regions for every pick of a plan, kept in ``arrays``."""
+    """Keep maps, rows and registered regions for every pick of a plan in ``arrays``."""
     directions = ["r2g", *(["g2r"] if has_g2r else []), *(["mass"] if _has(maps, "mass", options)[0] else [])]
     levels = {d: level_maps(maps, axes, d, plan.order, index, arrays, **options) for d in directions}
     regions = _regions(maps, axes, plan, index, arrays, options) if has_g2r else {}
@@ -141,7 +141,7 @@ def _has(maps: AttributionMaps, direction: str, options: dict) -> tuple[bool, st
 
 
 def _regions(maps, axes: Axes, plan: Plan, index: int, arrays: Arrays, options: dict) -> dict[str, dict]:
-    """SRAM of the registered regions, by name."""
+    """Return SRAM of the registered regions, by name."""
 
     size = tuple(maps.ulam("g2r", layers=list(axes.layers), **options).shape[-2:])
     found: dict[str, dict] = {}
@@ -176,7 +176,7 @@ def _image(image: Any, index: int) -> dict[str, Any] | None:
 
 
 def _mask(mask: Any, index: int) -> np.ndarray | None:
-    """``[H, W]`` in 0…1."""
+    """Return a mask ``[H, W]`` in 0…1."""
     return None if mask is None else one_mask(mask, index).numpy()
 
 
@@ -203,7 +203,7 @@ def _box(maps: AttributionMaps, index: int, masks: dict, options: dict) -> list[
 
 
 def _scores(maps: AttributionMaps, index: int, masks: dict, has_g2r: bool, options: dict) -> list[list[str]]:
-    """(what, value, what it means) of every score that the masks allow."""
+    """Return (what, value, what it means) of every score that the masks allow."""
     r2g = maps.ulam("r2g", **options)[index]
     g2r = maps.ulam("g2r", **options)[index] if has_g2r else None
     values = score(r2g, g2r, masks["generated"], masks["reference"])
@@ -211,7 +211,7 @@ def _scores(maps: AttributionMaps, index: int, masks: dict, has_g2r: bool, optio
 
 
 def _aspects(images: dict, levels: dict) -> dict[str, list[int]]:
-    """[width, height] of both pictures: the image's, or else its grid's."""
+    """Return [width, height] of both pictures: the image's, or else its grid's."""
 
     def of(side, direction):
         if images[side]:

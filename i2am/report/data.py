@@ -82,14 +82,14 @@ class Arrays:
     _ends: list[int] = field(default_factory=lambda: [0, 0])
 
     def add_map(self, values: np.ndarray) -> dict[str, Any]:
-        """Keeps ``[h, w]`` between its minimum and maximum; returns where."""
+        """Keep ``[h, w]`` between its minimum and maximum; return where."""
         low, high = float(values.min()), float(values.max())
         scaled = (values - low) * (255 / (high - low) if high > low else 0)
         at = self._append(scaled)
         return {"at": at, "grid": list(values.shape), "low": low, "high": high}
 
     def add_rows(self, values: np.ndarray) -> dict[str, Any]:
-        """Keeps ``[cells, h, w]``, each row between 0 and its maximum; returns where."""
+        """Keep ``[cells, h, w]``, each row between 0 and its maximum; return where."""
         peaks = values.max((1, 2)).astype(np.float32)
         at = self._append(values / np.maximum(peaks, np.finfo(np.float32).tiny)[:, None, None] * 255)
         self.floats.append(peaks)
@@ -102,7 +102,7 @@ class Arrays:
         return self._ends[0] - scaled.size
 
     def packed(self) -> dict[str, str]:
-        """Both streams, deflated, as base64."""
+        """Return both streams, deflated, as base64."""
         floats = np.concatenate([*self.floats, np.zeros(0, np.float32)]).astype("<f4")
         raw = {"bytes": np.concatenate(self.bytes).tobytes(), "floats": floats.tobytes()}
         return {name: b64encode(zlib.compress(data, 9)).decode() for name, data in raw.items()}
@@ -133,7 +133,7 @@ def _finest(maps: AttributionMaps, axes: Axes, reference: str) -> tuple[Grid, Gr
 
 
 def fitted(grid: Grid, side: int) -> Grid:
-    """``grid`` with at most ``side`` on its longer side, of the same shape."""
+    """Return ``grid`` with at most ``side`` on its longer side, of the same shape."""
     longer = max(grid)
     return grid if longer <= side else tuple(max(round(n * side / longer), 1) for n in grid)
 
@@ -166,7 +166,7 @@ def picked(
 
 
 def _of_layer(ask: Ask, axes: Axes, order: int, **options) -> Iterator[tuple[int | None, int | None, np.ndarray]]:
-    """(time group, head, maps) of one layer, at most ``order`` of the two fixed; only what ran."""
+    """Yield (time group, head, maps) of one layer, at most ``order`` of the two fixed; only what ran."""
     found: list[tuple[int | None, int | None, Tensor]] = []
     heads = range(axes.heads)
     if order >= 0:
@@ -214,7 +214,7 @@ def rows(
     reverse: bool,
     **options,
 ) -> dict[str, Any]:
-    """Rows of the attention for every pick: SRAM of each cell of ``grid``, or the reverse.
+    """Return rows of the attention for every pick: SRAM of each cell of ``grid``, or the reverse.
 
     Args:
         tick: called after every layer, for a progress bar.
@@ -231,7 +231,7 @@ def rows(
 
 
 def shrunk(values: np.ndarray, side: int) -> np.ndarray:
-    """``[..., h, w]`` averaged to at most ``side`` on the longer side."""
+    """Average ``[..., h, w]`` to at most ``side`` on the longer side."""
     size = fitted(values.shape[-2:], side)
     if size == values.shape[-2:]:
         return values

@@ -292,7 +292,7 @@ def _unwatch(scheduler: Any, clock: SchedulerClock) -> None:
 
 
 def _telling(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """``method`` of a scheduler's class, which tells the clocks of a watched object that it has run."""
+    """Wrap ``method`` of a scheduler's class: it tells the clocks of a watched object that it has run."""
 
     @functools.wraps(method)  # pipelines read the signature (`eta`, `generator`, …)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -44,7 +44,7 @@ def _assemble(parts: list[tuple[Place, LayerSums]], tiles: dict[Place, Grid], ca
     placed = {place: _weights(place or (0, 0), tiles[place], track.grid, cell, grid) for place, track in parts}
 
     def spread(name: str) -> Tensor | None:
-        """``[T, B, H, grid]`` sums whose mean over ``counts`` is the mean of the tiles that cover a token."""
+        """Return ``[T, B, H, grid]`` sums whose mean over ``counts`` is the mean of the tiles that cover a token."""
         values = getattr(first, name)
         if values is None:
             return None

@@ -65,7 +65,7 @@ def photograph_file(name: str) -> Path:
 
 @lru_cache(maxsize=64)
 def photograph(name: str, halvings: int = 0) -> Tensor:
-    """``[3, H, W]`` in [-1, 1], area-averaged to a half as often as asked."""
+    """Return ``[3, H, W]`` in [-1, 1], area-averaged to a half as often as asked."""
     from PIL import Image
 
     image = Image.open(photograph_file(name)).convert("RGB")
@@ -90,11 +90,11 @@ class Cutter:
         self.recolour = recolour
 
     def cut(self, size: int = SIZE) -> Tensor:
-        """``[3, size, size]``; one that is not flat, if there is any among a few."""
+        """Cut ``[3, size, size]``; one that is not flat, if there is any among a few."""
         return self._cut(size, self._name())
 
     def pair(self, size: int = SIZE) -> tuple[Tensor, Tensor]:
-        """Two pieces of different photographs."""
+        """Return two pieces of different photographs."""
         first = self._name()
         return self._cut(size, first), self._cut(size, self._name(other_than=first))
 
@@ -126,7 +126,7 @@ class Cutter:
 
 
 def look_up(images: Tensor, positions: Tensor) -> Tensor:
-    """Colours of ``images [B, C, H, W]`` at ``positions [B, h, w, 2]``, ``(y, x)`` in pixels (bilinear)."""
+    """Return colours of ``images [B, C, H, W]`` at ``positions [B, h, w, 2]``, ``(y, x)`` in pixels (bilinear)."""
     size = torch.tensor(images.shape[-2:], dtype=positions.dtype)
     grid = (positions / size * 2 - 1).flip(-1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
@@ -235,7 +235,7 @@ TASKS = {"exemplar": exemplar, "tryon": tryon, "superres": superres}
 
 
 def samples(task: str, batch: int, *, split: str = "held-out", seed: int = 0, recolour: bool | None = None) -> Sample:
-    """``batch`` tasks with their truth; the same for the same seed.
+    """Draw ``batch`` tasks with their truth; the same for the same seed.
 
     Raises:
         ValueError: no such task or split.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def fourier(positions: Tensor, wavelengths: Sequence[float]) -> Tensor:
-    """Sines and cosines of positions: what lets a query find the key of a given place.
+    """Return sines and cosines of positions: what lets a query find the key of a given place.
 
     Args:
         positions: ``[..., 2]`` as ``(y, x)``, in the unit of the wavelengths.
@@ -29,7 +29,7 @@ def fourier(positions: Tensor, wavelengths: Sequence[float]) -> Tensor:
 
 
 def centres(grid: tuple[int, int], pixels: float) -> Tensor:
-    """``[h, w, 2]``: the ``(y, x)`` centres of a grid's cells, ``pixels`` wide each."""
+    """Return ``[h, w, 2]``: the ``(y, x)`` centres of a grid's cells, ``pixels`` wide each."""
     axes = [(torch.arange(n) + 0.5) * pixels for n in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
 
@@ -72,7 +72,7 @@ class PatchEncoder(ModelMixin, ConfigMixin):
         return height // patch, width // patch
 
     def forward(self, reference: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Tokens of ``reference [B, 3, H, W]`` in [-1, 1]: ``[B, 1 + h·w, width]``, "nothing" first.
+        """Return tokens of ``reference [B, 3, H, W]`` in [-1, 1]: ``[B, 1 + h·w, width]``, "nothing" first.
 
         Args:
             reference: the images.

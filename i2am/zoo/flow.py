@@ -46,7 +46,7 @@ class FlowSupervision:
         self.watching, self.seen = False, []
 
     def loss(self, sample: Sample) -> Tensor:
-        """Mean divergence in nats from the true source, over fine layers, heads and cells of the object."""
+        """Return mean divergence in nats from the true source, over fine layers, heads and cells of the object."""
         size = sample.picture.shape[-1]
         losses = []
         for attention, hidden, tokens in self.seen:
@@ -68,7 +68,7 @@ class FlowSupervision:
         return (divergence * counts).sum() / counts.sum().clamp_min(1)
 
     def _target(self, places: Tensor, reference: Tensor) -> Tensor:
-        """Bells ``[B, n, K]`` over the patches of ``reference`` around ``places [B, n, 2]``, its pixels."""
+        """Return bells ``[B, n, K]`` over the patches of ``reference`` around ``places [B, n, 2]``, its pixels."""
         patch = self.encoder.config.patch_size
         patches = centres(self.encoder.grid(*reference.shape[-2:]), patch).reshape(-1, 2)
         distance = (places[:, :, None] - patches).square().sum(-1)
@@ -76,7 +76,7 @@ class FlowSupervision:
 
 
 def true_places(sample: Sample, cell: int) -> tuple[Tensor, Tensor]:
-    """Mean sources ``[B, N, 2]`` of cells of ``cell`` pixels, and which of them lie on the object ``[B, N]``."""
+    """Return mean sources ``[B, N, 2]`` of cells of ``cell`` pixels, and which of them lie on the object ``[B, N]``."""
     known = (~sample.source.isnan().any(-1)).float()[:, None]
     share = F.avg_pool2d(known, cell)
     total = F.avg_pool2d(sample.source.nan_to_num(0).permute(0, 3, 1, 2) * known, cell)

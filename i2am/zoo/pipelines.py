@@ -92,7 +92,7 @@ class ZooPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _read(self, pictures: Pictures, name: str) -> Tensor:
-        """``[B, 3, H, W]`` in [-1, 1] of PIL images, or of a tensor that is so already."""
+        """Read ``[B, 3, H, W]`` in [-1, 1] of PIL images, or of a tensor that is so already."""
         if isinstance(pictures, Tensor):
             x = pictures if pictures.ndim == 4 else pictures[None]
             if x.ndim != 4 or x.shape[1] != 3:
@@ -124,7 +124,7 @@ class ReferenceInpaintingPipeline(ZooPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
     ):
-        """Paints.
+        """Paint.
 
         Args:
             image: the scene, 64×64 px: PIL, or ``[B, 3, H, W]`` in [-1, 1]. What the mask hides is not looked at.
@@ -154,7 +154,7 @@ class ReferenceInpaintingPipeline(ZooPipeline):
         pose: Tensor | None = None,
         origin: Tensor | None = None,
     ) -> Prepared:
-        """Tokens and channels for ``scene, reference [B, 3, H, W]`` and ``mask [B, 1, H, W]``.
+        """Return tokens and channels for ``scene, reference [B, 3, H, W]`` and ``mask [B, 1, H, W]``.
 
         Args:
             origin: ``[B, 2]`` where ``(y, x)`` the references lie in larger ones, in pixels. None: they are all of it.
@@ -211,7 +211,7 @@ class SuperResolutionPipeline(ZooPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
     ):
-        """Enlarges ``image``: PIL, or ``[B, 3, H, W]`` in [-1, 1], of even height and width.
+        """Enlarge ``image``: PIL, or ``[B, 3, H, W]`` in [-1, 1], of even height and width.
 
         Args:
             num_inference_steps, generator, output_type, return_dict, callback_on_step_end: as in diffusers' own.
@@ -233,7 +233,7 @@ class SuperResolutionPipeline(ZooPipeline):
         return (picture - bicubic(reference, picture.shape[-2:])) * self.config.detail
 
     def prepare(self, reference: Tensor, origin: Tensor | None = None) -> Prepared:
-        """Tokens and channels for small pictures ``[B, 3, H, W]``.
+        """Return tokens and channels for small pictures ``[B, 3, H, W]``.
 
         Args:
             origin: ``[B, 2]`` where ``(y, x)`` they lie in a larger picture, in its pixels. None: they are all of it.
@@ -261,7 +261,7 @@ def bicubic(reference: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def frame_of_mask(mask: Tensor, size: int) -> Tensor:
-    """``[B, H, W, 2]``: places of a reference of ``size`` px, where each mask's box is its frame."""
+    """Return ``[B, H, W, 2]``: places of a reference of ``size`` px, where each mask's box is its frame."""
     pixels = centres(tuple(mask.shape[-2:]), 1.0).to(mask)
     frames = []
     for inside in mask[:, 0] > 0.5:

@@ -14,7 +14,7 @@ FORMAT = "i2am-zoo-1"
 
 
 def save(name: str, weights: dict[str, Tensor], file: Path, facts: dict[str, object]) -> Path:
-    """Writes weights ("unet.…", "image_encoder.…") and facts about their training."""
+    """Write weights ("unet.…", "image_encoder.…") and facts about their training."""
     from safetensors.torch import save_file
 
     tensors = {n: x.detach().to(torch.float16).contiguous() for n, x in weights.items()}
@@ -23,7 +23,7 @@ def save(name: str, weights: dict[str, Tensor], file: Path, facts: dict[str, obj
 
 
 def read(file: Path) -> tuple[ZooPipeline, dict[str, object]]:
-    """``(pipeline in float32, facts about its training)``.
+    """Read ``(pipeline in float32, facts about its training)``.
 
     Raises:
         FileNotFoundError: no such file.

@@ -154,7 +154,7 @@ class Run:
         return data.Sample(*(x if x is None else x.repeat_interleave(draws, 0) for x in sample))
 
     def loss(self, sample: data.Sample) -> Tensor:
-        """Squared error of the velocity at random noise levels, mostly of what is to be painted."""
+        """Return squared error of the velocity at random noise levels, mostly of what is to be painted."""
         wanted = sample.picture
         if isinstance(self.pipe, SuperResolutionPipeline):
             wanted = self.pipe.diffused(sample.picture, sample.reference)
@@ -184,7 +184,7 @@ class Run:
         return prepared._replace(tokens=torch.cat([prepared.tokens, elsewhere], 1))
 
     def _elsewhere(self, reference: Tensor, origin: Tensor, size: int, count: int) -> Tensor:
-        """Tokens of other pictures at other places of a large canvas: near, in the same rows or columns, anywhere."""
+        """Return tokens of other pictures elsewhere on a large canvas: near, in the same rows or columns, anywhere."""
         pixels = self.pipe.image_encoder.config.patch_size * self.pipe.image_encoder.config.stride
         shape = (len(origin), count, 2)
         near = size * (4 * torch.rand(shape, generator=self.noise) - 1.5)
@@ -289,7 +289,7 @@ class Run:
         return save(self.name, self.average, file, facts)
 
     def draw(self) -> None:
-        """loss.csv and loss.png."""
+        """Draw loss.csv and loss.png."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -306,7 +306,7 @@ class Run:
 
 
 def _error(pictures: Tensor, task: data.Sample) -> float:
-    """Mean squared error on the objects, colours in [-1, 1], averaged over tasks."""
+    """Return mean squared error on the objects, colours in [-1, 1], averaged over tasks."""
     squares = ((pictures - task.picture).square() * task.object).sum((1, 2, 3))
     return (squares / (3 * task.object.sum((1, 2, 3)))).mean().item()
 
