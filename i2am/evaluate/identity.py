@@ -6,10 +6,10 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from i2am.evaluate.manifest import Picture, Sample
+from i2am.evaluate.manifest import Files, Sample
+from i2am.evaluate.sources import Embedded, Picture
 
 SMALL = 1 << 20  # bytes up to which a file's contents are hashed
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".txt", ".model")  # weights, indices, vocabularies
@@ -119,7 +119,32 @@ def stale_picture(sample: Sample, known: Mapping[str, Any]) -> str | None:
     return None
 
 
-def stamp(picture: Picture) -> list[int]:
+def stamps_now(files: Mapping[str, Picture]) -> int:
+    """Return one number for the sizes and times of a sample's pictures, as their files are now; see `known_stamps`."""
+    found = []
+    for name in sorted(files):
+        picture = files.place(name) if isinstance(files, Files) else files[name]
+        try:
+            found += [name, *stamp(picture)]
+        except (OSError, ValueError):
+            return 0
+    return hash(tuple(found))
+
+
+def known_stamps(pictures: Mapping[str, Any]) -> int:
+    """Return the same number of a record's pictures; 0, as there, where one could not be read.
+
+    It holds within this process. Where the two differ, :func:`stale_picture` says what has changed, if anything.
+    """
+    found = []
+    for name in sorted(pictures):
+        if pictures[name] is None:
+            return 0
+        found += [name, *pictures[name][:2]]
+    return hash(tuple(found))
+
+
+def stamp(picture: Picture | str) -> list[int]:
     """Return ``[bytes, time of the last change]`` of a picture's file, or of the shard or table that holds it."""
-    status = os.stat(picture if isinstance(picture, Path) else picture.container)
+    status = os.stat(picture.container if isinstance(picture, Embedded) else picture)
     return [status.st_size, status.st_mtime_ns]

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from i2am._files import sync, write_atomically
+from i2am.evaluate.identity import known_stamps
 
 SUFFIX = ".jsonl"
 
@@ -25,6 +27,7 @@ class Entry(NamedTuple):
     ok: bool
     digest: str  # of the manifest's row
     finished: float  # seconds since the epoch
+    stamps: int  # of its pictures; see :func:`i2am.evaluate.identity.known_stamps`
 
     def replaces(self, other: Entry | None) -> bool:
         """Return whether this record counts rather than another of the same sample."""
@@ -33,6 +36,43 @@ class Entry(NamedTuple):
         if self.digest == other.digest:  # done twice: a good one stays
             return not other.ok and (self.ok or self.finished >= other.finished)
         return self.finished >= other.finished
+
+
+class Entries(MutableMapping[str, Entry]):
+    """Entries by sample, packed: with its id, about 200 bytes each."""
+
+    FIELDS = struct.Struct("<IQ?dq")
+
+    def __init__(self) -> None:
+        self._packed: dict[str, bytes] = {}
+        self._files: dict[str, int] = {}  # name → number
+        self._names: list[str] = []
+
+    def __getitem__(self, sample: str) -> Entry:
+        packed = self._packed[sample]
+        file, offset, ok, finished, stamps = self.FIELDS.unpack_from(packed)
+        digest = packed[self.FIELDS.size :].decode("utf-8", "surrogatepass")
+        return Entry(self._names[file], offset, ok, digest, finished, stamps)
+
+    def get(self, sample: str, otherwise: Any = None) -> Any:
+        """Return a sample's entry; ``otherwise`` where there is none."""
+        return self[sample] if sample in self._packed else otherwise
+
+    def __setitem__(self, sample: str, entry: Entry) -> None:
+        if entry.file not in self._files:
+            self._files[entry.file] = len(self._names)
+            self._names.append(entry.file)
+        fields = self.FIELDS.pack(self._files[entry.file], entry.offset, entry.ok, entry.finished, entry.stamps)
+        self._packed[sample] = fields + entry.digest.encode("utf-8", "surrogatepass")
+
+    def __delitem__(self, sample: str) -> None:
+        del self._packed[sample]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
 
 
 class Writer:
@@ -75,7 +115,7 @@ class Journals:
 
     def __init__(self, folder: Path, identity: str):
         self.folder, self.identity = folder, identity
-        self.entries: dict[str, Entry] = {}  # sample → its record
+        self.entries = Entries()  # sample → its record
         self.headers: dict[str, dict[str, Any]] = {}  # file → header; of those that count
         self.seen = 0  # records, those that count no longer too
         self._read: dict[str, int] = {}  # file → bytes read
@@ -108,7 +148,7 @@ class Journals:
             kept = [line for line in lines if line.endswith(b"\n") and _id(line) not in samples]
             if len(kept) < len(lines):
                 write_atomically(file, lambda path, lines=kept: path.write_bytes(b"".join(lines)))
-        self.entries, self.headers, self._read = {}, {}, {}
+        self.entries, self.headers, self._read = Entries(), {}, {}
         self.refresh()
 
     def _take_in(self, name: str) -> None:
@@ -124,20 +164,20 @@ class Journals:
 
     def _take_line(self, name: str, offset: int, line: bytes) -> None:
         try:
-            found = json.loads(line)
+            found = json.loads(line.decode())
             if offset == 0:
                 if found["journal"].get("identity") == self.identity:
                     self.headers[name] = found["journal"]
                 return
             if name not in self.headers:  # of other settings
                 return
-            entry = Entry(name, offset, found.get("status") == "ok", found["digest"], found["finished"])
-            sample = found["id"]
-        except (ValueError, KeyError, TypeError, AttributeError):  # a disk that lost power may hold anything
+            stamps = known_stamps(found.get("pictures", {}))
+            entry = Entry(name, offset, found.get("status") == "ok", found["digest"], found["finished"], stamps)
+            if entry.replaces(self.entries.get(found["id"])):
+                self.entries[found["id"]] = entry
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error):  # a disk that lost power
             return
         self.seen += 1
-        if entry.replaces(self.entries.get(sample)):
-            self.entries[sample] = entry
 
 
 def _line(value: dict[str, Any]) -> bytes:

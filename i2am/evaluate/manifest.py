@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import os
+import pickle
 import re
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +22,7 @@ FILES = ("reference", "image", "mask", "reference_mask", "control_image")
 TEXTS = ("prompt", "negative_prompt")
 COLUMNS = ("id", *FILES, *TEXTS, "seed", "box")
 ID = re.compile(r"[\w-][\w.-]*")
+ROW = json.JSONEncoder(sort_keys=True)
 LONGEST_ID = 200  # bytes: with a suffix it is a file's name
 
 
@@ -33,6 +38,57 @@ class Sample:
     digest: str = ""  # of the row: a finished sample counts only while its row stays what it was
 
 
+class Files(Mapping[str, Picture]):
+    """The pictures of a row, by column; a path is made when it is asked for.
+
+    Args:
+        folder: to which paths are relative.
+        cells: the row's.
+    """
+
+    __slots__ = ("_cells", "_folder")
+
+    def __init__(self, folder: str, cells: Mapping[str, Any]):
+        self._folder = folder
+        self._cells = {name: cells[name] for name in FILES if name in cells}
+
+    def __getitem__(self, name: str) -> Picture:
+        place = self.place(name)
+        return Path(place) if isinstance(place, str) else place
+
+    def place(self, name: str) -> str | Embedded:
+        """Return where a picture is: a file's path, as text."""
+        cell = self._cells[name]
+        return os.path.join(self._folder, cell) if isinstance(cell, str) else cell
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cells)
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+
+class Rows:
+    """Rows of cells, packed one behind the other: about their texts' own size."""
+
+    def __init__(self) -> None:
+        self._packed = bytearray()
+        self._ends = array("Q", [0])
+
+    def append(self, row: tuple[Any, ...]) -> None:
+        """Add a row."""
+        self._packed += pickle.dumps(row, 5)
+        self._ends.append(len(self._packed))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, place: int) -> tuple[Any, ...]:
+        place = range(len(self))[place] if place < 0 else place
+        row: tuple[Any, ...] = pickle.loads(self._packed[self._ends[place] : self._ends[place + 1]])
+        return row
+
+
 class Manifest(Sequence[Sample]):
     """The samples of a manifest, each made when it is asked for: a hundred thousand of them take tens of megabytes.
 
@@ -46,22 +102,29 @@ class Manifest(Sequence[Sample]):
 
     def __init__(self, path: Path, seed: int = 0):
         self.path, self.seed = path, seed
-        self._folder = path if path.is_dir() else path.parent
+        self._folder = str(path if path.is_dir() else path.parent)
         self.columns: set[str] = set()  # that some sample fills
-        self._rows: list[tuple[Any, ...]] = []  # cells in the order of COLUMNS; None: empty
-        places: dict[str, str] = {}  # id → where it stands
+        self._rows = Rows()  # cells in the order of COLUMNS; None: empty
+        self._embedded = False  # whether some cell is a picture itself
+        ids: set[str] = set()
         for where, row in rows_of(path):
             cells = _cells(row, f"{path}, {where}")
             name = cells.get("id") or f"row-{len(self._rows) + 1:05d}"
-            if name in places:
-                raise ValueError(f"{path}, {where}: id {name!r} is that of {places[name]} already")
-            places[name] = where
+            if name in ids:
+                raise ValueError(f"{path}, {where}: id {name!r} is that of {self._place_of(name)} already")
+            ids.add(name)
             self.columns |= cells.keys()
+            self._embedded |= any(isinstance(value, Embedded) for value in cells.values())
             self._rows.append(tuple(map(cells.get, COLUMNS)))
         if not self._rows:
             raise ValueError(f"{path} has no samples")
         if "reference" not in self.columns:
             raise ValueError(f"{path} has no column reference; there are {', '.join(COLUMNS)}")
+
+    def _place_of(self, name: str) -> str:
+        """Return where the sample of this id stands in the file."""
+        count = next(i for i in range(len(self)) if (self._rows[i][0] or f"row-{i + 1:05d}") == name)
+        return next(itertools.islice(rows_of(self.path), count, None))[0]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -78,15 +141,14 @@ class Manifest(Sequence[Sample]):
         cells = {name: value for name, value in zip(COLUMNS, self._rows[place], strict=True) if value is not None}
         name = cells.get("id") or f"row-{place % len(self) + 1:05d}"
         own = int(cells["seed"]) if "seed" in cells else derived_seed(self.seed, name)
-        files = {c: self._folder / cells[c] if isinstance(cells[c], str) else cells[c] for c in FILES if c in cells}
-        named = {c: v.name if isinstance(v, Embedded) else v for c, v in cells.items()}
+        named = {c: v.name if isinstance(v, Embedded) else v for c, v in cells.items()} if self._embedded else cells
         return Sample(
             id=name,
             seed=own,
-            files=files,
+            files=Files(self._folder, cells),
             texts={c: cells[c] for c in TEXTS if c in cells},
             box=_box(cells["box"], name) if "box" in cells else None,
-            digest=hashlib.sha256(json.dumps([named, own], sort_keys=True).encode()).hexdigest()[:16],
+            digest=hashlib.sha256(ROW.encode([named, own]).encode()).hexdigest()[:16],
         )
 
     def __iter__(self) -> Iterator[Sample]:

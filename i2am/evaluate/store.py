@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from i2am._files import UNFINISHED, abandoned, machine, runs, unfinished_path, write_atomically
-from i2am.evaluate.identity import difference, stale_picture
+from i2am.evaluate.identity import difference, stale_picture, stamps_now
 from i2am.evaluate.journal import Entry, Journals, Writer
 from i2am.evaluate.leases import Lease, Owner, owners
 from i2am.evaluate.manifest import Sample
@@ -157,7 +157,9 @@ class Store:
                 entry = journals.entries.get(sample.id)
                 if entry is None or entry.digest != sample.digest or (not entry.ok and entry.file not in others):
                     left.append(place)
-                elif entry.ok and (what := stale_picture(sample, read(entry).get("pictures", {}))) is not None:
+                elif not entry.ok or stamps_now(sample.files) == entry.stamps != 0:
+                    continue
+                elif (what := stale_picture(sample, read(entry).get("pictures", {}))) is not None:
                     stale[sample.id] = what
                     left.append(place)
         if stale:

@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import json
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ METHOD = (
     f"mean over samples with its 95 % confidence interval: percentile bootstrap, {RESAMPLES:,} resamples, seed 0; "
     f"from {MANY:,} samples on, normal"
 )
+BLOCK = 1 << 20  # bytes of the table that are held at once
 ERRORS = 100  # that the summary lists; results.csv has all
 
 
@@ -54,7 +56,7 @@ class _Tally:
     """Numbers of records that go by."""
 
     def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}
+        self.values: dict[str, array[float]] = {}
         self.status: Counter[str] = Counter()
         self.versions: Counter[str] = Counter()
         self.errors: dict[str, str] = {}
@@ -69,7 +71,7 @@ class _Tally:
             return record
         for name in (*MEANING, "seconds"):
             if name in record:
-                self.values.setdefault(name, []).append(record[name])
+                self.values.setdefault(name, array("d")).append(record[name])
                 if name in MEANING:
                     self.ranked[name].add(record)
         return record
@@ -160,7 +162,7 @@ def _write_csv(records: Iterable[dict[str, Any]], path: Path) -> None:
 
 
 def _write_parquet(table: Path, path: Path) -> None:
-    """Write the table again, with types."""
+    """Write the table again, with types, block by block."""
     import pyarrow
     import pyarrow.csv
     import pyarrow.parquet
@@ -170,5 +172,13 @@ def _write_parquet(table: Path, path: Path) -> None:
     read = pyarrow.csv.ConvertOptions(
         column_types={name: kinds.get(name, pyarrow.float64()) for name in COLUMNS}, strings_can_be_null=True
     )
-    lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    pyarrow.parquet.write_table(pyarrow.csv.read_csv(table, parse_options=lines, convert_options=read), path)
+    lines, blocks = (
+        pyarrow.csv.ParseOptions(newlines_in_values=True),
+        pyarrow.csv.ReadOptions(use_threads=False, block_size=BLOCK),
+    )
+    with (
+        pyarrow.csv.open_csv(table, blocks, lines, read) as rows,
+        pyarrow.parquet.ParquetWriter(path, rows.schema) as file,
+    ):
+        for batch in rows:
+            file.write_batch(batch)

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from i2am._files import machine, runs, this_process, write_atomically
 from i2am.cli.processes import Process
 from i2am.evaluate import Sample, Store, evaluate, read_manifest, summarise
-from i2am.evaluate.identity import difference, weights_identity
+from i2am.evaluate.identity import difference, pictures_identity, weights_identity
 from i2am.evaluate.leases import Lease
 from i2am.evaluate.run import Traced
 from i2am.maps import AttributionMaps, LayerSums
@@ -164,6 +165,36 @@ def test_a_picture_that_was_replaced(tmp_path):
         run(out, samples)
     assert run(out, samples, restart=True) == ["y"]
     assert run(out, samples) == []
+
+
+def test_a_record_without_news_is_not_read_again(tmp_path, monkeypatch):
+    """Going on in a folder of many results reads each line once and keeps about 0.2 kB of it."""
+    rows = 3000
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    (tmp_path / "m.csv").write_text("reference,prompt\n" + "".join(f"a.png,number {i}\n" for i in range(rows)))
+    samples, store = read_manifest(tmp_path / "m.csv"), Store(tmp_path / "out")
+    store.open(SETTINGS)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    pictures = pictures_identity(samples[0])
+    for s in samples:
+        store.finish({"id": s.id, "digest": s.digest, "status": "ok", "pictures": pictures, "error": "x" * 500})
+    store.close()
+    again = Store(tmp_path / "out")
+    again.open(SETTINGS)
+    with monkeypatch.context() as patch:
+        patch.setattr("i2am.evaluate.store.stale_picture", lambda *_: pytest.fail("read once more"))
+        tracemalloc.start()
+        assert again.pending(samples) == []
+        kept, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert kept < 300 * rows
+    assert len(list(again.records(samples))) == rows
+    os.utime(tmp_path / "a.png", ns=(1, 1))  # the same picture, touched: looked into, and found to be the same
+    assert again.pending(samples) == []
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="2999 samples more"):
+        again.pending(samples)
+    again.close()
 
 
 def test_weights_are_told_apart_by_their_files(tmp_path):
