@@ -12,7 +12,7 @@ beside other work on two cores, in 1,575 and 1,601 steps; superres with ``--minu
 17 minutes were resumed with more tokens from elsewhere than planned at first. A run is bounded by time, so another
 machine ends a little elsewhere.
 
-The trainer has learned since: superres diffuses what a bicubic enlargement lacks; exemplar and tryon attend from 2-px
+The trainer has learned since: superres diffuses what a plain enlargement lacks; exemplar and tryon attend from 2-px
 cells to 2-px patches, start on 32-px pictures and are told where to look in the first part of the run (:mod:`.flow`).
 Its commands, for weights to come (single-threaded; each goes on where it was stopped)::
 

@@ -48,7 +48,9 @@ HELD_OUT = 16  # tasks of heldout.csv
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m i2am.zoo.train", description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=[*data.TASKS, *TOGETHER])
-    parser.add_argument("--minutes", type=float, default=30, help="of this process's computing, over all resumptions (default 30)")
+    parser.add_argument(
+        "--minutes", type=float, default=30, help="of this process's computing, over all resumptions (default 30)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--mixing", type=int, default=0, help="transformer layers over the reference (an ablation)")
