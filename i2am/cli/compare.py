@@ -53,4 +53,5 @@ def run(args: argparse.Namespace) -> int:
 def _evaluation(args: argparse.Namespace, pipeline: str, out: Path) -> argparse.Namespace:
     """Return the arguments of ``i2am evaluate`` for one of the two."""
     own = {name: value for name, value in vars(args).items() if name not in ("a", "b", "run")}
-    return argparse.Namespace(**own | {"pipeline": pipeline, "out": out, "save_images": False, "save_maps": False})
+    of_one = {"pipeline": pipeline, "out": out, "save_images": False, "save_maps": False, "log": []}
+    return argparse.Namespace(**own | of_one)

@@ -12,12 +12,13 @@ from i2am.cli.arguments import EXIT_CODES, OPTIONS, SOME_FAILED, StoppedEarly, U
 from i2am.cli.images import IMAGE_OPTIONS, open_image
 from i2am.cli.processes import Process
 from i2am.cli.results import quiet_libraries
-from i2am.cli.streams import say
+from i2am.cli.streams import complain, say
 from i2am.versions import versions
 
 if TYPE_CHECKING:
     from i2am.cli.job import Job
     from i2am.evaluate import Manifest, Sample, Store, Traced
+    from i2am.evaluate.trackers import Target, Trackers
 
 RESTART = "do anew what was done with other settings, weights or pictures"
 
@@ -44,7 +45,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restart", action="store_true", help=RESTART)
     parser.add_argument("--save-images", action="store_true", help="keep every generated image")
     parser.add_argument("--save-maps", action="store_true", help="keep every sample's maps, at full resolution")
+    parser.add_argument(
+        "--log",
+        type=_target,
+        action="append",
+        default=[],
+        metavar="WHERE",
+        help="also show scores and overlays live: tensorboard[:DIR] (default: DIR/tensorboard of --out) or "
+        "wandb[:PROJECT] (default: i2am); may be repeated",
+    )
     add_options(parser)
+
+
+def _target(text: str) -> Target:
+    """Read where to log."""
+    from i2am.evaluate.trackers import read_target
+
+    try:
+        return read_target(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,12 +82,14 @@ def run(args: argparse.Namespace) -> int:
     args.device = process.own_device(args.device)
     job = Job.of(_options(args, samples.columns), unneeded=("mask",))
     store = Store(args.out, process.name)
+    trackers = None
     try:
         pending = _open(store, samples, job, args, process)
+        trackers = _trackers(store, samples, args if pending else None)
         if pending:
             job.load()
             job.pipe.set_progress_bar_config(disable=True)
-        return _do(store, samples, pending, job, args, process)
+        return _do(store, samples, pending, job, args, process, trackers)
     except OSError as error:
         try:
             stop_if_full(error, store)
@@ -77,7 +99,21 @@ def run(args: argparse.Namespace) -> int:
             raise StoppedEarly(f"--out: cannot write to {error.filename}: {error.strerror}") from error
         raise
     finally:
+        if trackers is not None:
+            trackers.end()
         store.close()
+
+
+def _trackers(store: Store, samples: Manifest, args: argparse.Namespace | None) -> Trackers:
+    """Start to log where it was asked for; nowhere if there is nothing to do."""
+    from i2am.evaluate.trackers import Trackers
+
+    targets = [] if args is None else list(dict.fromkeys(args.log))
+    places = {sample.id: place for place, sample in enumerate(samples)} if targets else {}
+    try:
+        return Trackers(targets, store, places, store.settings(), complain)
+    except ValueError as error:
+        raise UserError(f"--log: {error}") from error
 
 
 def _open(store: Store, samples: Manifest, job: Job, args: argparse.Namespace, process: Process) -> list[int]:
@@ -104,7 +140,13 @@ def _open(store: Store, samples: Manifest, job: Job, args: argparse.Namespace, p
 
 
 def _do(
-    store: Store, samples: Manifest, pending: list[int], job: Job, args: argparse.Namespace, process: Process
+    store: Store,
+    samples: Manifest,
+    pending: list[int],
+    job: Job,
+    args: argparse.Namespace,
+    process: Process,
+    trackers: Trackers,
 ) -> int:
     """Do what is left, and say how it went."""
     from i2am.evaluate import evaluate, summarise
@@ -117,12 +159,14 @@ def _do(
             lambda sample: _traced(job, sample),
             store,
             save=save,
+            log=trackers.sample,
             done=done,
             wait=bool(process.launch) and process.speaks,
         )
     if not process.speaks:
         return 0  # a launcher would end the others if this one failed
     summary = summarise(samples, store)
+    trackers.end(summary)
     say(format_table(summary))
     say(f"wrote results.csv, summary.json and previews to {args.out}")
     if summary["missing"]:

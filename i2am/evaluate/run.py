@@ -49,6 +49,7 @@ def evaluate(
     store: Store,
     *,
     save: Sequence[str] = (),
+    log: Callable[[dict[str, Any]], Any] = lambda record: None,
     done: Callable[[], Any] = lambda: None,
     wait: bool = False,
 ) -> None:
@@ -61,6 +62,7 @@ def evaluate(
         run: traces one.
         store: where results go; open.
         save: "images" and "maps" keep more than scores, previews and small maps.
+        log: called with every sample's record, once it is written.
         done: called after every sample.
         wait: go on until every sample is done, by whomever, and take over those of processes that die.
 
@@ -75,6 +77,7 @@ def evaluate(
         except OSError as error:
             stop_if_full(error, store)
             raise
+        log(record)
         done()
 
 

@@ -118,6 +118,16 @@ class Store:
             raise ValueError(f"{self.out} is not a folder of `i2am evaluate`: {error}") from error
         return settings
 
+    @property
+    def identity(self) -> str:
+        """A digest of all settings that are compared."""
+        return _identity(self.settings())
+
+    @property
+    def process(self) -> str:
+        """A name of this process that no other one of the folder has had."""
+        return Path(self._leased().owner.name).stem
+
     def path(self, folder: str, sample_id: str, suffix: str) -> Path:
         """Return the path of a sample's file."""
         return self.out / folder / (sample_id + suffix)
