@@ -120,12 +120,12 @@ class Store:
 
     @property
     def identity(self) -> str:
-        """A digest of all settings that are compared."""
+        """Return a digest of all settings that are compared."""
         return _identity(self.settings())
 
     @property
     def process(self) -> str:
-        """A name of this process that no other one of the folder has had."""
+        """Return a name of this process that no other one of the folder has had."""
         return Path(self._leased().owner.name).stem
 
     def path(self, folder: str, sample_id: str, suffix: str) -> Path:
