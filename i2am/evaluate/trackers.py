@@ -24,7 +24,7 @@ SHOWN = (*MEANING, "seconds")
 
 
 class Target(NamedTuple):
-    """Where to show results: ``--log tensorboard[:DIR]`` or ``--log wandb[:PROJECT]``."""
+    """Place to show results at: ``--log tensorboard[:DIR]`` or ``--log wandb[:PROJECT]``."""
 
     kind: str
     where: str = ""  # a folder, or a project; "" is the kind's own default
