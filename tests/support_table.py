@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.helpers.truth import assert_peak
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
-FILES = ("families/test_*.py", "tracing/test_compatibility.py", "tracing/test_trace.py")
+FILES = ("families/test_*.py", "tracing/test_compatibility.py")
 DIRECTIONS = ("r2g", "g2r", "mass")
 LEVELS = ("ulam", "tlam", "hlam", "llam")
 

@@ -6,7 +6,8 @@ from diffusers.models.embeddings import IPAdapterPlusImageProjection, IPAdapterT
 
 import i2am
 from tests import support_table as support
-from tests.families.test_prompts import run, sd3_inputs
+from tests.families.test_sd3 import sd3_inputs
+from tests.helpers.families import run
 from tests.helpers.tiny_models import prompts
 from tests.helpers.tiny_models import unet as pipelines
 from tests.helpers.tokens import capture_calls, generated

@@ -6,9 +6,10 @@ import torch
 import i2am
 from i2am.maps.entries import QKEntry
 from i2am.maps.sram import grid_cells, match, region_rows, region_weights
+from tests.helpers.families import GUIDED, PROMPT, denoise
+from tests.helpers.families import run_at as run
 from tests.helpers.tiny_models import unet as pipelines
 from tests.helpers.truth import Truth, assert_peak, capture
-from tests.tracing.test_trace import GUIDED, PROMPT, denoise, run
 
 GRID, LATENT = (8, 6), (13, 9)
 REFERENCE = i2am.Reference(grid=GRID, skip=1)

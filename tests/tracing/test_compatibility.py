@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import i2am
 from tests import support_table as support
-from tests.families.test_dit import qwen, small_qwen  # noqa: F401 (a fixture)
+from tests.families.test_qwen import qwen, small_qwen  # noqa: F401 (a fixture)
 from tests.helpers.tiny_models import compvis as networks
 from tests.helpers.tiny_models import dit
 from tests.helpers.tiny_models import unet as pipelines

@@ -1,7 +1,6 @@
-"""Models without reference keys, references concatenated to the latents, banked references."""
+"""Self-attention of UNets and ``mode="self"``: references concatenated to the latents, banked ones, none at all."""
 
 import functools
-import re
 
 import diffusers
 import pytest
@@ -11,23 +10,13 @@ from diffusers.models.attention import BasicTransformerBlock
 import i2am
 import i2am.plot
 from tests import support_table as support
+from tests.helpers.families import generator, run
 from tests.helpers.tiny_models import channels, dit
 from tests.helpers.tiny_models import unet as pipelines
 from tests.helpers.tokens import PerLayerGrid, capture_calls, generated
 from tests.helpers.truth import Truth, assert_peak
 
 PROMPT = {"prompt": "a b"}
-
-
-def generator():
-    return torch.Generator().manual_seed(7)
-
-
-def run(pipe, **kwargs):
-    common = dict(generator=generator(), num_inference_steps=4, output_type="np")
-    return lambda: pipe(**(common | kwargs | {"generator": generator()})).images
-
-
 check = functools.partial(support.check, directions=("r2g", "g2r"))
 
 
@@ -38,36 +27,6 @@ def unet_grid(finest):
         grids.append(tuple(-(-n // 2) for n in grids[-1]))
     by_tokens = {h * w: (h, w) for h, w in grids}
     return lambda call: by_tokens[call.q.shape[2]]
-
-
-# ------------------------------------------------------------------------------------------- no reference keys
-
-
-WITHOUT_KEYS = {
-    "InstructPix2Pix": (channels.instruct_pix2pix, "channels beside the latents"),
-    "x4 upscaler": (channels.upscaler, "channels beside the latents"),
-    "inpainting": (pipelines.sd_inpaint, "channels beside the latents"),
-    "ControlNet": (pipelines.sd_controlnet, "residuals of a ControlNet"),
-    "img2img": (channels.img2img, "looks at text"),
-    "SDXL": (pipelines.sdxl, "looks at text"),
-    "Flux": (lambda: dit.flux(diffusers.FluxPipeline), "draws from text alone"),
-    "Flux img2img": (lambda: dit.flux(diffusers.FluxImg2ImgPipeline), "what denoising starts from"),
-    "Flux Fill": (lambda: dit.flux(diffusers.FluxFillPipeline), "channels beside the latents"),
-    "Flux Control": (lambda: dit.flux(diffusers.FluxControlPipeline), "channels beside the latents"),
-    "Qwen-Image": (lambda: dit.qwen(diffusers.QwenImagePipeline), "draws from text alone"),
-}
-
-
-@pytest.mark.parametrize("name", WITHOUT_KEYS)
-def test_a_pipeline_without_reference_keys_is_refused_with_the_reason(name):
-    build, reason = WITHOUT_KEYS[name]
-    pipe = build()
-    with pytest.raises(
-        ValueError, match=rf"no attention keys encode a reference \(.*({reason}).*mode=\"self\""
-    ) as error:
-        i2am.trace(pipe)
-    support.refused(name, re.search(r"encode a reference \((.*?)\)", str(error.value))[1])
-    i2am.trace(pipe, mode="self").unpatch()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +98,7 @@ def test_modes():
     assert tracer.maps().ulam("g2r").shape == (1, 13, 9)
 
 
-# --------------------------------------------------------------------------------------- concatenated latents
+# ------------------------------------------------------------------------------- concatenated latents
 
 
 class Skip(torch.nn.Module):
@@ -270,7 +229,56 @@ def test_latents_that_do_not_divide():
             unet(torch.randn(1, 4, 10, 8), 1, torch.randn(1, 3, pipelines.CONTEXT))
 
 
-# ---------------------------------------------------------------------------------------------- banked references
+@pytest.mark.parametrize("mobile", [False, True], ids=["guided", "mobile"])
+@support.family(
+    "DreamLite", "DreamLitePipeline, DreamLiteMobilePipeline", "the right half of the latents, in self-attention"
+)
+def test_dreamlite_joins_pictures_along_their_width(mobile):
+    """[uncond, image only, cond], and tokens of both halves in turn, row by row."""
+    pipe = dit.dreamlite(mobile)
+
+    def go():
+        return pipe(
+            prompt="x",
+            image=pipelines.image((32, 32)),
+            width=32,
+            height=24,
+            num_inference_steps=4,
+            generator=generator(),
+            output_type="np",
+        ).images
+
+    calls = capture_calls(pipe.unet, go, ("attn1",))
+    assert calls[0].q.shape[0] == (1 if mobile else 3)
+    plain = go()
+    with i2am.trace(pipe, time_groups=2, output="model") as tracer:
+        assert (go() == plain).all()
+    maps = tracer.maps()
+    assert maps.canvas == (24, 32)
+    by_tokens = {h * 2 * w: (h, w) for h, w in ((12, 16), (6, 8), (3, 4))}
+    for layer in maps.layers:
+        mine = [c for c in calls if c.layer == layer]
+        h, w = by_tokens[mine[0].q.shape[2]]
+        index = torch.arange(2 * h * w).reshape(h, 2 * w)
+        truth = Truth(
+            generated(mine, (h, w), index[:, :w].flatten()),
+            samples=slice(-1, None),
+            keys=index[:, w:].flatten(),
+            groups=[0, 0, 1, 1],
+            reference_grid=(h, w),
+        )
+        support.check(maps, truth, 2, layers=layer)
+
+
+@pytest.mark.parametrize("mobile", [False, True], ids=["guided", "mobile"])
+def test_dreamlite_without_an_image_is_refused(mobile):
+    """Its right half is zeros then."""
+    pipe = dit.dreamlite(mobile)
+    with i2am.trace(pipe), pytest.raises(ValueError, match="no reference image among its tokens"):
+        pipe(prompt="x", width=32, height=24, num_inference_steps=1, output_type="np")
+
+
+# --------------------------------------------------------------------------------------------------- banked references
 
 
 class Bank:
@@ -362,14 +370,3 @@ def test_a_pass_without_banked_keys_does_not_count():
         unet(torch.randn(1, 4, 8, 8), 1, torch.randn(1, 3, pipelines.CONTEXT))
     with pytest.raises(ValueError, match="nothing was recorded"):
         tracer.maps()
-
-
-def test_a_reason_is_only_given_where_it_is_known():
-    from i2am.families import no_reference_keys, registry
-
-    reasons = {name: registry.why_not(getattr(diffusers, name)) for name in ("I2VGenXLPipeline", "LucyEditPipeline")}
-    assert reasons["LucyEditPipeline"] == "the video enters as channels beside the latents"
-    said = no_reference_keys("I2VGenXLPipeline", reasons["I2VGenXLPipeline"])
-    assert said.startswith("I2VGenXLPipeline: i2am does not know how I2VGenXLPipeline uses its image")
-    assert "no attention keys" not in said
-    assert "text alone" in registry.why_not(diffusers.QwenImagePipeline)
