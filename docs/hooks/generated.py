@@ -4,6 +4,7 @@ from mkdocs.structure.files import File
 
 GENERATED = {
     "evidence.md": "# Evidence\n\n`python -m benchmarks.evidence` writes this page.",
+    "refinement.md": "# Refinement\n\n## Guidance by the gradient\n\n`python -m benchmarks.refinement` writes this.",
     "benchmarks.md": "# Benchmarks\n\n`make bench` writes this page.",
 }
 
