@@ -109,6 +109,32 @@ def read_picture(image: Any, index: int = 0) -> np.ndarray:
     return np.ascontiguousarray(x.repeat(3, axis=-1) if x.shape[-1] == 1 else x)
 
 
+def pictures_of(video: Any, frames: int, index: int = 0) -> list[Any]:
+    """Return the picture of each of ``frames`` latent frames: of a video of as many, or of more in even steps.
+
+    Args:
+        video: a sequence of pictures or an array of them; a batch of such; or one picture, which is every frame's.
+        frames: of the latents, which compress time: 21 of a video of 81.
+        index: which video of a batch.
+
+    Raises:
+        ValueError: so many pictures are no video of so many latent frames.
+    """
+    shape = () if is_pil(video) or isinstance(video, (list, tuple)) else tuple(getattr(video, "shape", ()))
+    if (isinstance(video, (list, tuple)) and video and isinstance(video[0], (list, tuple))) or len(shape) == 5:
+        video = one_of(video, index, "videos")
+    elif not isinstance(video, (list, tuple)) and len(shape) != 4:
+        return [video] * frames
+    elif isinstance(video, (list, tuple)) and len(getattr(video[0], "shape", ())) == 4:
+        video = one_of(video, index, "videos")
+    count = len(video)
+    if count == frames:
+        return list(video)
+    if frames > 1 and count > frames and (count - 1) % (frames - 1) == 0:
+        return [video[i * (count - 1) // (frames - 1)] for i in range(frames)]
+    raise ValueError(f"{count} pictures are no video of {frames} latent frames: give as many, or all of the video")
+
+
 def _channels_last(x: np.ndarray, first: bool) -> np.ndarray | None:
     """Move channels last: of ``[H, W, C]`` or ``[C, H, W]``, the latter tried ``first``. None: it has none."""
     if x.ndim == 2:

@@ -22,6 +22,9 @@ Output: TypeAlias = Literal["i2am", "model"]
 Guidance: TypeAlias = Literal["auto", "none"] | int
 """The conditional samples: found by themselves, all of them, or the part of the batch with this index."""
 
+TimeGroups: TypeAlias = Literal["steps"] | int
+"""Into how many groups the steps are summed; "steps": one group a step."""
+
 Mode: TypeAlias = Literal["reference", "self"]
 """The keys that maps are about: the reference's, or the picture's own (self-attention)."""
 

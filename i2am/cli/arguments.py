@@ -50,6 +50,11 @@ def positive(text: str) -> int:
     return number
 
 
+def time_groups(text: str) -> int | str:
+    """Read a number of time groups, or "steps"."""
+    return text if text == "steps" else positive(text)
+
+
 def seed(text: str) -> int:
     """Read a seed that torch takes."""
     if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) >= 2**63:
@@ -168,7 +173,7 @@ OPTIONS = (
     _option("seed", RUN, "S", "default: 0", type=seed, default=0),
     _option("device", RUN, "D", "default: cuda where there is one, else cpu", type=device, setting=False),
     _option("dtype", RUN, None, "default: float32 on cpu, else float16", choices=DTYPES, setting=False),
-    _option("time_groups", MAPS, "T", "default: 5", type=positive, default=5),
+    _option("time_groups", MAPS, "T", 'default: 5; "steps": one a step', type=time_groups, default=5),
     _option("layers", MAPS, "GLOB", 'such as "up_blocks.*"; may be repeated', action="append"),
 )
 CALL_OPTIONS = {option.call: option.name for option in OPTIONS if option.call is not None}

@@ -34,6 +34,7 @@ class ForwardInputs(NamedTuple):
     timestep: Tensor | float  # in the scheduler's units
     grid: Grid | None = None  # of the latents, where their shape does not tell (tokens)
     frames: int = 1  # of a video: attention sees each as an image of the batch
+    strip: int = 1  # frames of a video below each other in ``grid``: attention sees all at once
     conditioning: tuple[Tensor, ...] = ()  # [B, …] embeddings that carry the reference
     stepped: bool = True  # the scheduler steps latents of this size (not of several pictures side by side)
 

@@ -77,7 +77,9 @@ class Wan(Family):
         frames, h, w = (n // p for n, p in zip(latents.shape[2:], patch, strict=True))
         self._grid = (frames * h, w)
         conditioning = tuple(x for x in (given.get("encoder_hidden_states"), image) if isinstance(x, Tensor))
-        return ForwardInputs(latents, given["timestep"], self._grid, conditioning=conditioning, stepped=False)
+        return ForwardInputs(
+            latents, given["timestep"], self._grid, strip=frames, conditioning=conditioning, stepped=False
+        )
 
     def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = argument(args, kwargs, 1, "encoder_hidden_states").shape[1] - TEXT

@@ -25,9 +25,10 @@ from i2am.maps.display import as_html
 from i2am.maps.entries import QKEntry
 from i2am.maps.export import as_pandas, as_xarray
 from i2am.maps.file import Contents, read_maps, write_maps
+from i2am.maps.frames import PICTURE, FramedLayers, Video
 from i2am.maps.names import AXES, DIRECTIONS, LEVELS, Axis, Direction, Level, Normalize
 from i2am.maps.provenance import plain, summary_lines
-from i2am.maps.reading import Options, RecordedLayers
+from i2am.maps.reading import Options
 from i2am.maps.sram import (
     MAX_REGIONS,
     Match,
@@ -43,7 +44,7 @@ from i2am.references import Grid
 if TYPE_CHECKING:
     import pandas
     import xarray
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 
 __all__ = ["AXES", "DIRECTIONS", "LEVELS", "AttributionMaps", "Axis", "Direction", "LayerSums", "Level", "Normalize"]
@@ -53,7 +54,7 @@ logger = logging.getLogger("i2am")
 REVERSE = "map of where a place of the reference went"  # for errors
 
 
-class AttributionMaps(RecordedLayers):
+class AttributionMaps(FramedLayers):
     """Bidirectional attribution maps at every level, detached from the model that they were recorded on.
 
     Directions: ``"r2g"``: which regions of the generated image the reference influenced, on the generated grid;
@@ -80,11 +81,13 @@ class AttributionMaps(RecordedLayers):
         regions: Sequence[str] = (),
         entries: Sequence[QKEntry] = (),
         provenance: Mapping[str, Any] | None = None,
+        video: Video = PICTURE,
     ):
-        super().__init__(sums, regions)
-        self._canvas = canvas
-        self._entries = list(entries)
+        super().__init__(sums, regions, canvas=canvas, entries=entries, video=video)
         self._provenance = plain(provenance)
+
+    def _of(self, sums: Sequence[LayerSums], entries: Sequence[QKEntry], canvas: Grid | None) -> Self:
+        return type(self)(sums, canvas=canvas, regions=self.regions, entries=entries, provenance=self._provenance)
 
     @classmethod
     def of(cls, sums: Iterable[LayerSums], default: set[str], **extra: Any) -> AttributionMaps:
@@ -101,6 +104,11 @@ class AttributionMaps(RecordedLayers):
     def recorded(self) -> bool:
         """True where any patch can be asked: queries and keys were kept."""
         return bool(self._entries)
+
+    @property
+    def one_group_a_step(self) -> bool:
+        """True where each time group is one denoising step, as the tracer saw the run."""
+        return bool(self._provenance.get("steps") == self.time_groups)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -339,7 +347,7 @@ class AttributionMaps(RecordedLayers):
         """
         path = Path(path)
         entries = self._entries if record else []
-        contents = Contents(list(self._sums), self._canvas, self.regions, entries, self._provenance)
+        contents = Contents(list(self._sums), self._canvas, self.regions, entries, self._provenance, self._video)
         write_maps(path, contents, embed)
         return path
 
@@ -363,6 +371,7 @@ class AttributionMaps(RecordedLayers):
             regions=contents.regions,
             entries=contents.entries,
             provenance=contents.provenance,
+            video=contents.video,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,14 +26,19 @@ class QKEntry:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     file: Path | None = None
     tensor_names: dict[str, str] = field(default_factory=dict)  # tensor → its name in the file
+    cut: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None  # takes a part out of what is read
 
     def read(self) -> dict[str, Tensor]:
-        """Return the tensors, as they were kept.
+        """Return the tensors, as they were kept; or the part of them that :attr:`cut` takes out.
 
         Raises:
             FileNotFoundError: the file that held them has gone.
             ValueError: it is damaged, or no longer the file that was written.
         """
+        tensors = self._read_all()
+        return tensors if self.cut is None else self.cut(tensors)
+
+    def _read_all(self) -> dict[str, Tensor]:
         if self.file is None:
             return self.tensors
         from safetensors import SafetensorError, safe_open

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +21,8 @@ from torch import Tensor
 from i2am._files import read_unchanged, write_atomically
 from i2am.maps.aggregate import STORED, LayerSums, check_sums
 from i2am.maps.entries import QKEntry, pack
+from i2am.maps.frames import ALONG, PICTURE, Video, check_video
+from i2am.maps.header import Field
 from i2am.maps.provenance import plain
 from i2am.references import Grid
 
@@ -41,6 +42,7 @@ class Contents(NamedTuple):
     regions: list[str]
     entries: list[QKEntry]
     provenance: dict[str, Any]
+    video: Video = PICTURE
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -69,6 +71,8 @@ def write_maps(path: Path, contents: Contents, embed: bool = False) -> None:
         "layers": [_layer_header(s) for s in contents.sums],
         "record": record,
     }
+    if contents.video != PICTURE:
+        header["video"] = {"frames": contents.video.frames, "along": contents.video.along}
     tensors = {name: x.contiguous() for name, x in (tensors | record_tensors).items()}
     metadata = {"format": FORMAT, "maps": json.dumps(header)}
     write_atomically(path, lambda unfinished: save_file(tensors, unfinished, metadata=metadata))
@@ -93,9 +97,9 @@ def _pack_record(
     """Return the embedded tensors of a record and its part of the header."""
 
     def embedded(e: QKEntry) -> bool:
-        return embed or e.file is None or e.file.resolve() == path.resolve()
+        return embed or e.file is None or e.cut is not None or e.file.resolve() == path.resolve()
 
-    read = [replace(e, tensors=e.read(), file=None) if embedded(e) else e for e in entries]
+    read = [replace(e, tensors=e.read(), file=None, cut=None) if embedded(e) else e for e in entries]
     contents, tensor_names = pack([e for e in read if e.file is None], RECORD)
     of_memory = iter(tensor_names)
     listing: list[list[Any]] = []
@@ -143,7 +147,7 @@ def read_maps(path: Path, record_anywhere: bool = False) -> Contents:
         raise ValueError(
             f"{path}: its header is not JSON that can be read: {str(error) or 'nested too deeply'}"
         ) from None
-    fields = header.fields(("layers", "canvas", "regions", "record"), ("version", "provenance"))
+    fields = header.fields(("layers", "canvas", "regions", "record"), ("version", "provenance", "video"))
     version = fields["version"].integer(1) if "version" in fields else 1
     if version > VERSION:
         raise ValueError(f"{path} was written by a newer i2am (header version {version}, this one reads {VERSION})")
@@ -155,8 +159,10 @@ def read_maps(path: Path, record_anywhere: bool = False) -> Contents:
     regions = [region.text() for region in fields["regions"].items()]
     if len(set(regions)) < len(regions):
         fields["regions"].refuse("must name each region once")
+    video = _read_video(fields["video"]) if "video" in fields else PICTURE
     try:
         check_sums(sums, regions)
+        check_video(video, sums)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return Contents(
@@ -165,6 +171,7 @@ def read_maps(path: Path, record_anywhere: bool = False) -> Contents:
         regions=regions,
         entries=_read_record(fields["record"], sums, shapes, record_anywhere),
         provenance=_read_provenance(fields.get("provenance")),
+        video=video,
     )
 
 
@@ -220,6 +227,14 @@ def _read_layer(layer: Field, i: int, tensors: dict[str, Tensor]) -> LayerSums:
         mass=stored.get("mass"),
         sram=stored.get("sram"),
     )
+
+
+def _read_video(field: Field) -> Video:
+    f = field.fields(("frames", "along"))
+    along = next((name for name in ALONG if name == f["along"].text()), None)
+    if along is None:
+        f["along"].refuse(f"must be one of {', '.join(ALONG)}")
+    return Video(f["frames"].integer(1), along)
 
 
 def _read_provenance(field: Field | None) -> dict[str, Any]:
@@ -318,75 +333,3 @@ def _record_file(size: Field, anywhere: bool) -> Path:
             f"{size.value}"
         )
     return path
-
-
-# ----------------------------------------------------------------------------------------------------------- fields
-
-
-@dataclass(frozen=True)
-class Field:
-    """A value of a file's header, with its place: every refusal names both."""
-
-    file: Path
-    name: str
-    value: Any
-    key: str = ""  # in the object that holds it
-
-    def refuse(self, what: str) -> NoReturn:
-        text = repr(self.value)
-        text = text if len(text) <= 80 else text[:79] + "…"
-        raise ValueError(f"{self.file}: {self.name} {what}; it is {text}")
-
-    def mapping(self, required: Iterable[str] = (), optional: Iterable[str] | None = None) -> Iterator[Field]:
-        """Yield the fields of an object; with ``optional``, only these and the required ones may be there."""
-        required = tuple(required)
-        if not isinstance(self.value, dict):
-            self.refuse("must be an object")
-        for key in required:
-            if key not in self.value:
-                self.refuse(f"has no field {key!r}")
-        for key, value in self.value.items():
-            if optional is not None and key not in required and key not in optional:
-                self.refuse(f"has a field that this format does not know, {key!r}")
-            yield Field(self.file, key if self.name == "header" else f"{self.name}.{key}", value, key)
-
-    def fields(self, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Field]:
-        return {field.key: field for field in self.mapping(required, tuple(optional))}
-
-    def items(self, least: int = 0, exactly: int | None = None) -> list[Field]:
-        if not isinstance(self.value, list):
-            self.refuse("must be a list")
-        if len(self.value) < least or (exactly is not None and len(self.value) != exactly):
-            self.refuse(f"must have {f'{least} or more' if exactly is None else exactly} entries")
-        return [Field(self.file, f"{self.name}[{i}]", value) for i, value in enumerate(self.value)]
-
-    def text(self) -> str:
-        if not isinstance(self.value, str):
-            self.refuse("must be a string")
-        return self.value
-
-    def flag(self) -> bool:
-        if not isinstance(self.value, bool):
-            self.refuse("must be true or false")
-        return self.value
-
-    def integer(self, least: int) -> int:
-        if isinstance(self.value, bool) or not isinstance(self.value, int) or not least <= self.value < 2**63:
-            self.refuse(f"must be an integer of at least {least}")
-        return self.value
-
-    def number(self) -> float:
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)) or not _finite(self.value):
-            self.refuse("must be a finite number")
-        return float(self.value)
-
-    def grid(self) -> Grid:
-        h, w = (side.integer(1) for side in self.items(exactly=2))
-        return h, w
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
-        return False

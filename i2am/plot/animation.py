@@ -1,4 +1,4 @@
-"""Maps over the denoising steps as a moving picture."""
+"""Maps over the denoising steps, or over the frames of a video, as a moving picture."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from i2am._files import write_atomically
-from i2am._images import one_of, read_picture
+from i2am._images import one_of, pictures_of, read_picture
 from i2am.maps import AttributionMaps, Direction
 from i2am.plot.arrays import grey, limits_of
 from i2am.plot.figures import blend
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 KINDS = {".gif": "GIF", ".webp": "WEBP", ".mp4": "MP4"}
 SIDE = 512  # pixels of the longer side, at most
 CAPTION = 22  # pixels below the picture
+Over = Literal["steps", "frames"]
+OVER: tuple[Over, ...] = get_args(Over)
+SECONDS = {"steps": 0.7, "frames": 0.25}
 
 
 @dataclass(frozen=True)
@@ -94,24 +97,28 @@ def animate(
     image: Any,
     direction: Direction = "r2g",
     *,
+    over: Over | None = None,
     index: int = 0,
     scale: str = "shared",
-    seconds: float = 0.7,
+    seconds: float | None = None,
     cmap: str = CMAP,
     alpha: float = 0.65,
     **options: Any,
 ) -> Animation:
-    """Show a map as it changes over the denoising steps: a frame a time group.
+    """Show a map as it changes over the denoising steps, a frame a time group; or over the frames of a video.
 
-    Trace with as many time groups as you want frames.
+    Trace with ``time_groups="steps"`` for a frame a step.
 
     Args:
         maps: the attribution maps.
-        image: what they lie on: the generated image; for "g2r" the reference. Forms: see :func:`overlay`.
+        image: what they lie on: the generated image; for "g2r" the reference. Forms: see :func:`overlay`. Over frames:
+            the video, a sequence of pictures, of which each frame of the latents takes the one that is there.
         direction: "r2g", "g2r" or "mass".
+        over: "steps" or "frames". None: frames where the maps are of a video. For the steps of one frame, animate
+            ``maps.frame(i)``.
         index: which sample of a batch.
         scale: "shared": one colour scale for all frames; "each": every frame from its own minimum to its maximum.
-        seconds: a frame.
+        seconds: a frame. None: 0.7 over steps, 0.25 over frames.
         cmap, alpha: see :func:`overlay`.
         **options: of :class:`AttributionMaps`' levels: ``reference``, ``layers``, ``heads``, ``times``, ``normalize``.
 
@@ -120,16 +127,29 @@ def animate(
     """
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    over = over or ("frames" if maps.frames > 1 else "steps")
+    if over not in OVER:
+        raise ValueError(f"over must be one of {', '.join(OVER)}, got {over!r}")
+    if seconds is None:
+        seconds = SECONDS[over]
     if not 0 < seconds < 60:
         raise ValueError(f"seconds a frame must lie between 0 and 60, got {seconds}")
-    values = one_of(maps.tlam(direction, **options), index, "maps").numpy()
+    if over == "frames":
+        values = one_of(maps.video(direction, **options), index, "maps").numpy()
+        pictures = [_fitted(read_picture(x, 0)) for x in pictures_of(image, maps.frames, index)]
+        labels = [f"frame {i + 1} of {maps.frames}" for i in range(maps.frames)]
+    elif maps.sees_all_frames:
+        raise ValueError(f"these maps are of {maps.frames} frames: over='frames', or animate maps.frame(i)")
+    else:
+        values = one_of(maps.tlam(direction, **options), index, "maps").numpy()
+        labels = share_of_run(maps, options)
+        pictures = [_fitted(read_picture(image, index))] * len(labels)
     finite = [x for x in values if np.isfinite(x).all()]
     if not finite:
         raise ValueError("no step ran in any of the chosen time groups")
-    picture, common = _fitted(read_picture(image, index)), limits_of(finite)
-    labels = share_of_run(maps, options)
-    frames = []
-    for x, label in zip(values, labels, strict=True):
+    common = limits_of(finite)
+    frames: list[Image] = []
+    for x, label, picture in zip(values, labels, pictures, strict=True):
         ran = bool(np.isfinite(x).all())
         low, high = common if scale == "shared" or not ran else limits_of([x])
         pixels = blend(picture, x, cmap=cmap, alpha=alpha, vmin=low, vmax=high) if ran else grey(picture)

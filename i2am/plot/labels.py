@@ -45,7 +45,9 @@ def panel_labels(maps: AttributionMaps, direction: str, level: str, options: dic
 
 
 def share_of_run(maps: AttributionMaps, options: dict) -> list[str]:
-    """Return which part of the run each chosen time group covers: "group 0 · 0–20 % of run"."""
+    """Return which part of the run each chosen time group covers: "group 0 · 0–20 % of run", or "step 1 of 20"."""
+    if maps.one_group_a_step:
+        return [f"step {t + 1} of {maps.time_groups}" for t in pick(options.get("times"), maps.time_groups, "times")]
     edges = [round(100 * edge / maps.time_groups) for edge in range(maps.time_groups + 1)]
     chosen = pick(options.get("times"), maps.time_groups, "times")
     return [f"group {t} · {edges[t]}–{edges[t + 1]} % of run" for t in chosen]

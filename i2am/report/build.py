@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from i2am import plot
 from i2am._files import parse_size, show_size, write_atomically
-from i2am._images import one_mask
+from i2am._images import one_mask, pictures_of
 from i2am.detect import detect_box
 from i2am.evaluate.scores import MEANING, score
 from i2am.maps import AttributionMaps
@@ -31,6 +31,7 @@ from i2am.versions import versions
 
 CMAPS = ("inferno", "viridis", "cividis", "jet")  # the first three are perceptually even; jet is the paper's look
 PICTURE_SIDE = 1024  # pixels of an embedded image, at most
+FRAME_SIDE = 512  # and of a frame of a video
 LOSSLESS = 1_000_000  # bytes: an image that takes more as PNG is embedded as JPEG
 REST = 600_000  # bytes kept free for styles, script, colour maps and settings
 BASE64 = 4 / 3
@@ -59,34 +60,41 @@ def build_report(
     if detail is not None and detail not in (0, 1, 2, 3):
         raise ValueError(f"detail must be 0, 1, 2 or 3 (how many of time, head and layer at once), got {detail!r}")
     name = maps._reference(reference_name)
-    if not -maps.batch <= index < maps.batch:
-        raise IndexError(f"index={index}, but the maps hold {maps.batch} images")
-    index %= maps.batch
+    each = [maps.frame(i) for i in range(maps.frames)]
+    batch = each[0].batch
+    if not -batch <= index < batch:
+        raise IndexError(f"index={index}, but the maps hold {batch} images")
+    index %= batch
     axes, budget = Axes.of(maps, name, layers), parse_size(limit)
     options = {"reference": name}
-    images = {side: _image(x, index) for side, x in (("generated", generated), ("reference", reference))}
+    if maps.frames > 1 and (mask is not None or reference_mask is not None):
+        raise ValueError("masks are of a picture, these maps of a video: report one frame of it, maps.frame(i)")
+    film = _film(generated, maps.frames, index)
+    images = {"generated": film[0], "reference": _image(reference, index)}
     masks = {side: _mask(x, index) for side, x in (("generated", mask), ("reference", reference_mask))}
-    room = (budget - REST - sum(len(x["src"]) for x in images.values() if x)) / BASE64
+    room = (budget - REST - sum(len(x["src"]) for x in (*film, images["reference"]) if x)) / BASE64 / maps.frames
 
     has_g2r, why = _has(maps, "g2r", options)
-    plan, cells = choose_plan(maps, axes, name, room, detail, asked=has_g2r and maps.recorded)
+    plan, cells = choose_plan(each[0], axes, name, room, detail, asked=has_g2r and maps.recorded)
     arrays = Arrays()
-    parts = _parts(maps, axes, plan, cells, index, arrays, options, has_g2r, progress)
+    parts = [_parts(x, axes, plan, cells, index, arrays, options, has_g2r, progress) for x in each]
     everywhere = options | {"layers": list(axes.layers)}
     header = {
         "axes": {
-            "time": [_share(t, axes.times) for t in range(axes.times)],
+            "time": [_share(t, axes.times, maps.one_group_a_step) for t in range(axes.times)],
             "head": [str(h) for h in range(axes.heads)],
             "layer": plot.short_layer_names(axes.layers),
         },
         "layerNames": axes.layers,
         "order": plan.order,
-        **parts,
+        "steps": maps.one_group_a_step,
+        "frames": parts,
+        "film": [x["src"] for x in film if x][1:],
         "images": {side: bool(x) for side, x in images.items()},
-        "aspect": _aspects(images, parts["maps"]),
+        "aspect": _aspects(images, parts[0]["maps"]),
         "outlines": {side: _outline(x) for side, x in masks.items() if x is not None},
-        "box": _box(maps, index, masks, everywhere),
-        "scores": _scores(maps, index, masks, has_g2r, everywhere),
+        "box": _box(each[0], index, masks, everywhere),
+        "scores": _scores(each[0], index, masks, has_g2r, everywhere),
         "notes": _notes(maps, axes, plan, has_g2r, why),
         "colours": {cmap: _colours(cmap) for cmap in CMAPS},
     }
@@ -127,8 +135,10 @@ def _parts(
     return {"maps": levels, "rows": asked, "regions": regions}
 
 
-def _share(group: int, groups: int) -> str:
+def _share(group: int, groups: int, steps: bool) -> str:
     """Say which part of the run a time group covers."""
+    if steps:
+        return f"{group + 1} of {groups}"
     return f"{round(100 * group / groups)}–{round(100 * (group + 1) / groups)}\N{NO-BREAK SPACE}%"
 
 
@@ -158,7 +168,7 @@ def _regions(maps, axes: Axes, plan: Plan, index: int, arrays: Arrays, options: 
 # ------------------------------------------------------------------------------------------------------- small parts
 
 
-def _image(image: Any, index: int) -> dict[str, Any] | None:
+def _image(image: Any, index: int, side: int = PICTURE_SIDE) -> dict[str, Any] | None:
     """Encode a picture as a data URI."""
     from PIL import Image
 
@@ -166,13 +176,23 @@ def _image(image: Any, index: int) -> dict[str, Any] | None:
         return None
     picture = Image.fromarray((plot.as_picture(image, index) * 255).round().astype(np.uint8))
     size = picture.size
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 92, "subsampling": 0})):
         buffer = io.BytesIO()
         picture.save(buffer, kind, **options)
         if buffer.tell() <= LOSSLESS:
             break
     return {"src": f"data:image/{kind};base64,{b64encode(buffer.getvalue()).decode()}", "size": size}
+
+
+def _film(generated: Any, frames: int, index: int) -> list[dict[str, Any] | None]:
+    """Encode the generated image, or the picture of each frame of a video; one alone is every frame's."""
+    if frames == 1 or generated is None:
+        return [_image(generated, index)]
+    pictures = pictures_of(generated, frames, index)
+    if all(picture is pictures[0] for picture in pictures):
+        pictures = pictures[:1]
+    return [_image(picture, 0, FRAME_SIDE) for picture in pictures]
 
 
 def _mask(mask: Any, index: int) -> np.ndarray | None:
@@ -237,6 +257,10 @@ def _notes(maps: AttributionMaps, axes: Axes, plan: Plan, has_g2r: bool, why: st
         notes.append("This run kept no queries and keys, so that patches can't be asked. " + RECORD_HINT)
     elif not plan.cells:
         notes.append("The rows of the attention do not fit this file's limit; raise limit= to ask patches.")
+    if maps.sees_all_frames:
+        notes.append(
+            f"The model sees all {maps.frames} frames at once: R2G is over all of them, G2R is the whole video's."
+        )
     if not axes.heads:
         notes.append(
             "Heads can't be picked: these layers have different numbers of heads (layers= chooses alike ones)."

@@ -4,8 +4,8 @@
 const $ = (selector, root = document) => root.querySelector(selector);
 const data = JSON.parse($("#header").textContent);
 const KINDS = ["time", "head", "layer"];
-const TITLES = { time: "Time group", head: "Head", layer: "Layer" };
-const LEVELS = { time: "TLAM · time groups", head: "HLAM · heads", layer: "LLAM · layers" };
+const TITLES = { time: data.steps ? "Step" : "Time group", head: "Head", layer: "Layer" };
+const LEVELS = { time: data.steps ? "TLAM · steps" : "TLAM · time groups", head: "HLAM · heads", layer: "LLAM · layers" };
 const MAP_NAMES = {
   r2g: "R2G: what the reference influenced",
   g2r: "G2R: what the reference contributed",
@@ -16,6 +16,7 @@ const BICUBIC = -0.75; // torch's, and so the package's own
 
 const state = {
   pick: { time: null, head: null, layer: null },
+  frame: 0, // of a video
   place: null, // {side, cell: [row, column], kept} or {region}
   direction: "r2g",
   level: "time",
@@ -26,6 +27,8 @@ const state = {
   box: true,
 };
 let bytes, floats;
+const frame = () => data.frames[state.frame];
+const film = [$("#generated .stage img").getAttribute("src"), ...data.film]; // a picture a frame, or one for all
 
 async function inflate(id) {
   const text = $("#" + id).textContent.trim();
@@ -40,7 +43,7 @@ const keyOf = (pick) => KINDS.map((kind) => pick[kind] ?? "*").join(",");
 
 /** {grid: [h, w], values} of a map, or null where nothing ran. */
 function mapAt(direction, pick) {
-  const found = data.maps[direction]?.[keyOf(pick)];
+  const found = frame().maps[direction]?.[keyOf(pick)];
   if (!found) return null;
   const n = found.grid[0] * found.grid[1];
   const step = (found.high - found.low) / 255;
@@ -62,17 +65,17 @@ function shown(side, pick = state.pick) {
   const place = state.place;
   if (place?.region !== undefined) {
     if (side === "generated") return { heat: null, what: `Registered patch “${place.region}”` };
-    return { heat: rowAt(data.regions[place.region], 0, pick), what: `SRAM of “${place.region}”: where its attention went`, unit: "share of attention" };
+    return { heat: rowAt(frame().regions[place.region], 0, pick), what: `SRAM of “${place.region}”: where its attention went`, unit: "share of attention" };
   }
   if (place?.side === side) return { heat: null, what: `Cell ${place.cell[0] + 1}, ${place.cell[1] + 1} (row, column)` };
   if (place) {
-    const asked = data.rows[place.side];
+    const asked = frame().rows[place.side];
     const heat = rowAt(asked.slices, place.cell[0] * asked.cells[1] + place.cell[1], pick);
     const what = side === "reference" ? "SRAM: where that place's attention went" : "Where that piece of the reference went";
     return { heat, what, unit: side === "reference" ? "share of attention" : "share of the column" };
   }
   const direction = side === "generated" ? state.direction : "g2r";
-  if (!data.maps[direction]) return { heat: null, what: "No map on the reference: see the notes", empty: true };
+  if (!frame().maps[direction]) return { heat: null, what: "No map on the reference: see the notes", empty: true };
   return { heat: mapAt(direction, pick), what: MAP_NAMES[direction], unit: direction === "mass" ? "of a token's attention" : "mean probability" };
 }
 
@@ -184,7 +187,7 @@ function drawMarks(side, heat) {
     parts.push(`<rect class="found" x="${l}" y="${t}" width="${r - l}" height="${b - t}"/>`);
   }
   if (place?.side === side) {
-    const [rows, columns] = data.rows[side].cells, [r, c] = place.cell;
+    const [rows, columns] = frame().rows[side].cells, [r, c] = place.cell;
     const box = `x="${c / columns}" y="${r / rows}" width="${1 / columns}" height="${1 / rows}"`;
     there.push("cell");
     parts.push(`<rect class="shade" ${box}/><rect class="cell" ${box}/>`);
@@ -298,44 +301,83 @@ function choose(kind, value) {
 // -------------------------------------------------------------------------------------------------------- playing
 
 let clock = null;
-const PLAY_MS = 700; // a time group
+const PLAY_MS = { time: 700, frame: 250 }; // a time group, a frame
+const PLAY = { time: data.steps ? "▶ Play the steps" : "▶ Play over time", frame: "▶ Play the frames" };
+const NEXT = {
+  time: () => choose("time", state.pick.time === null ? 0 : (state.pick.time + 1) % data.axes.time.length),
+  frame: () => showFrame((state.frame + 1) % data.frames.length),
+};
+let playing = null;
 
-/** The time groups one after the other, until it is pressed again or a slider is moved. */
-function play() {
-  const next = () => choose("time", state.pick.time === null ? 0 : (state.pick.time + 1) % data.axes.time.length);
-  clock = setInterval(next, PLAY_MS);
-  next();
+/** The time groups, or the frames, one after the other, until it is pressed again or a slider is moved. */
+function play(what) {
+  stop();
+  playing = what;
+  clock = setInterval(NEXT[what], PLAY_MS[what]);
+  NEXT[what]();
   syncPlay();
 }
 
 function stop() {
   clearInterval(clock);
-  clock = null;
+  clock = playing = null;
   syncPlay();
 }
 
 function syncPlay() {
-  const button = $("#play");
-  if (!button) return;
-  button.textContent = clock === null ? "▶ Play over time" : "❚❚ Pause";
-  button.setAttribute("aria-pressed", clock !== null);
+  for (const [what, id] of [["time", "#play"], ["frame", "#play-frames"]]) {
+    const button = $(id);
+    if (!button) continue;
+    button.textContent = playing === what ? "❚❚ Pause" : PLAY[what];
+    button.setAttribute("aria-pressed", playing === what);
+  }
   $("#said").setAttribute("aria-live", clock === null ? "polite" : "off");
 }
 
+function playButton(id, what, after) {
+  const button = Object.assign(document.createElement("button"), { type: "button", id });
+  button.onclick = () => (playing === what ? stop() : play(what));
+  after.after(button);
+}
+
 function buildPlay() {
-  if (!$("#pick-time")) return;
-  const button = Object.assign(document.createElement("button"), { type: "button", id: "play" });
-  button.onclick = () => (clock === null ? play() : stop());
-  $("#pick-time").parentElement.after(button);
+  if ($("#pick-time")) playButton("play", "time", $("#pick-time").parentElement);
+  if ($("#pick-frame")) playButton("play-frames", "frame", $("#pick-frame").parentElement);
   syncPlay();
 }
 
+function showFrame(index) {
+  state.frame = index;
+  const img = $("#generated .stage img"), picture = film[Math.min(index, film.length - 1)];
+  if (img.getAttribute("src") === picture) return draw();
+  img.setAttribute("src", picture);
+  img.decode().catch(() => null).then(draw);
+}
+
+function buildFrames() {
+  if (data.frames.length < 2) return;
+  const label = document.createElement("label");
+  label.innerHTML = `Frame <input type="range" id="pick-frame" min="0" max="${data.frames.length - 1}" step="1" value="0"><output></output>`;
+  $("#picks").append(label);
+  $("input", label).addEventListener("input", (e) => {
+    stop();
+    showFrame(+e.target.value);
+  });
+}
+
 function syncControls() {
+  const frames = $("#pick-frame");
+  if (frames) {
+    frames.value = state.frame;
+    const text = `${state.frame + 1} of ${data.frames.length}`;
+    frames.setAttribute("aria-valuetext", text);
+    $("output", frames.parentElement).textContent = text;
+  }
   for (const kind of KINDS) {
     const input = $("#pick-" + kind);
     if (!input) continue;
     const value = state.pick[kind];
-    const text = value === null ? "all" : kind === "layer" ? data.layerNames[value] : data.axes[kind][value] + (kind === "time" ? " of the run" : "");
+    const text = value === null ? "all" : kind === "layer" ? data.layerNames[value] : data.axes[kind][value] + (kind === "time" && !data.steps ? " of the run" : "");
     input.value = value === null ? 0 : value + 1;
     input.setAttribute("aria-valuetext", text);
     $("output", input.parentElement).textContent = text;
@@ -347,6 +389,7 @@ function syncControls() {
 
 function buildControls() {
   const picks = $("#picks");
+  buildFrames();
   for (const kind of KINDS) {
     if (data.order < 1 || data.axes[kind].length < 2) continue;
     const label = document.createElement("label");
@@ -361,7 +404,7 @@ function buildControls() {
   picks.hidden = !picks.querySelector("input");
   picks.insertAdjacentHTML("beforeend", '<p id="dropped" class="what" role="status"></p>');
   const direction = $("#direction");
-  for (const name of ["r2g", "mass"]) if (data.maps[name]) direction.add(new Option({ r2g: "R2G: influence", mass: "Mass: attention" }[name], name));
+  for (const name of ["r2g", "mass"]) if (frame().maps[name]) direction.add(new Option({ r2g: "R2G: influence", mass: "Mass: attention" }[name], name));
   direction.onchange = () => { state.direction = direction.value; state.strip = null; syncTabs(); draw(); };
   const colours = $("#colours");
   for (const name of Object.keys(data.colours)) colours.add(new Option(name, name));
@@ -372,7 +415,7 @@ function buildControls() {
     $(`#${id}-label`).hidden = !present;
     $("#" + id).onchange = (e) => { state[id] = e.target.checked; draw(); };
   }
-  for (const name of Object.keys(data.regions)) {
+  for (const name of Object.keys(frame().regions)) {
     const button = Object.assign(document.createElement("button"), { type: "button", textContent: name });
     button.dataset.region = name;
     button.onclick = () => { state.place = state.place?.region === name ? null : { region: name, kept: true }; draw(); };
@@ -406,7 +449,7 @@ function buildTabs() {
     };
     tabs.append(tab);
   }
-  if (data.maps.g2r) {
+  if (frame().maps.g2r) {
     const both = document.createElement("button");
     Object.assign(both, { type: "button", id: "strip-side", textContent: "Show G2R panels" });
     both.onclick = () => { state.strip = state.strip === "g2r" ? null : "g2r"; syncTabs(); draw(); };
@@ -434,14 +477,14 @@ function buildStages() {
     stage.style.setProperty("--ratio", w / h);
     const scale = 512 / Math.max(w, h);
     [canvas.width, canvas.height] = [Math.max(Math.round(w * scale), 1), Math.max(Math.round(h * scale), 1)];
-    if (!data.rows[side]) {
+    if (!frame().rows[side]) {
       stage.classList.add("blind");
       stage.removeAttribute("tabindex");
       stage.setAttribute("role", "group");
       stage.setAttribute("aria-label", stage.querySelector("img").alt);
       continue;
     }
-    const [rows, columns] = data.rows[side].cells;
+    const [rows, columns] = frame().rows[side].cells;
     const cellAt = (e) => {
       const box = stage.getBoundingClientRect();
       const inside = (v, n) => Math.min(Math.max(Math.floor(v * n), 0), n - 1);

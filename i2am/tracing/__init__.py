@@ -20,7 +20,14 @@ from i2am.tracing.claims import unpatch
 from i2am.tracing.clock import Clock, CountingClock, SchedulerClock, TimestepClock, ViewsClock
 from i2am.tracing.guidance import Told
 from i2am.tracing.layers import BlindLayerError
-from i2am.tracing.options import KeywordOptions, ModuleOptions, TraceOptions, TraceSettings, takes_trace_options
+from i2am.tracing.options import (
+    KeywordOptions,
+    ModuleOptions,
+    TimeGroups,
+    TraceOptions,
+    TraceSettings,
+    takes_trace_options,
+)
 from i2am.tracing.tracer import Tracer
 from i2am.tracing.who import calling_pipeline
 
@@ -44,7 +51,7 @@ __all__ = [
 @takes_trace_options()
 def trace(
     pipe: Any,
-    time_groups: int = 5,
+    time_groups: TimeGroups = 5,
     layers: LayerFilter = None,
     *,
     reference: References = None,
@@ -63,7 +70,7 @@ def trace(
 
     Args:
         pipe: a diffusers pipeline.
-        time_groups: into how many groups the steps are summed.
+        time_groups: into how many groups the steps are summed; "steps": one group a step.
         layers: which attention modules: a name, a glob pattern, several, or a predicate. None: all that carry the
             reference.
         reference: which keys encode it, where the pipeline does not tell: one :class:`Reference` per IP-Adapter; among

@@ -68,7 +68,9 @@ class Accumulator:
 
     def reset(self) -> None:
         """Forget what was added: call it between runs of different batches or sizes."""
-        self._sums = SumStore(self._settings.time_groups)
+        self._groups = self._settings.groups(self.steps)
+        self._sums = SumStore()
+        self._sums.settle(self._groups)
         self._record = QKRecord(self._settings.record_options)
         self._ledger = Ledger("Accumulator")
         self._observer = Observer(self._settings, self._sums, self._record, self._regions, self._ledger.note)
@@ -123,7 +125,7 @@ class Accumulator:
         chosen = slice(*(samples or slice(None)).indices(q.shape[0]))
         self._check_images(layer, chosen)
         self._begin(step)
-        info = StepInfo(step * self._settings.time_groups // self.steps, step, self.steps, self.steps)
+        info = StepInfo(step * self._groups // self.steps, step, self.steps, self.steps)
         context = ForwardContext(
             owner=self,
             attend=self._observer.attend,

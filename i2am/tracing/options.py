@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -24,6 +25,7 @@ Mode = Literal["reference", "self"]
 Output = Literal["i2am", "model"]
 Backend = Literal["triton", "streaming", "reference"]
 GuidanceMode = Literal["auto", "none"] | int
+TimeGroups = Literal["steps"] | int
 MODES: tuple[Mode, ...] = ("reference", "self")
 OUTPUTS: tuple[Output, ...] = ("i2am", "model")
 
@@ -55,7 +57,7 @@ class KeywordOptions(_SharedOptions, total=False):
 class ModuleOptions(_SharedOptions, total=False):
     """Keywords of :func:`i2am.patch_modules`."""
 
-    time_groups: int
+    time_groups: TimeGroups
     layers: LayerFilter
 
 
@@ -109,9 +111,14 @@ class RecordOptions:
 class TraceSettings:
     """The options of one tracer, checked."""
 
-    time_groups: int = field(
+    time_groups: TimeGroups = field(
         default=5,
-        metadata={"doc": ("into how many groups the steps are summed.")},
+        metadata={
+            "doc": (
+                'into how many groups the steps are summed; "steps": one group a step, of a run whose steps are known '
+                "(a pipeline, num_steps or scheduler)."
+            )
+        },
     )
     layers: LayerFilter = field(
         default=None,
@@ -228,8 +235,8 @@ class TraceSettings:
     )
 
     def __post_init__(self) -> None:
-        if not _is_count(self.time_groups):
-            raise ValueError(f"time_groups must be a positive integer, got {self.time_groups!r}")
+        if self.time_groups != "steps" and not _is_count(self.time_groups):
+            raise ValueError(f'time_groups must be a positive integer or "steps", got {self.time_groups!r}')
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         if self.output not in OUTPUTS:
@@ -257,16 +264,27 @@ class TraceSettings:
             )
         times = self.record_times
         if times is not None:
-            groups = range(self.time_groups)
-            if (
-                isinstance(times, (int, str))
-                or not all(isinstance(t, int) and t in groups for t in times)
-                or not len(times)
-            ):
+            last = math.inf if isinstance(self.time_groups, str) else self.time_groups - 1
+            if isinstance(times, (int, str)) or not all(_is_index(t) and t <= last for t in times) or not len(times):
                 raise ValueError(
-                    f"record_times must be a sequence of time groups 0…{self.time_groups - 1} "
-                    f"(time_groups={self.time_groups}), got {times!r}"
+                    f"record_times must be a sequence of time groups 0…{'' if last == math.inf else last} "
+                    f"(time_groups={self.time_groups!r}), got {times!r}"
                 )
+
+    def groups(self, steps: int | None) -> int:
+        """Return the number of time groups of a run of ``steps``; None: the number of steps is not known.
+
+        Raises:
+            ValueError: there is to be one group a step, and nothing tells the steps.
+        """
+        if not isinstance(self.time_groups, str):
+            return self.time_groups
+        if steps is None:
+            raise ValueError(
+                'time_groups="steps" needs num_steps= or scheduler=, so that the number of steps is known before the '
+                "first one"
+            )
+        return steps
 
     @property
     def record_options(self) -> RecordOptions:

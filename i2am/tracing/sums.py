@@ -15,10 +15,23 @@ Place = tuple[int, int] | None  # of a tile's latents on the picture's: (top, le
 class SumStore:
     """The tracks of a tracer, in the order in which layers first ran."""
 
-    def __init__(self, time_groups: int):
-        self.time_groups = time_groups
+    def __init__(self) -> None:
+        self.time_groups = 0  # until the first call
         self.tracks: dict[tuple[str, str, Place], LayerSums] = {}
         self.tokens: dict[str, str] = {}  # reference → which of the keys it is, for the provenance
+
+    def settle(self, time_groups: int) -> None:
+        """Note into how many time groups calls are summed.
+
+        Raises:
+            ValueError: earlier ones were summed into another number of groups.
+        """
+        if self.tracks and self.time_groups != time_groups:
+            raise ValueError(
+                f'time_groups="steps": this run has {time_groups} steps, an earlier one had {self.time_groups}: maps() '
+                "then reset() between runs of different length"
+            )
+        self.time_groups = time_groups
 
     def open(
         self, layer: str, layout: TokenLayout, q: Tensor, k: Tensor, queries: int, regions: int = 0, place: Place = None

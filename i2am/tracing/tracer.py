@@ -12,6 +12,7 @@ from torch import nn
 
 from i2am.families import Family, ForwardInputs, View
 from i2am.maps import AttributionMaps
+from i2am.maps.frames import PICTURE, Video
 from i2am.references import Grid, choose_layers
 from i2am.tracing import claims, hooks
 from i2am.tracing.clock import Clock, StepInfo, read_timestep
@@ -81,6 +82,8 @@ class Tracer:
                 raise ValueError(
                     "record= needs num_steps= or scheduler=, so that its size is known before the first step"
                 )
+            if not clock.knows_steps:
+                settings.groups(None)
             self._regions = RegisteredRegions(settings.sram or {}, settings.canvas, pixels)
             self._forget()
             modules = family.layers()
@@ -126,12 +129,13 @@ class Tracer:
         self._forget()
 
     def _forget(self) -> None:
-        self._sums = SumStore(self._settings.time_groups)  # a forward that another thread is in keeps the old one
+        self._sums = SumStore()  # a forward that another thread is in keeps the old one
         self._record = QKRecord(self._settings.record_options)
         self._regions.restart()
         self._ledger = Ledger(self._ledger.model, self._ledger.pipeline)
         self._guidance: dict[Place, Guidance] = {}
         self._tiles: dict[Place, Grid] = {}
+        self._video = PICTURE
         self._canvas: Grid | None = None  # of the tiles, where the pipeline says
         self._spoiled: str | None = None  # why what was counted can't be trusted
         self._observer = Observer(self._settings, self._sums, self._record, self._regions, self._ledger.note)
@@ -187,6 +191,7 @@ class Tracer:
             regions=self._regions.names,
             entries=self._record.entries,
             provenance=self.provenance,
+            video=self._video,
         )
 
     @property
@@ -245,7 +250,7 @@ class Tracer:
         _refuse_faster_cache(model)
         forward = self._family.begin(args, kwargs)
         timestep = read_timestep(forward.timestep)
-        info = self._clock.read(timestep, self._settings.time_groups)
+        info = self._read_clock(timestep)
         told = self._told()
         try:
             place = self._place(forward, caller)
@@ -284,10 +289,18 @@ class Tracer:
         if self._record.options.record and info.first:
             nbytes = record_size(model, args, kwargs, context, self._record.options)
             if nbytes is not None:
-                check_limit(self._record.options, nbytes, info, self._settings.time_groups, have=self._record.nbytes)
+                check_limit(self._record.options, nbytes, info, self._sums.time_groups, have=self._record.nbytes)
+        self._video = Video(forward.strip, "rows") if forward.strip > 1 else Video(forward.frames, "images")
         ledger.count(verdict.how, place)
         ledger.steps = info.steps
         open_context(context)
+
+    def _read_clock(self, timestep: float) -> StepInfo:
+        """Return where a call that is about to run stands, in its time group."""
+        each = self._settings.time_groups == "steps"
+        info = self._clock.read(timestep, 1 if each else self._settings.groups(None))
+        self._sums.settle(self._settings.groups(info.steps))
+        return info if not each or info.step is None else info._replace(group=info.step)
 
     def _place(self, forward: ForwardInputs, caller: Caller) -> Place:
         """Return where a call lies on the picture; None: it is the whole of it.

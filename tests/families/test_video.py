@@ -42,6 +42,8 @@ def test_stable_video_diffusion(videos):
     maps = traced(pipe, go)
     assert maps.batch == frames
     assert maps.ulam("r2g").shape == (frames, 16, 12)
+    assert maps.frames == 3
+    assert maps.video("r2g").equal(maps.ulam("r2g").unflatten(0, (videos, 3)))
     check(maps, truth, 2, directions=("r2g",))
     with pytest.raises(ValueError, match="identically 1"):
         maps.ulam("g2r")

@@ -43,6 +43,7 @@ def test_wan_image_to_video(guided, last):
     with i2am.patch_transformer(pipe.transformer, num_steps=4) as bare:
         go()
     assert bare.maps().references == maps.references
+    assert maps.video("r2g", reference=maps.references[0]).shape == (1, 3, 2, 3)
     assert maps.references == (["reference_0", "reference_1"] if last else ["reference"])
     for i, name in enumerate(maps.references):
         truth = Truth(

@@ -4,7 +4,7 @@ from tests.mutants import Mutant
 
 TESTS = ["tests/maps/test_levels.py", "tests/maps/test_maps.py", "tests/maps/test_file.py", "tests/test_images.py"]
 AGGREGATE, READING, SRAM = "i2am/maps/aggregate.py", "i2am/maps/reading.py", "i2am/maps/sram.py"
-FILE, MAPS = "i2am/maps/file.py", "i2am/maps/__init__.py"
+FILE, HEADER, MAPS = "i2am/maps/file.py", "i2am/maps/header.py", "i2am/maps/__init__.py"
 MUTANTS = [
     Mutant(AGGREGATE, "scale, x = float(s.keys), x", "scale, x = float(s.g2r.shape[-1]), x", "lift by own keys"),
     Mutant(AGGREGATE, "s.keys / s.g2r.shape[-1]", "1.0", "lift leaves mass as it is"),
@@ -66,7 +66,9 @@ MUTANTS = [
     Mutant(FILE, "if status.st_size != size.integer(0):", "if False:", "truncated records load"),
     Mutant(FILE, "if version > VERSION:", "if False:", "files of the future"),
     Mutant(
-        FILE, "if isinstance(self.value, bool) or not isinstance(self.value, int)", "if not isinstance(self.value, int)"
+        HEADER,
+        "if isinstance(self.value, bool) or not isinstance(self.value, int)",
+        "if not isinstance(self.value, int)",
     ),
     Mutant(FILE, "return embed or e.file is None or", "return e.file is None or", "embed does nothing"),
     Mutant(FILE, 'default=f["default"].flag(),', "default=True,", "the mid block joins the mean"),

@@ -94,7 +94,7 @@ def contents(path):
 
 def stored_map(data, direction, pick):
     header, values, _ = data
-    found = header["maps"][direction][pick]
+    found = header["frames"][0]["maps"][direction][pick]
     size = found["grid"][0] * found["grid"][1]
     scaled = values[found["at"] : found["at"] + size].astype(float) / 255
     return (found["low"] + scaled * (found["high"] - found["low"])).reshape(found["grid"])
@@ -122,23 +122,23 @@ def test_rows_are_sram_and_its_reverse(maps, report, pick):
     t, h, i = pick
     options = dict(times=t, heads=h, layers=None if i is None else maps.layers[i])
     data = contents(report)
-    rows, columns = data[0]["rows"]["generated"]["cells"]
+    rows, columns = data[0]["frames"][0]["rows"]["generated"]["cells"]
     assert (rows, columns) == (16, 12)
     for y, x in [(0, 0), (5, 11), (15, 3)]:
         mask = torch.zeros(rows, columns)
         mask[y, x] = 1
         want = maps.sram(mask, **options)[0].numpy()
-        got = stored_row(data, data[0]["rows"]["generated"]["slices"], y * columns + x, key(pick))
+        got = stored_row(data, data[0]["frames"][0]["rows"]["generated"]["slices"], y * columns + x, key(pick))
         np.testing.assert_allclose(got, want, atol=1.01 * want.max() / 510)
-    assert data[0]["rows"]["reference"]["cells"] == list(GRID)
+    assert data[0]["frames"][0]["rows"]["reference"]["cells"] == list(GRID)
     want = maps.where_did_it_go((3, 1), **options)[0].numpy()
-    got = stored_row(data, data[0]["rows"]["reference"]["slices"], 3 * GRID[1] + 1, key(pick))
+    got = stored_row(data, data[0]["frames"][0]["rows"]["reference"]["slices"], 3 * GRID[1] + 1, key(pick))
     np.testing.assert_allclose(got, want, atol=1.01 * want.max() / 510)
 
 
 def test_registered_patch(maps, report):
     data = contents(report)
-    got = stored_row(data, data[0]["regions"][REGION], 0, "*,*,*")
+    got = stored_row(data, data[0]["frames"][0]["regions"][REGION], 0, "*,*,*")
     np.testing.assert_allclose(got, maps.sram(REGION)[0].numpy(), atol=maps.sram(REGION).max().item() / 500)
 
 
@@ -165,7 +165,7 @@ def test_file_is_self_contained_and_safe(report):
     assert text.count("</script>") == 4  # the page's own
     header = re.search(r'id="header">(.*?)</script>', text, re.S)[1]
     assert "<" not in header
-    assert list(json.loads(header)["regions"]) == [REGION, UNDECODED]
+    assert list(json.loads(header)["frames"][0]["regions"]) == [REGION, UNDECODED]
     assert "&lt;b&gt;DDIM" in text
     assert "sl\\udcffeve" in text  # in the provenance, escaped
 
@@ -174,7 +174,7 @@ def test_without_a_record_there_are_levels_only(maps, tmp_path):
     bare = i2am.AttributionMaps.load(maps.save(tmp_path / "bare.safetensors", record=False))
     assert not bare.recorded
     header, *_ = contents(bare.report(tmp_path / "bare.html", progress=False))
-    assert header["rows"] == {}
+    assert header["frames"][0]["rows"] == {}
     assert any('record="qk"' in note for note in header["notes"])
     assert header["order"] == 3
     np.testing.assert_allclose(
@@ -188,7 +188,7 @@ def test_reference_without_a_grid(tmp_path):
     with i2am.patch_unet(unet, reference=i2am.Reference(), num_steps=1, record="qk") as tracer, torch.no_grad():
         unet(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 1, pipelines.CONTEXT))
     header, *_ = contents(tracer.maps().report(tmp_path / "one.html", progress=False))
-    assert set(header["maps"]) == {"r2g"}
+    assert set(header["frames"][0]["maps"]) == {"r2g"}
     assert "identically 1" in header["notes"][0]
 
 
@@ -314,9 +314,11 @@ def test_the_image_of_a_batch_that_was_asked_for(two_images, index, tmp_path):
             got = stored_map(data, direction, key(pick))
             np.testing.assert_allclose(got, want, atol=1.01 * np.ptp(want) / 510, err_msg=f"{direction} {pick}")
     np.testing.assert_allclose(
-        stored_row(data, data[0]["regions"]["p"], 0, "2,*,*"), two_images.sram("p", times=2)[index], atol=2e-3
+        stored_row(data, data[0]["frames"][0]["regions"]["p"], 0, "2,*,*"),
+        two_images.sram("p", times=2)[index],
+        atol=2e-3,
     )
-    assert "1,*,1" not in data[0]["maps"]["r2g"]  # layer b did not run in group 1
+    assert "1,*,1" not in data[0]["frames"][0]["maps"]["r2g"]  # layer b did not run in group 1
     scores = {name: float(value.replace("−", "-")) for name, value, _ in data[0]["scores"]}
     r2g, mask = two_images.ulam("r2g")[index].double(), masks[index].double()
     a = torch.nn.functional.interpolate((r2g - r2g.min())[None, None] / np.ptp(r2g.numpy()), (16, 12), mode="bicubic")[
