@@ -5,12 +5,16 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Grid = tuple[int, int]
 SELF = "self"  # the name of maps that are spatial self-attention, and not reference attribution
+TEXT = "text"  # the name of the prompt's tokens among the keys
+Kind = Literal["reference", "word", "text", "self"]  # what a set of keys is
+KINDS: tuple[Kind, ...] = get_args(Kind)
 QUERIES = "queries"
 LayerFilter = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -75,6 +79,13 @@ class Reference:
                 f"reference {self.name!r}: grid {h}×{w} after skip={self.skip} makes {self.skip + h * w} tokens, but "
                 f"{count} of the {length} keys are selected; adjust grid, skip (1 for a leading class token) or tokens"
             )
+
+
+@dataclass(frozen=True)
+class KeySet(Reference):
+    """Keys beside the references that are told apart: a word's tokens, the text, the picture itself."""
+
+    kind: Kind = "word"
 
 
 @dataclass(frozen=True)

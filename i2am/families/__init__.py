@@ -7,12 +7,12 @@ of a family stands in its file; a new file is found by itself (:mod:`i2am.famili
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from i2am.references import Banked, Concatenated, Grid, Reference
+from i2am.references import Banked, Concatenated, Grid, KeySet, Reference
 
 if TYPE_CHECKING:
     from i2am.tracing.guidance import Told
@@ -48,6 +48,29 @@ class TokenLayout(NamedTuple):
     rollout: tuple[Tensor | None, ...] | None = None  # per reference [B, K, X]: from its keys to what they were made of
     keys: int | None = None  # how many the call has; None: any number that the references fit
     weights: tuple[Tensor | None, ...] | None = None  # per reference [1, Q]: an adapter's scale, and mask at each query
+    sets: tuple[KeySet, ...] = ()  # other keys that are told apart; they may overlap
+
+
+class KeySets(NamedTuple):
+    """What else among the keys is told apart, beside the references."""
+
+    words: Mapping[str, Sequence[int]] = {}  # name → tokens, counted from the first text token
+    text: bool = False
+    itself: bool = False
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Names of the options that ask for something."""
+        return tuple(name for name, value in zip(self._fields, self, strict=True) if value)
+
+
+class TextPart(NamedTuple):
+    """Tokens that one tokenizer of a pipeline makes of its prompt."""
+
+    tokenizer: str  # attribute of the pipeline
+    prompts: tuple[str, ...] = ("prompt",)  # arguments of its call; the first one that is given is read
+    length: str | None = None  # argument that says how many tokens; None: tokenizer.model_max_length
+    same: tuple[str, ...] = ()  # arguments that must hold the same prompt: their tokens share channels with these
 
 
 class View(NamedTuple):
@@ -81,6 +104,7 @@ class Request(NamedTuple):
     rollout: bool = False
     image_only: bool = False  # a pipeline says that the context is the reference image and nothing else
     image_grid: Grid | None = None  # of the pipeline's image encoder
+    sets: tuple[str, ...] = ()  # key sets beside the references: "words", "text", "itself"
 
 
 class Family:
@@ -91,6 +115,9 @@ class Family:
     conditional_call: ClassVar[int | None] = None  # diffusers' pipelines run guidance as calls: which is conditional
     batched_guidance: ClassVar[bool] = True  # guidance is part of the batch, as the pipeline says
     latent_pixels: ClassVar[int] = 1  # of the latent image per side of what ForwardInputs calls its grid
+    why_not_itself: ClassVar[str] = ""  # why the picture's own tokens are not among the keys that are looked at
+    texts: ClassVar[tuple[TextPart, ...]] = ()  # how diffusers' pipelines make the text tokens, in their order
+    key_sets: KeySets = KeySets()  # what is asked for in the running forward
     told_by_keys: ClassVar[bool] = False  # which half is unconditional shows in the reference keys alone
 
     @classmethod
@@ -101,6 +128,10 @@ class Family:
             ValueError: the request does not fit, or nothing tells where the reference is; says what to write.
         """
         raise NotImplementedError
+
+    def known_sets(self) -> tuple[str, ...]:
+        """Return the key sets beside the references that are told apart: among "words", "text" and "itself"."""
+        return ()
 
     def has_adapters(self) -> bool:
         """Return whether an adapter gives the model keys of a reference, whatever the pipeline."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from i2am.families import CHANNELS, RESIDUAL, START, Hooked, PipelineFacts, TokenLayout
+from i2am.families import CHANNELS, RESIDUAL, START, Hooked, PipelineFacts, TextPart, TokenLayout
 from i2am.families.arguments import attribute
 from i2am.families.joint import JointTransformer, Positions, Segment, apart
 from i2am.references import Reference
@@ -26,6 +26,7 @@ class Flux(JointTransformer):
 
     models = ("FluxTransformer2DModel",)
     attentions = ("FluxAttention",)
+    texts: ClassVar[tuple[TextPart, ...]] = (TextPart("tokenizer_2", ("prompt_2", "prompt"), "max_sequence_length"),)
     pipelines: ClassVar[tuple[PipelineFacts, ...]] = (
         PipelineFacts("FluxKontext*"),
         PipelineFacts("FluxFill*", refused=CHANNELS),
@@ -56,12 +57,13 @@ class Flux(JointTransformer):
         text = given["encoder_hidden_states"].shape[1]
         generated, references = apart(self._positions.segments(given["img_ids"]))
         self._generated = generated
-        if not (references or self.references or self.self_attention) and self.has_adapters():
+        asked = references or self.references or self.self_attention or self.key_sets.asked
+        if not asked and self.has_adapters():
             return TokenLayout(generated.grid, ())
         return self.in_context(generated, references, text, slice(0, text), text + given["hidden_states"].shape[1])
 
     def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.carried is not None and self.carried.references:
+        if self.carried is not None and (self.carried.references or self.carried.sets):
             layer.awaits = self.carried
 
     def watch(self) -> Iterable[Hooked]:
@@ -88,6 +90,8 @@ class Flux(JointTransformer):
 class LongCat(Flux):
     """``LongCatImageTransformer2DModel``: laid out like Kontext, with 1 and 2 on the position ids' first axis."""
 
+    texts = ()  # a chat template, with the picture in it
+
     models = ("LongCatImageTransformer2DModel",)
     attentions = ("LongCatImageAttention",)
     pipelines = (PipelineFacts("LongCatImageEdit*"),)
@@ -99,6 +103,7 @@ class Fibo(Flux):
     Tokens are single latents, or 2×2 of them with ``do_patching=True``: then give ``trace`` its ``canvas``.
     """
 
+    texts = ()
     models = ("BriaFiboTransformer2DModel",)
     attentions = ("BriaFiboAttention",)
     pipelines = (PipelineFacts("BriaFiboEdit*"),)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from i2am.families import ForwardInputs, Hooked, TokenLayout
-from i2am.families.arguments import attribute, named_arguments
+from i2am.families.arguments import argument, attribute, named_arguments
+from i2am.families.keysets import key_sets
 from i2am.families.resampler import KINDS, Rollout
 from i2am.families.tokens import clip_tokens
 from i2am.families.unet import UNetFamily, grid_of
@@ -66,6 +67,9 @@ class IPAdapter(UNetFamily):
         self.rollouts = {i: Rollout(p) for i, p in resampled.items()} if rollout else {}
         self.processors = {name: m.processor for name, m in self.layers().items()}
 
+    def known_sets(self) -> tuple[str, ...]:
+        return ("words", "text")
+
     def has_adapters(self) -> bool:
         return True
 
@@ -109,6 +113,10 @@ class IPAdapter(UNetFamily):
             masks=kwargs.get("ip_adapter_masks"),
             scales=[s if isinstance(s, list) else [s] for s in scales] if isinstance(scales, list) else None,
         )
+        if self.key_sets.asked:  # the text's call, before the adapters'
+            context = argument(args, kwargs, 1, "encoder_hidden_states", None)
+            length = (context[0] if isinstance(context, tuple) else context).shape[1]
+            layer.awaits = TokenLayout(grid_of(layer), (), keys=length, sets=key_sets(self.key_sets, range(length)))
 
     def watch(self) -> Iterable[Hooked]:
         yield from super().watch()

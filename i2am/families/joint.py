@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from i2am.families import Family, ForwardInputs, Request, TokenLayout
 from i2am.families.arguments import named_arguments
+from i2am.families.keysets import key_sets
 from i2am.families.registry import described_tokens
 from i2am.families.tokens import among, reference_names
+from i2am.ops.tokens import TokenSet
 from i2am.references import SELF, Grid, Reference
 from i2am.tracing.intercept import LayerContext
 
@@ -88,6 +90,9 @@ class JointTransformer(Family):
     def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer.awaits = self.carried
 
+    def known_sets(self) -> tuple[str, ...]:
+        return ("words", "text", "itself")
+
     def has_adapters(self) -> bool:
         return len(getattr(getattr(self.transformer, "encoder_hid_proj", None), "image_projection_layers", ())) > 0
 
@@ -116,9 +121,17 @@ class JointTransformer(Family):
             for s, name in zip(references, reference_names(len(references)), strict=True)
         ]
         parts += [among(text, r) for r in self.references]
-        if not parts:
+        described = {i for r in parts for i in _positions(r, keys or text.stop)} if self.references else set()
+        words = [i for i in range(text.start, text.stop) if i not in described]
+        sets = key_sets(self.key_sets, words, queries, generated.grid)
+        if not parts and not sets:
             raise ValueError(NO_REFERENCE.format(model=type(self.transformer).__name__))
-        return TokenLayout(generated.grid, tuple(parts), queries, keys=keys)
+        return TokenLayout(generated.grid, tuple(parts), queries, keys=keys, sets=sets)
+
+
+def _positions(reference: Reference, length: int) -> list[int]:
+    """Return a reference's keys by number."""
+    return torch.arange(length)[TokenSet.of(reference.tokens, length, "tokens").index].tolist()
 
 
 def apart(pictures: Sequence[tuple[float, Segment]]) -> tuple[Segment, list[Segment]]:

@@ -55,7 +55,7 @@ def _read_unet(pipe: Any, unet: nn.Module, request: Request) -> TracedPipeline:
     encoder = getattr(pipe, "image_encoder", None)
     text = any(getattr(pipe, part, None) is not None for part in ("text_encoder", "text_encoder_2", "tokenizer"))
     described = request.references or has_ip_adapter(unet) or added_key_attentions(unet)
-    if not (request.self_attention or described) and (encoder is None or text):
+    if not (request.self_attention or described or request.sets) and (encoder is None or text):
         raise ValueError(no_reference_keys(type(pipe).__name__, _why_not(pipe, unet)))
     request = request._replace(image_only=encoder is not None and not text, image_grid=patch_grid(encoder))
     family = read_model(unet, request, entry="patch_unet")
@@ -69,10 +69,11 @@ def _read_transformer(pipe: Any, transformer: nn.Module, request: Request) -> Tr
         raise ValueError(f"{name} has two denoising models: trace one with i2am.patch_transformer")
     request = request._replace(image_grid=patch_grid(getattr(pipe, "image_encoder", None)))
     refused = facts is None or facts.refused is not None
-    if refused and not (request.self_attention or request.references) and not _adapted(transformer):
+    asked = request.self_attention or request.references or request.sets
+    if refused and not asked and not _adapted(transformer):
         raise ValueError(no_reference_keys(name, why_not(type(pipe))))
     family = read_model(transformer, request, entry="patch_transformer")
-    if refused and not (request.self_attention or request.references or family.has_adapters()):
+    if refused and not (asked or family.has_adapters()):
         raise ValueError(no_reference_keys(name, why_not(type(pipe))))
     return TracedPipeline(
         transformer, family, lambda: told_by(pipe, family), _latent_pixels(pipe) * family.latent_pixels

@@ -13,6 +13,7 @@ from torch import nn
 
 import i2am.families
 from i2am.families import UNKNOWN, Family, PipelineFacts, Request
+from i2am.families.keysets import check_key_sets
 from i2am.references import Banked, Concatenated, Reference
 from i2am.tracing.intercept import refuse_compiled
 
@@ -55,7 +56,9 @@ def read_model(model: nn.Module, request: Request, *, entry: str) -> Family:
             f"i2am does not know where {name} keeps its reference; it knows {', '.join(sorted(known))}. For attention "
             "modules with to_q, to_k and heads use i2am.patch_modules"
         )
-    return family.read(model, request)
+    found = family.read(model, request)
+    check_key_sets(found, request)
+    return found
 
 
 def facts_of(kind: type[Any]) -> PipelineFacts | None:

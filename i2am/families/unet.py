@@ -22,12 +22,15 @@ from i2am.families import (
     Hooked,
     PipelineFacts,
     Request,
+    TextPart,
     TokenLayout,
     View,
     no_reference_keys,
 )
 from i2am.families.arguments import argument
+from i2am.families.keysets import key_sets
 from i2am.families.tokens import clip_tokens
+from i2am.ops.tokens import TokenSet
 from i2am.references import QUERIES, Banked, Concatenated, Grid, Reference
 from i2am.tracing.guidance import Told
 from i2am.tracing.intercept import AttentionCall, LayerContext, running_context
@@ -59,6 +62,9 @@ def _panorama(variables: dict[str, Any]) -> View:
 
 class UNetFamily(Family):
     """Base of all UNets: cross-attention modules, and grids read from the spatial transformers around them."""
+
+    why_not_itself = 'the picture\'s own tokens are the keys of attention of their own (attn1): mode="self" maps that'
+    texts = (TextPart("tokenizer", same=("prompt_2",)),)  # of SDXL both encoders share channels of the same tokens
 
     def __init__(self, unet: nn.Module):
         self.unet = unet
@@ -117,6 +123,9 @@ class CrossAttention(UNetFamily):
         self.references = references
         self.image_grid = image_grid
 
+    def known_sets(self) -> tuple[str, ...]:
+        return () if self.references is None else ("words", "text")  # else its context is the image and nothing else
+
     @classmethod
     def read(cls, model: nn.Module, request: Request) -> Family:
         return read_unet(model, request)
@@ -153,7 +162,9 @@ class CrossAttention(UNetFamily):
         here = tuple(reference.on(grid) for reference in references)
         for reference in here:
             reference.check(keys)
-        return TokenLayout(grid, here, keys=keys)
+        described = {i for r in here for i in TokenSet.of(r.tokens, keys, "tokens").positions}
+        sets = key_sets(self.key_sets, [i for i in range(keys) if i not in described])
+        return TokenLayout(grid, here, keys=keys, sets=sets)
 
     def _references(self, length: int) -> tuple[Reference, ...]:
         if self.references is not None:
@@ -185,6 +196,8 @@ def read_unet(unet: nn.Module, request: Request) -> Family:
         return AddedKeys(unet, references)
     if not attentions(unet):
         raise ValueError(no_reference_keys(name, "it has no cross-attention that i2am can trace"))
+    if references is None and not request.image_only and request.sets:
+        references = []
     if references is None and not request.image_only:
         raise ValueError(
             f"which cross-attention keys of this {name} encode the reference? The model alone does not tell text tokens"

@@ -21,6 +21,7 @@ from i2am.maps.aggregate import (
     grid_of,
     not_finite_message,
 )
+from i2am.maps.budget import Budget, read_budget
 from i2am.maps.display import as_html
 from i2am.maps.entries import QKEntry
 from i2am.maps.export import as_pandas, as_xarray
@@ -34,12 +35,12 @@ from i2am.maps.sram import (
     Match,
     Region,
     RegionOnGrid,
-    grid_cells,
+    cells_of,
     match,
     region_weights,
     stack_regions,
 )
-from i2am.references import Grid
+from i2am.references import Grid, LayerFilter
 
 if TYPE_CHECKING:
     import pandas
@@ -141,6 +142,30 @@ class AttributionMaps(FramedLayers):
         """Return layer-level maps ``[B, L, h, w]`` in the order of ``maps.layers`` (or of the chosen ones)."""
         return self._read(direction, "layer", **options)
 
+    def budget(
+        self,
+        region: Region | None = None,
+        *,
+        canvas: Grid | None = None,
+        sources: Sequence[str] | None = None,
+        layers: LayerFilter = None,
+    ) -> Budget:
+        """Return on what the generated picture, or a place of it, spends its attention, by time group and layer.
+
+        Args:
+            region: a point ``(y, x)`` or a mask of the generated picture. None: all of it.
+            canvas: as in :meth:`sram`.
+            sources: which of ``maps.sources``; they must share one attention call. None: all.
+            layers: as at every level.
+
+        Returns:
+            a :class:`i2am.maps.budget.Budget`, drawn by :func:`i2am.plot.budget`.
+
+        Raises:
+            ValueError: the sources have attention calls of their own (an adapter beside the text), or are all there is.
+        """
+        return read_budget(self, region, canvas or self.canvas, sources, layers, self.one_group_a_step)
+
     def to_xarray(self, direction: Direction, level: str = "ulam", **options: Unpack[Options]) -> xarray.DataArray:
         """Return a level as an ``xarray.DataArray`` with named axes ``image, (time | head | layer,) y, x``.
 
@@ -231,7 +256,7 @@ class AttributionMaps(FramedLayers):
             reverse: where every cell of a grid over the *reference* went, ``[B, cells, h, w]``.
             options, raises: as :meth:`sram`.
         """
-        return self._regions(*_cells(grid), level=level, reverse=reverse, **options)
+        return self._regions(*cells_of(grid), level=level, reverse=reverse, **options)
 
     def correspondences(self, grid: Grid = (16, 16), *, reverse: bool = False) -> Callable[..., Tensor]:
         """Return :meth:`correspondence` for many questions: ``ask(level=, layers=, times=, heads=, …)``.
@@ -239,7 +264,7 @@ class AttributionMaps(FramedLayers):
         The attention of a layer is recomputed once, for all its heads and times, and remembered until another layer is
         asked: go layer by layer.
         """
-        weights, count = _cells(grid)
+        weights, count = cells_of(grid)
         source = CachedSource(self._recorded(weights, count, reverse))
 
         def ask(*, level: Axis | None = None, **options: Unpack[Options]) -> Tensor:
@@ -373,10 +398,3 @@ class AttributionMaps(FramedLayers):
             provenance=contents.provenance,
             video=contents.video,
         )
-
-
-def _cells(grid: Grid) -> tuple[RegionOnGrid, int]:
-    """Return every cell of a grid as a region, and how many there are."""
-    if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
-        raise ValueError(f"grid must be (rows, columns), both positive, got {grid!r}")
-    return grid_cells(grid), grid[0] * grid[1]

@@ -20,7 +20,7 @@ from i2am.maps.entries import QKEntry
 from i2am.maps.names import Axis, Direction
 from i2am.maps.sram import RegionOnGrid, heads_at_once, region_rows
 from i2am.ops.results import Sums
-from i2am.references import Grid
+from i2am.references import Grid, Kind
 
 Picks = int | slice | Sequence[int] | None
 STORED = ("r2g", "g2r", "mass", "sram")  # the tensors of LayerSums
@@ -45,6 +45,7 @@ class LayerSums:
     g2r: Tensor  # [T, B, H, K]
     mass: Tensor | None = None  # [T, B, H, Q]
     sram: Tensor | None = None  # [T, B, H, R, K] of the R registered regions
+    kind: Kind = "reference"  # what the keys are
     queries: int | None = None  # of one call, by which lift multiplies R2G; None: Q (fewer where calls are tiles)
 
     def count(self, group: int) -> None:
@@ -319,6 +320,11 @@ def area(grid: Grid) -> int:
 
 def check_direction(direction: Direction, sums: Sequence[LayerSums], source: Source | None) -> None:
     """Refuse a direction of which a reference has no map; the message says why."""
+    if direction == "g2r" and sums[0].kind in ("word", "text"):
+        raise ValueError(
+            f"no map on {sums[0].reference!r}: words have no rows and columns. Where they acted is 'r2g', how much of "
+            "the attention they took is 'mass'"
+        )
     if direction == "g2r":
         check_reference_grid(sums, "G2R" if source is None else source.name)
     if direction == "mass" and any(s.mass is None for s in sums):

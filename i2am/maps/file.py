@@ -24,7 +24,7 @@ from i2am.maps.entries import QKEntry, pack
 from i2am.maps.frames import ALONG, PICTURE, Video, check_video
 from i2am.maps.header import Field
 from i2am.maps.provenance import plain
-from i2am.references import Grid
+from i2am.references import KINDS, Grid, Kind
 
 FORMAT = "i2am-maps-1"
 VERSION = 2  # of the header; 1 (or no "version"): what i2am 0.1 wrote, without provenance
@@ -88,7 +88,9 @@ def _layer_header(s: LayerSums) -> dict[str, Any]:
         "keys": s.keys,
         "default": s.default,
         "counts": list(s.counts),
-    } | ({} if s.queries is None else {"queries": s.queries})
+        **({} if s.kind == "reference" else {"kind": s.kind}),
+        **({} if s.queries is None else {"queries": s.queries}),
+    }
 
 
 def _pack_record(
@@ -203,7 +205,7 @@ def _shapes(file: Any) -> dict[str, Stored]:
 
 def _read_layer(layer: Field, i: int, tensors: dict[str, Tensor]) -> LayerSums:
     f = layer.fields(
-        ("layer", "reference", "grid", "reference_grid", "skip", "keys", "default", "counts"), ("queries",)
+        ("layer", "reference", "grid", "reference_grid", "skip", "keys", "default", "counts"), ("queries", "kind")
     )
     for name in ("r2g", "g2r"):
         if f"{i}.{name}" not in tensors:
@@ -222,11 +224,19 @@ def _read_layer(layer: Field, i: int, tensors: dict[str, Tensor]) -> LayerSums:
         default=f["default"].flag(),
         counts=tuple(count.integer(0) for count in f["counts"].items(least=1)),
         queries=f["queries"].integer(1) if "queries" in f else None,
+        kind=_read_kind(f["kind"]) if "kind" in f else "reference",
         r2g=stored["r2g"],
         g2r=stored["g2r"],
         mass=stored.get("mass"),
         sram=stored.get("sram"),
     )
+
+
+def _read_kind(field: Field) -> Kind:
+    kind = next((name for name in KINDS if name == field.text()), None)
+    if kind is None:
+        field.refuse(f"must be one of {', '.join(KINDS)}")
+    return kind
 
 
 def _read_video(field: Field) -> Video:

@@ -59,8 +59,20 @@ class RecordedLayers:
 
     @property
     def references(self) -> list[str]:
-        """Names of the references; with several, each level needs ``reference=``."""
+        """Names of the references, or of what else was told apart where there is none; with several, each level needs
+        ``reference=``.
+        """
+        return _unique(s.reference for s in self._sums if s.kind == "reference") or self.sources
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of all that ``reference=`` takes: the references, words, "text" and "self"."""
         return _unique(s.reference for s in self._sums)
+
+    @property
+    def words(self) -> list[str]:
+        """Names of the words that were told apart."""
+        return _unique(s.reference for s in self._sums if s.kind == "word")
 
     @property
     def time_groups(self) -> int:
@@ -118,6 +130,8 @@ class RecordedLayers:
             raise ValueError(f"level must be None or one of {', '.join(AXES)}, got {level!r}")
         sums = self._chosen(self._reference(reference), layers)
         check_direction(direction, sums, source)
+        if source is not None and source.name == "SRAM" and sums[0].kind != "reference":
+            raise ValueError(f"patches are kept of references only, and {sums[0].reference!r} is none")
         if level == "head":
             check_heads(sums)
         if size is None:
@@ -143,9 +157,9 @@ class RecordedLayers:
         names = self.references
         if reference is None and len(names) == 1:
             return names[0]
-        if reference not in names:
+        if reference is None or reference not in self.sources:
             what = "several references: pass reference=" if reference is None else f"no reference {reference!r}:"
-            raise ValueError(f"{what} one of {', '.join(repr(n) for n in names)}")
+            raise ValueError(f"{what} one of {', '.join(repr(n) for n in (self.sources if reference else names))}")
         return reference
 
     def _chosen(self, reference: str, layers: LayerFilter) -> list[LayerSums]:

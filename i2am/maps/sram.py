@@ -102,6 +102,13 @@ def grid_cells(count: Grid) -> RegionOnGrid:
     return weights
 
 
+def cells_of(grid: Grid) -> tuple[RegionOnGrid, int]:
+    """Return every cell of a grid as a region, and how many there are."""
+    if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+        raise ValueError(f"grid must be (rows, columns), both positive, got {grid!r}")
+    return grid_cells(grid), grid[0] * grid[1]
+
+
 def _area_average(x: Tensor, grid: Grid) -> Tensor:
     """Average ``[B, H, W]`` to ``[B, h, w]``: over each cell's exact area, also where cells cut pixels."""
     return _overlap(grid[0], x.shape[1]) @ x @ _overlap(grid[1], x.shape[2]).T

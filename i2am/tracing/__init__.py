@@ -177,7 +177,7 @@ def patch_transformer(
     return _patch(transformer, "patch_transformer", reference, num_steps, scheduler, TraceSettings(**options))
 
 
-@takes_trace_options("mode", "rollout", "output", "weighted")
+@takes_trace_options("mode", "rollout", "output", "weighted", "words", "text", "itself")
 def patch_modules(
     model: nn.Module,
     *,
@@ -283,7 +283,9 @@ def _clock(num_steps: int | None, scheduler: Any) -> Clock:
 def _request(reference: References, settings: TraceSettings) -> Request:
     if settings.mode == "self" and reference is not None:
         raise ValueError(f'mode="self" looks at no reference, got reference={reference!r}')
-    return Request(_described(reference), self_attention=settings.mode == "self", rollout=settings.rollout)
+    return Request(
+        _described(reference), self_attention=settings.mode == "self", rollout=settings.rollout, sets=settings.sets
+    )
 
 
 def _described(reference: References) -> Described:

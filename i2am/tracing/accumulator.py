@@ -44,7 +44,7 @@ class Accumulator:
         steps: denoising steps of a run.
     """
 
-    @takes_trace_options("layers", "guidance", "mode", "rollout", "weighted")
+    @takes_trace_options("layers", "guidance", "mode", "rollout", "weighted", "words", "text", "itself")
     def __init__(self, steps: int, *, default_layers: LayerFilter = None, **options: Unpack[TraceOptions]):
         """Begin with empty sums.
 

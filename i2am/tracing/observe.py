@@ -15,6 +15,7 @@ from i2am.maps.aggregate import LayerSums
 from i2am.ops import Sums, accumulate
 from i2am.ops.tokens import TokenSet
 from i2am.tracing.intercept import AttentionCall, ForwardContext, LayerContext
+from i2am.tracing.keysets import KeySetSums
 from i2am.tracing.options import TraceSettings
 from i2am.tracing.qk import QKRecord, mask_between
 from i2am.tracing.regions import RegisteredRegions
@@ -103,27 +104,30 @@ class Observer:
                 "weighted=True "
                 "multiplies R2G with them"
             )
-        aside = _Aside(layout, context.conditional, k.shape[2], totals, weighted=self.settings.weighted)
+        count = len(layout.references)
+        aside = _Aside(layout, context.conditional, k.shape[2], totals[:count], weighted=self.settings.weighted)
+        beside = KeySetSums(layout.sets, totals[count:], k.shape[2])
         with torch.no_grad():
             out, row_lse, col_lse = accumulate(
                 q,
                 k,
                 v,
-                sums=aside.sums,
+                sums=[*aside.sums, *beside.sums],
                 queries=layout.queries,
-                keys=[reference.tokens for reference in layout.references],
+                keys=[*(reference.tokens for reference in layout.references), *beside.keys],
                 scale=call.scale,
                 attn_mask=mask,
                 regions=None if regions is None else regions.to(q.device),
                 backend=self.settings.backend,
             )
             aside.add()
+            beside.add()
         for track in tracks:
             track.count(group)
         if self._finite and q.device.type == "cpu":  # elsewhere it would wait for the device: see check_finite
             self._see_finite(layer.name, context, q, k, row_lse)
-        if self.record.options.wants(context.info):
-            self._keep(layer.name, layout, q, k, mask, call.scale, row_lse, col_lse, group)
+        if count and self.record.options.wants(context.info):
+            self._keep(layer.name, layout, q, k, mask, call.scale, row_lse, col_lse[:count], group)
         return out
 
     def _check(self, context: ForwardContext, layer: LayerContext, layout: TokenLayout, call: AttentionCall) -> int:

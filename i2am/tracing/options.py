@@ -16,7 +16,7 @@ import torch
 from i2am._files import parse_size
 from i2am.maps.sram import MAX_REGIONS, Region
 from i2am.ops import BACKENDS
-from i2am.references import Grid, LayerFilter
+from i2am.references import SELF, TEXT, Grid, LayerFilter
 
 if TYPE_CHECKING:
     from i2am.tracing.clock import StepInfo
@@ -49,6 +49,9 @@ class KeywordOptions(_SharedOptions, total=False):
     """Keywords of :func:`i2am.trace` beside ``time_groups`` and ``layers``, which it also takes by position."""
 
     mode: Mode
+    words: Sequence[str] | Mapping[str, Sequence[int]] | None
+    text: bool
+    itself: bool
     rollout: bool
     weighted: bool
     output: Output
@@ -150,6 +153,25 @@ class TraceSettings:
             )
         },
     )
+    words: Sequence[str] | Mapping[str, Sequence[int]] | None = field(
+        default=None,
+        metadata={
+            "doc": (
+                "words of the prompt to tell apart, found by the pipeline's tokenizers; or name → text tokens, counted "
+                'from the first one. Each is read like a reference: maps.ulam("r2g", reference="sleeve").'
+            )
+        },
+    )
+    text: bool = field(
+        default=False,
+        metadata={"doc": ('whether the whole prompt is told apart, as "text".')},
+    )
+    itself: bool = field(
+        default=False,
+        metadata={
+            "doc": ('whether the attention that the picture pays to itself is told apart, as "self" (joint attention).')
+        },
+    )
     rollout: bool = field(
         default=False,
         metadata={
@@ -249,7 +271,25 @@ class TraceSettings:
             )
         if self.sram is not None and len(self.sram) > MAX_REGIONS:
             raise ValueError(f"at most {MAX_REGIONS} regions can be registered, got {len(self.sram)}")
+        self._check_sets()
         self._check_record()
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the options that ask for key sets beside the references."""
+        return tuple(name for name in ("words", "text", "itself") if getattr(self, name))
+
+    def _check_sets(self) -> None:
+        if self.sets and self.mode != "reference":
+            raise ValueError(f'{self.sets[0]}= goes with mode="reference", got mode={self.mode!r}')
+        words = self.words
+        if words is None:
+            return
+        if isinstance(words, str) or not words or not all(isinstance(word, str) and word.strip() for word in words):
+            raise ValueError(f'words must be a sequence of words, such as ["sleeve", "red"], got {words!r}')
+        taken = [word for word in words if word in (TEXT, SELF)]
+        if taken or len(set(words)) < len(words):
+            raise ValueError(f"words need names of their own, other than {TEXT!r} and {SELF!r}; got {list(words)}")
 
     def _check_record(self) -> None:
         options = self.record_options

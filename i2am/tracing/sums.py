@@ -7,7 +7,7 @@ from torch import Tensor
 
 from i2am.families import TokenLayout
 from i2am.maps.aggregate import LayerSums
-from i2am.references import Grid, Reference
+from i2am.references import Grid, KeySet, Reference
 
 Place = tuple[int, int] | None  # of a tile's latents on the picture's: (top, left); None: the whole picture
 
@@ -40,7 +40,7 @@ class SumStore:
 
         Args:
             layer: its name.
-            layout: which references are among the keys.
+            layout: which references and other sets are among the keys.
             q: ``[B, H, Nq, d]`` conditional queries.
             k: ``[B, H, Nk, d]`` conditional keys.
             queries: number of generated ones among the queries.
@@ -50,11 +50,12 @@ class SumStore:
         Raises:
             ValueError: the call does not look like the earlier ones of this layer (batch, heads, grids).
         """
-        share = any(reference.count(k.shape[2]) < k.shape[2] for reference in layout.references)
-        rolls = layout.rollout or [None] * len(layout.references)
+        every: list[Reference] = [*layout.references, *layout.sets]
+        share = any(reference.count(k.shape[2]) < k.shape[2] for reference in every)
+        rolls = [*(layout.rollout or [None] * len(layout.references)), *[None] * len(layout.sets)]
         return [
             self._track(layer, layout.grid, r, q, k, queries, share, regions, roll, place)
-            for r, roll in zip(layout.references, rolls, strict=True)
+            for r, roll in zip(every, rolls, strict=True)
         ]
 
     def _track(
@@ -96,6 +97,7 @@ class SumStore:
                 mass=zeros(queries) if share else None,
                 sram=zeros(regions, K) if regions else None,
                 counts=[0] * T,
+                kind=reference.kind if isinstance(reference, KeySet) else "reference",
             )
         seen = (track.grid, tuple(track.r2g.shape[1:]), track.reference_grid, tuple(track.g2r.shape[1:]))
         now = (grid, (B, H, queries), reference.grid, (B, H, K))

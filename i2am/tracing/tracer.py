@@ -37,6 +37,7 @@ from i2am.tracing.regions import RegisteredRegions
 from i2am.tracing.sums import Place, SumStore
 from i2am.tracing.tiles import check_place, extent, on_canvas
 from i2am.tracing.who import Caller, PipelineCaller, ThreadCaller
+from i2am.tracing.words import AskedSets
 
 
 class Tracer:
@@ -86,6 +87,7 @@ class Tracer:
                 settings.groups(None)
             self._regions = RegisteredRegions(settings.sram or {}, settings.canvas, pixels)
             self._forget()
+            self._asked = AskedSets(settings, pipe, family)
             modules = family.layers()
             chosen = choose_layers(modules, settings.layers)
             named = settings.layers is not None
@@ -248,6 +250,7 @@ class Tracer:
             ledger.pass_by(caller.why)
             return
         _refuse_faster_cache(model)
+        self._family.key_sets = self._asked.read(caller.frame)
         forward = self._family.begin(args, kwargs)
         timestep = read_timestep(forward.timestep)
         info = self._read_clock(timestep)
