@@ -237,7 +237,7 @@ def test_the_reference_is_as_it_was(kontext):
     with i2am.trace(kontext, words=["red"], itself=True, output="model") as beside:
         assert edit(kontext).images.equal(plain)
     for direction in ("r2g", "g2r", "mass"):
-        assert beside.maps().ulam(direction).equal(tracer.maps().ulam(direction))
+        assert_peak(beside.maps().ulam(direction), tracer.maps().ulam(direction).double(), 1e-6)
 
 
 def test_text_to_image_has_words_alone():
