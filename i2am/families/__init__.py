@@ -52,7 +52,7 @@ class TokenLayout(NamedTuple):
 
 
 class KeySets(NamedTuple):
-    """What else among the keys is told apart, beside the references."""
+    """Key sets that are told apart beside the references."""
 
     words: Mapping[str, Sequence[int]] = {}  # name → tokens, counted from the first text token
     text: bool = False

@@ -28,7 +28,7 @@ ALONG: tuple[Along, ...] = get_args(Along)
 
 
 class Video(NamedTuple):
-    """Where the frames of a video are."""
+    """Frames of a video, and where they lie."""
 
     frames: int
     along: Along  # of each grid, below each other; or of the batch
