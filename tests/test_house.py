@@ -1,9 +1,20 @@
-"""The house's rules that a program can check: short files, no import circles, docstrings that say what is done."""
+"""The house's rules that a program can check: short files, no import circles, docstrings that say what is done, and
+one file for what is added.
+"""
 
 import ast
+import gc
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+
+import i2am
+from benchmarks import aot
+from i2am.families import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(p for room in ("i2am", "kernels", "benchmarks", "docs") for p in (ROOT / room).rglob("*.py"))
@@ -168,3 +179,107 @@ def test_a_riddle_is_found(tmp_path, monkeypatch):
         "module.py:12: Names",
         "module.py:14: SRAM",
     ]
+
+
+# -------------------------------------------------------------------------------------------- one file and its test
+
+FAMILY = '''
+from i2am.families import PipelineFacts
+from i2am.families.joint import JointTransformer, Segment
+
+
+class Pretend(JointTransformer):
+    """``PretendTransformer``: 2×3 generated tokens, then 2×2 of the reference."""
+
+    models = ("PretendTransformer",)
+    attentions = ("PretendAttention",)
+    pipelines = (PipelineFacts("PretendEdit*", "reference_image"),)
+
+    def layout(self, given):
+        return self.in_context(Segment(0, (2, 3)), [Segment(6, (2, 2))], 0, slice(0, 0), 10)
+'''
+KERNEL = """
+import triton
+import triton.language as tl
+
+from i2am.kernels.tiles import Tiles, configuration
+
+
+@triton.jit
+def pretend_kernel(x, N, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + o, 0.0, mask=o < N)
+
+
+def configurations(call):
+    yield configuration("pretend", pretend_kernel, {"x": "*fp32", "N": "i32"}, {"BLOCK": 64}, Tiles(64, 64, 4, 2))
+"""
+
+
+@pytest.fixture
+def one_more(tmp_path, monkeypatch):
+    """A function that puts one more file into a room of the package, until the test ends."""
+    added = []
+
+    def add(room, name, text):
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+        package = importlib.import_module(room)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+        added.append((package, name))
+        registry.families.cache_clear()
+
+    yield add
+    for package, name in added:
+        if sys.modules.pop(f"{package.__name__}.{name}", None) is not None:
+            delattr(package, name)
+    monkeypatch.undo()
+    registry.families.cache_clear()
+    gc.collect()  # a family is found by its base class, which must no longer know it
+
+
+class PretendAttention(torch.nn.Module):
+    processor = None
+
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+class PretendTransformer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = PretendAttention()
+
+    def forward(self, hidden_states, timestep):
+        return self.attn(hidden_states.unflatten(-1, (2, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+
+
+def test_a_family_is_one_file(one_more):
+    """Found, traced, and known to the command, by what stands in its file."""
+    one_more("i2am.families", "pretend", FAMILY)
+    model, x = PretendTransformer(), torch.randn(1, 10, 16, generator=torch.Generator().manual_seed(0))
+    with i2am.patch_transformer(model, num_steps=1, time_groups=1) as tracer:
+        model(x, torch.tensor([0.5]))
+    heads = x.unflatten(-1, (2, -1)).transpose(1, 2).double()
+    rows = (heads @ heads.mT / 8**0.5).softmax(-1)[:, :, :6, 6:]
+    torch.testing.assert_close(tracer.maps().ulam("g2r"), rows.mean((1, 2)).reshape(1, 2, 2).float())
+    pipeline = type("PretendEditPipeline", (), {"__call__": lambda self, prompt, reference_image: None})
+    assert registry.reference_argument(pipeline) == "reference_image"
+
+
+def test_a_family_is_forgotten():
+    with pytest.raises(ValueError, match="does not know where PretendTransformer keeps its reference"):
+        i2am.patch_transformer(PretendTransformer())
+
+
+def test_a_kernel_is_one_file(one_more):
+    """Found by what compiles every kernel for every target."""
+    one_more("i2am.kernels", "pretend", KERNEL)
+    found = aot.configurations(aot.TARGETS["sm_90"], ["fp16"], [64], ["plain"])
+    assert "pretend fp16 d=64 plain" in {configuration.name for configuration in found}
+
+
+def test_every_family_has_its_test():
+    files = {kind.__module__.split(".")[-1] for kind in registry.families()}
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "families").glob("test_*.py")}
+    assert len(files) >= 9
+    assert files - tests == set(), "tests/families/test_<file>.py, from tests/helpers/families.py"
