@@ -177,7 +177,7 @@ def patch_transformer(
     return _patch(transformer, "patch_transformer", reference, num_steps, scheduler, TraceSettings(**options))
 
 
-@takes_trace_options("mode", "rollout", "output", "weighted", "words", "text", "itself")
+@takes_trace_options(ModuleOptions)
 def patch_modules(
     model: nn.Module,
     *,

@@ -21,7 +21,7 @@ from i2am.references import Grid, LayerFilter, Reference, choose_layers
 from i2am.tracing.clock import StepInfo
 from i2am.tracing.intercept import AttentionCall, ForwardContext, LayerContext, eager
 from i2am.tracing.observe import Observer
-from i2am.tracing.options import TraceOptions, TraceSettings, takes_trace_options
+from i2am.tracing.options import AccumulatorOptions, TraceSettings, takes_trace_options
 from i2am.tracing.provenance import Ledger
 from i2am.tracing.qk import QKRecord
 from i2am.tracing.regions import RegisteredRegions
@@ -44,8 +44,8 @@ class Accumulator:
         steps: denoising steps of a run.
     """
 
-    @takes_trace_options("layers", "guidance", "mode", "rollout", "weighted", "words", "text", "itself")
-    def __init__(self, steps: int, *, default_layers: LayerFilter = None, **options: Unpack[TraceOptions]):
+    @takes_trace_options(AccumulatorOptions)
+    def __init__(self, steps: int, *, default_layers: LayerFilter = None, **options: Unpack[AccumulatorOptions]):
         """Begin with empty sums.
 
         Args:

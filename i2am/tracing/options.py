@@ -33,7 +33,6 @@ OUTPUTS: tuple[Output, ...] = ("i2am", "model")
 class _SharedOptions(TypedDict, total=False):
     """Keywords of every entry point."""
 
-    guidance: GuidanceMode
     backend: Backend | None
     sram: Mapping[str, Region] | None
     canvas: Grid | None
@@ -48,6 +47,7 @@ class _SharedOptions(TypedDict, total=False):
 class KeywordOptions(_SharedOptions, total=False):
     """Keywords of :func:`i2am.trace` beside ``time_groups`` and ``layers``, which it also takes by position."""
 
+    guidance: GuidanceMode
     mode: Mode
     words: Sequence[str] | Mapping[str, Sequence[int]] | None
     text: bool
@@ -57,9 +57,17 @@ class KeywordOptions(_SharedOptions, total=False):
     output: Output
 
 
+class AccumulatorOptions(_SharedOptions, total=False):
+    """Keywords of :class:`i2am.Accumulator`."""
+
+    time_groups: TimeGroups
+    output: Output
+
+
 class ModuleOptions(_SharedOptions, total=False):
     """Keywords of :func:`i2am.patch_modules`."""
 
+    guidance: GuidanceMode
     time_groups: TimeGroups
     layers: LayerFilter
 
@@ -335,13 +343,13 @@ class TraceSettings:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def takes_trace_options(*without: str) -> Callable[[F], F]:
+def takes_trace_options(options: type = TraceOptions) -> Callable[[F], F]:
     """Decorate an entry point ``f(…, **options)``: unknown names are refused, signature and help list every option.
 
     Args:
-        without: options that it does not take.
+        options: the TypedDict whose keywords it takes.
     """
-    known = {f.name: f for f in fields(TraceSettings) if f.name not in without}
+    known = {f.name: f for f in fields(TraceSettings) if f.name in options.__annotations__}
 
     def decorate(function: F) -> F:
         called = function.__qualname__.removesuffix(".__init__")
@@ -359,12 +367,12 @@ def takes_trace_options(*without: str) -> Callable[[F], F]:
             return function(*args, **given)
 
         taken = {p.name for p in named}
-        options = [
+        rest = [
             inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
             for f in known.values()
             if f.name not in taken
         ]
-        wrapper.__signature__ = own.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
+        wrapper.__signature__ = own.replace(parameters=[*named, *rest])  # type: ignore[attr-defined]
         lines = "".join(f"\n    {f.name}: {f.metadata['doc']}" for f in known.values())
         wrapper.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:{lines}\n"
         return wrapper  # type: ignore[return-value]
