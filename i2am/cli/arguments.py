@@ -174,6 +174,7 @@ OPTIONS = (
     _option("device", RUN, "D", "default: cuda where there is one, else cpu", type=device, setting=False),
     _option("dtype", RUN, None, "default: float32 on cpu, else float16", choices=DTYPES, setting=False),
     _option("time_groups", MAPS, "T", 'default: 5; "steps": one a step', type=time_groups, default=5),
+    _option("word", MAPS, "WORD", "of the prompt, to tell apart from the reference; may be repeated", action="append"),
     _option("layers", MAPS, "GLOB", 'such as "up_blocks.*"; may be repeated', action="append"),
 )
 CALL_OPTIONS = {option.call: option.name for option in OPTIONS if option.call is not None}

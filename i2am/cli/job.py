@@ -57,6 +57,8 @@ class Job:
         dropped = {o: None for o in unneeded if not {o, f"{o}_image"} & parameters}
         args = argparse.Namespace(**{**vars(args), **dropped})
         device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if args.word is not None and "prompt" not in parameters:
+            raise UserError(f"{pipeline_class.__name__} takes no --word: it has no prompt")
         dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16"))
         if args.offload is not None and device.type == "cpu":
             raise UserError("--offload is of no use on cpu: weights are there already")
@@ -91,6 +93,8 @@ class Job:
             call["height"], call["width"] = args.size
         values = {**vars(args), **(texts or {}), **images}
         call |= {argument: values[option] for argument, option in self.routes.items()}
+        if args.word is not None:
+            traced |= {"words": args.word, "text": True}
         with i2am.trace(self.pipe, time_groups=args.time_groups, layers=args.layers, **traced) as tracer:
             result = self.pipe(**call)
         return Outcome(tracer.maps(), result.images[0], part_seen(images["reference"], self.pipe))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SETTINGS = "i2am.json"  # lists the files of a run, by which a later one knows its own
 OWN_FILES = re.compile(
-    r"(demo|generated|reference|summary|[utlh]lam_(r2g|g2r)(_\d+_heads)?)\.png|maps\.safetensors|i2am\.json|report\.html"
+    r"(demo|generated|reference|summary|words|budget|[utlh]lam_(r2g|g2r)(_\d+_heads)?)\.png|maps\.safetensors|i2am\.json|report\.html"
 )
 REPORT = "report.html"
 FAILED = "failed"  # folder of a run whose figures could not be drawn, beside those of an earlier run
@@ -165,6 +165,9 @@ def _drawings(
         return plot.note(ax.figure, footer) if footer else ax.figure
 
     yield "summary", partial(plot.summary, maps, generated, reference, footer=footer)
+    if maps.words:
+        yield "words", partial(plot.words, maps, generated, footer=footer)
+        yield "budget", partial(_budget, maps, footer)
     for direction, image in directions.items():
         draw = partial(plot.levels, maps, direction, image, footer=footer)
         yield f"ulam_{direction}", partial(unified, direction, image)
@@ -172,6 +175,19 @@ def _drawings(
         for suffix, layers in _head_groups(maps).items():
             yield f"hlam_{direction}{suffix}", partial(draw, "head", layers=layers)
         yield f"llam_{direction}", partial(draw, "layer")
+
+
+def _budget(maps: AttributionMaps, footer: str | None) -> Figure:
+    """Draw who got the attention: of all sources, or of the text's own where an adapter has a softmax of its own."""
+    from i2am import plot
+    from i2am.references import TEXT
+
+    try:
+        shares = maps.budget()
+    except ValueError:
+        shares = maps.budget(sources=[*maps.words, TEXT])
+    figure = plot.budget(shares).figure
+    return plot.note(figure, footer) if footer else figure
 
 
 def _head_groups(maps: AttributionMaps) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ touches pyplot's list of figures. ``figure.savefig(...)`` writes it; a notebook 
 from i2am.maps import AXES
 from i2am.plot.animation import Animation, animate
 from i2am.plot.arrays import PANEL_PIXELS, as_picture
-from i2am.plot.budget import budget
+from i2am.plot.budget import budget, words
 from i2am.plot.figures import blend, levels, overlay, summary, thumbnail
 from i2am.plot.labels import MEANING, meaning, short_layer_names, signed
 from i2am.plot.panels import CMAP, SCALES, note
@@ -37,4 +37,5 @@ __all__ = [
     "sram",
     "summary",
     "thumbnail",
+    "words",
 ]

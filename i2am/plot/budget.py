@@ -1,4 +1,4 @@
-"""A budget of attention as areas over time."""
+"""Words beside references: a budget of attention as areas over time, and where each word acted."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure as MatplotlibFigure
 
+from i2am.maps import AttributionMaps
 from i2am.maps.budget import REST, Budget
-from i2am.plot.shown import single_axes
+from i2am.plot.arrays import as_picture, shrunk
+from i2am.plot.figures import blend
+from i2am.plot.panels import note
+from i2am.plot.shown import Figure, single_axes
 
 COLOURS = ("#9a3412", "#1d4ed8", "#0f766e", "#b45309", "#7e22ce", "#be123c", "#4d7c0f", "#0369a1")
 NEUTRAL = "#d4d4d4"  # of what was not told apart
@@ -64,6 +69,32 @@ def budget(shares: Budget, *, index: int = 0, layer: str | None = None, ax: Axes
     )
     ax.set_title("On what the picture spends its attention" + ("" if layer is None else f"\n{layer}"), fontsize=10)
     return ax
+
+
+def words(maps: AttributionMaps, image: Any, *, index: int = 0, footer: str | None = None) -> MatplotlibFigure:
+    """Draw where each word acted (R2G), and above what share of the attention it took.
+
+    Args:
+        maps: traced with ``words=``.
+        image: the generated image. Forms: see :func:`i2am.plot.overlay`.
+        index: which sample of a batch.
+        footer: a note below.
+
+    Raises:
+        ValueError: no words were told apart.
+    """
+    if not maps.words:
+        raise ValueError('no words were told apart: trace with words=["…"]')
+    picture = shrunk(as_picture(image, index))
+    wide = max(len(maps.words), 2)
+    figure = Figure(figsize=(2.6 * wide, 2.6 * picture.shape[0] / picture.shape[1] + 0.7), layout="constrained")
+    for ax, word in zip(figure.subplots(1, wide, squeeze=False)[0], [*maps.words, None], strict=False):
+        ax.set_axis_off()
+        if word is not None:
+            ax.imshow(blend(picture, maps.ulam("r2g", reference=word)[index].numpy()))
+            share = float(maps.ulam("mass", reference=word)[index].mean())
+            ax.set_title(f"{word}\n{100 * share:.2g} % of the attention", fontsize=9)
+    return note(figure, footer) if footer else figure
 
 
 def _colours(sources: list[str]) -> list[str]:

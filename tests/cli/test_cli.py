@@ -87,6 +87,24 @@ def test_ip_adapter_inpainting_has_both_directions(inpaint, images, tmp_path, ca
     assert set(settings["files"]) | {"i2am.json"} == R2G_FILES | G2R_FILES | OTHER_FILES
 
 
+def test_words_of_the_prompt(inpaint, paint_by_example, images, tmp_path, capsys):
+    pipeline, adapter = inpaint
+    options = ["--ip-adapter", adapter, "--ip-adapter-subfolder", "models", "--prompt", "a red cat"]
+    assert trace(pipeline, images, tmp_path / "out", *options, "--word", "red", "--word", "cat") == 0
+    assert {"words.png", "budget.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    maps = i2am.AttributionMaps.load(tmp_path / "out" / "maps.safetensors")
+    assert (maps.references, maps.words) == (["ip_adapter"], ["red", "cat"])
+    assert json.loads((tmp_path / "out" / "i2am.json").read_text())["word"] == ["red", "cat"]
+    capsys.readouterr()
+    check_error(
+        capsys,
+        trace(pipeline, images, tmp_path / "x", *options, "--word", "dog"),
+        "'dog' is no word of the prompt",
+        "cat",
+    )
+    check_error(capsys, trace(paint_by_example, images, tmp_path / "y", "--word", "dog"), "takes no --word")
+
+
 def test_report(inpaint, images, tmp_path):
     """Both masks reach it, cut to what the encoder sees; the maps beside it stay small: without queries and keys."""
     pipeline, adapter = inpaint

@@ -1,11 +1,15 @@
 """Areas of attention over time: each source's band has its share's height."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from i2am import plot
+from i2am.maps import AttributionMaps
 from i2am.maps.budget import REST, Budget
+from tests.plot.test_plot import photograph, some_maps
 
 
 def shares(layers=2):
@@ -41,3 +45,15 @@ def test_what_is_not_there_is_refused():
         plot.budget(shares(), index=2)
     with pytest.raises(ValueError, match="no step ran"):
         plot.budget(shares()._replace(shares=torch.full((1, 2, 1, 3), float("nan"))))
+
+
+def test_a_panel_a_word():
+    maps = some_maps()
+    with pytest.raises(ValueError, match="no words were told apart"):
+        plot.words(maps, photograph())
+    told = [dataclasses.replace(s, reference="hat", kind="word", reference_grid=None) for s in maps._sums]
+    figure = plot.words(AttributionMaps(told), photograph(), index=1)
+    share = 100 * float(maps.ulam("mass")[1].mean())
+    assert figure.axes[0].get_title() == f"hat\n{share:.2g} % of the attention"
+    assert len(figure.axes[0].images) == 1
+    assert not figure.axes[1].images
