@@ -127,14 +127,12 @@ def rates(run: Run) -> dict[str, float]:
 
 def beside(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
     """Return the model's own output and both maps by the sweeps behind it."""
-    from i2am.ops import beside as sweeps
+    from i2am.ops.stock import forward_with_lse
 
-    (B, H, Nq, d), Nk = q.shape, k.shape[2]
-    found = sweeps.forward_with_lse(q, k, v)
+    found = forward_with_lse(q, k, v)
     assert found is not None, "PyTorch's choice here does not tell its log-sum-exp"
-    sums = Sums(*(torch.zeros(B, H, N, device=q.device) for N in (Nq, Nk)))
-    spans = {"queries": (0, Nq), "keys": [(0, Nk)]}
-    sweeps.sweeps(q, k, found[1], scale=d**-0.5, mask=None, regions=None, sums=[sums], **spans)
+    sums = Sums(*(torch.zeros(*q.shape[:2], N, device=q.device) for N in (q.shape[2], k.shape[2])))
+    ops.accumulate(q, k, None, sums=[sums], row_lse=found[1])
     return {"out": found[0], "r2g": sums.r2g, "g2r": sums.g2r}
 
 

@@ -172,7 +172,7 @@ def test_the_models_own_output_and_the_sweeps(Nq, Nk, d, backend):
     """Bit for bit the kernel's own output, its log-sum-exp, and both maps behind it."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from i2am.ops import beside
+    from i2am.ops import beside, stock
 
     q, k, v = qkv(Nq, Nk, d)
     with sdpa_kernel(getattr(SDPBackend, backend)):
@@ -180,7 +180,7 @@ def test_the_models_own_output_and_the_sweeps(Nq, Nk, d, backend):
             own = F.scaled_dot_product_attention(q, k, v)
         except RuntimeError as error:
             pytest.skip(f"{backend} does not run here: {error}")
-        found = beside.forward_with_lse(q, k, v)
+        found = stock.forward_with_lse(q, k, v)
     assert found is not None
     out, row_lse = found
     assert torch.equal(out, own)

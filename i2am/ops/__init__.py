@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from i2am.ops import naive, streaming
-from i2am.ops.checks import BACKENDS, check_call, check_sums, runs_eagerly, triton_available
+from i2am.ops.checks import BACKENDS, check_call, check_row_lse, check_sums, runs_eagerly, triton_available
 from i2am.ops.readouts import READS, readouts, refuse_undifferentiable, wants_gradient
 from i2am.ops.results import AttentionOutput, Readouts, Sums
 from i2am.ops.tokens import Selector, Span, TokenSet, gather, inverse, on_device
@@ -175,6 +175,7 @@ def accumulate(
     scale: float | None = None,
     attn_mask: Tensor | None = None,
     regions: Tensor | None = None,
+    row_lse: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
     """Compute one attention call and add its attribution to the running sums of every reference among its keys.
@@ -185,6 +186,8 @@ def accumulate(
         keys: one selector per reference.
         regions: ``[1 | B, R, Q]`` float32 region weights over the generated queries, each summing to 1; needs
             ``Sums.sram``.
+        row_lse: ``[B, H, Nq]`` natural, float32: the rows' log-sum-exp over all keys, where another kernel has computed
+            the output (``v=None``); saves the GPU kernels a pass, other backends compute their own.
 
     Returns:
         ``(out | None, row_lse [B, H, Nq], col_lse)`` with one ``[B, H, K]`` column log-sum-exp per reference.
@@ -203,9 +206,11 @@ def accumulate(
     Q = TokenSet.of(queries, q.shape[2], "queries")
     Ks = [TokenSet.of(selector, k.shape[2], "keys") for selector in keys]
     check_sums(q, Q, Ks, sums, regions)
+    if row_lse is not None:
+        check_row_lse(q, v, row_lse)
     if backend == "reference":
         return _accumulate_naive(q, k, v, mask, scale, Q, Ks, sums, regions)
-    return _dispatch(q, k, v, mask, scale, Q, Ks, sums, regions, backend)
+    return _dispatch(q, k, v, mask, scale, Q, Ks, sums, regions, backend, known=row_lse)
 
 
 def _zeros(q: Tensor, *shape: int) -> Tensor:
@@ -223,8 +228,12 @@ def _dispatch(
     sums: Sequence[Sums],
     regions: Tensor | None,
     backend: str,
+    known: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    """Run an implementation, which knows spans only: tokens of sets with gaps are brought together first."""
+    """Run an implementation, which knows spans only: tokens of sets with gaps are brought together first.
+
+    ``known``: the row log-sum-exp of a call without values, where somebody has it.
+    """
     (query_span,), query_order = gather([Q], q.shape[2])
     key_spans, key_order = gather(Ks, k.shape[2])
     if query_order is not None:
@@ -235,7 +244,16 @@ def _dispatch(
         order = on_device(key_order, q.device)
         k, v = k[:, :, order], (None if v is None else v[:, :, order])
         mask = None if mask is None else mask[..., order]
-    if runs_eagerly(q, k, v, mask, regions):
+    eager = runs_eagerly(q, k, v, mask, regions)
+    if known is not None and backend == "triton" and eager:
+        from i2am.ops import beside
+
+        rows = known if query_order is None else known[:, :, on_device(query_order, q.device)]
+        col_lses = beside.sweeps(
+            q, k, rows, scale=scale, mask=mask, regions=regions, queries=query_span, keys=key_spans, sums=sums
+        )
+        return None, known, col_lses
+    if eager:
         out, row_lse, col_lse = _run(q, k, v, mask, regions, scale, query_span, key_spans, sums, backend)
     else:
         out, row_lse, col_lse = _custom_op(

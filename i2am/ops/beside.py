@@ -1,23 +1,22 @@
 """Attribution beside somebody else's attention: its output and row log-sum-exp as they are, then two thin sweeps.
 
-``forward_with_lse`` runs the very kernel that ``scaled_dot_product_attention`` would choose, by the operator that also
-returns the log-sum-exp; ``sweeps`` (GPU) turns it into attribution. So the model's output is its own kernel's bit for
-bit, and every speed-up of that kernel is one of the traced model.
+:func:`i2am.ops.stock.forward_with_lse` has the log-sum-exp of PyTorch's own kernels; ``sweeps`` turns it into
+attribution. So the model's output is its own kernel's bit for bit, and every speed-up of that kernel is one of the
+traced model.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from i2am.kernels import column_lse, sweep, tiles
 from i2am.kernels.tiles import Call, cdiv
+from i2am.ops import triton
 from i2am.ops.launch import (
     LOG2E,
     NAMES,
@@ -27,6 +26,7 @@ from i2am.ops.launch import (
     Workspace,
     device_of,
     head,
+    is_compilers,
     launch,
     mask_kind,
     may_describe,
@@ -35,38 +35,10 @@ from i2am.ops.launch import (
     strides,
     unit_of,
     upcast,
+    warn_once,
 )
 from i2am.ops.results import Sums
 from i2am.ops.tokens import Span
-
-aten = torch.ops.aten
-
-
-def forward_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, scale: float | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """Return ``out [B, H, Nq, d]`` of PyTorch's own choice of kernel, and ``row_lse [B, H, Nq]`` natural, float32.
-
-    None where the chosen kernel does not tell its log-sum-exp (the plain one, an exotic mask); then nothing has run.
-    """
-    if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[-1])
-    choice = torch._fused_sdp_choice(q, k, v, attn_mask, 0.0, False, scale=scale)
-    if choice == SDPBackend.FLASH_ATTENTION.value and q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=attn_mask, scale=scale
-        )
-    elif choice == SDPBackend.FLASH_ATTENTION.value and q.shape[-1] % 8 == 0:
-        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
-    elif choice == SDPBackend.EFFICIENT_ATTENTION.value and attn_mask is None:
-        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, False, scale=scale)[:2]
-    elif choice == SDPBackend.CUDNN_ATTENTION.value and attn_mask is None:
-        out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)[:2]
-    else:
-        return None
-    B, H, Nq, _ = q.shape
-    lse = lse.reshape(B, H, -1)[..., :Nq]  # the efficient kernel's is longer, cuDNN's has one more axis
-    return out, lse.float()
 
 
 class Half(NamedTuple):
@@ -127,6 +99,8 @@ def sweeps(
 
     Returns:
         The natural column log-sum-exp ``[B, H, K]`` of every reference.
+
+    Where a sweep does not compile or fit, the fused kernels without an output do its work, and that is said once.
     """
     (B, H, Nq, d), Nk, device = q.shape, k.shape[2], q.device
     if scale < 0:
@@ -144,8 +118,9 @@ def sweeps(
     by_key = NONE4 if mask is None else mask.stride()
     by_query = (by_key[0], by_key[1], by_key[3], by_key[2])
     weight_strides = NONE3 if regions is None else (regions.stride(0) * (regions.shape[0] > 1), *regions.stride()[1:])
-    Q, at_once, found = queries[1] - queries[0], programs(device), []
-    for span, total in zip(keys, sums, strict=True):
+    Q, at_once = queries[1] - queries[0], programs(device)
+
+    def one(span: Span, total: Sums) -> Tensor:
         K = span[1] - span[0]
         a = plan_half(call, B * H, K, Q, at_once, unit, True, 0)
         size = max(x[1] for x in a[4:] if x is not None)
@@ -180,5 +155,26 @@ def sweeps(
         start_accumulate(
             total, (r2g, g2r, mass, sram), K, (H, Q, K, call.regions), (b.splits, a.splits, a.splits), B * H
         )
-        found.append(col_lse)
+        return col_lse
+
+    found: list[Tensor] = []
+    try:
+        while call not in _broken and len(found) < len(keys):
+            found.append(one(keys[len(found)], sums[len(found)]))
+    except Exception as raised:  # of a launch, before anything of that reference was added
+        if not is_compilers(raised):
+            raise
+        _broken.add(call)
+        warn_once(device, call, B * H, Nq, "by the fused kernels", raised)
+    rest = keys[len(found) :]
+    if rest:
+        more = sums[len(found) :]
+        _, _, hull = triton.attention(
+            q, k, None, scale=scale, mask=mask, regions=regions, queries=queries, keys=rest, sums=more
+        )
+        first = min(start for start, _ in rest)
+        found += [hull[..., a - first : b - first] for a, b in rest]
     return found
+
+
+_broken: set[Call] = set()

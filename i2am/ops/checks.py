@@ -76,6 +76,17 @@ def _check_tensor(name: str, x: object, q: Tensor) -> None:
         )
 
 
+def check_row_lse(q: Tensor, v: Tensor | None, row_lse: Tensor) -> None:
+    """Refuse a log-sum-exp that is not that of the call's rows. Raises ValueError."""
+    if v is not None:
+        raise ValueError("row_lse= is what a kernel that computed the output knows: give v=None with it")
+    if row_lse.shape != q.shape[:3] or row_lse.dtype != torch.float32 or row_lse.device != q.device:
+        raise ValueError(
+            f"row_lse must be [B, H, Nq] = {tuple(q.shape[:3])}, torch.float32 on {q.device}, got "
+            f"{tuple(row_lse.shape)}, {row_lse.dtype} on {row_lse.device}"
+        )
+
+
 def _check_mask(mask: Tensor, device: torch.device, full: tuple[int, int, int, int]) -> Tensor:
     if mask.device != device:
         raise ValueError(f"attn_mask is on {mask.device}, q on {device}")

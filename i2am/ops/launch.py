@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
+import warnings
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
@@ -155,3 +157,23 @@ def is_compilers(error: Exception) -> bool:
         return True
     text = f"{type(error).__name__}: {error}"
     return any(said in text for said in ("PTXAS", "PassManager::run failed", "C compiler", "LLVM ERROR"))
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def warn_once(device: torch.device, call: Call, heads: int, queries: int, instead: str, error: Exception) -> None:
+    """Warn of a configuration that cannot be built, once a head dim, dtype and what it is replaced by."""
+    key = f"{call.dtype} {call.d}", instead
+    if key in _warned:
+        return
+    _warned.add(key)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    said = str(error).strip().splitlines() or [""]
+    warnings.warn(
+        f"i2am: an attention kernel does not build on {name} with Triton {triton.__version__} for {heads} heads, "
+        f"{queries} × {call.keys} tokens, d {call.d}, {call.dtype}; such calls run {instead} from now on. "
+        f"{type(error).__name__}: {said[0]}",
+        RuntimeWarning,
+        stacklevel=4,
+    )

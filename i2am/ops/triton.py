@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from i2am.kernels import attribution, column_lse, forward, tiles
@@ -38,6 +36,7 @@ from i2am.ops.launch import (
     strides,
     unit_of,
     upcast,
+    warn_once,
 )
 from i2am.ops.results import Sums
 from i2am.ops.tokens import Span
@@ -204,10 +203,10 @@ def attention(
             _broken[shape], error = level + 1, raised
         else:
             if error is not None:
-                _warn_once(device, shape, "with smaller tiles", error)
+                warn_once(device, call, B * H, Nq, "with smaller tiles", error)
             return found
     if error is not None:
-        _warn_once(device, shape, "in torch ops (slower)", error)
+        warn_once(device, call, B * H, Nq, "in torch ops (slower)", error)
     done = progress.done
     found = streaming.attention(
         q, k, v, scale=scale, mask=mask, regions=regions, queries=queries, keys=keys[done:], sums=sums[done:]
@@ -289,25 +288,4 @@ def _run(
     return results
 
 
-# ----------------------------------------------------------------------------------------------------------- fallback
-
 _broken: dict[Shape, int] = {}  # the first level that is worth trying
-_warned: set[tuple[str, str]] = set()
-
-
-def _warn_once(device: torch.device, shape: Shape, instead: str, error: Exception) -> None:
-    """Warn of a configuration that cannot be built, once a head dim, dtype and what it is replaced by."""
-    call = shape.call
-    key = f"{call.dtype} {call.d}", instead
-    if key in _warned:
-        return
-    _warned.add(key)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    said = str(error).strip().splitlines() or [""]
-    warnings.warn(
-        f"i2am: an attention kernel does not build on {name} with Triton {triton.__version__} for "
-        f"{shape.B} × {shape.H} heads, {shape.Nq} × {call.keys} tokens, d {call.d}, {call.dtype}; such calls run "
-        f"{instead} from now on. {type(error).__name__}: {said[0]}",
-        RuntimeWarning,
-        stacklevel=3,
-    )

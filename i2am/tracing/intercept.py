@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from i2am.families import TokenLayout
+from i2am.ops.stock import STOCK, forward_with_lse
 from i2am.references import Grid
 from i2am.tracing.clock import StepInfo
 
@@ -35,7 +36,8 @@ R = TypeVar("R")
 class AttentionCall:
     """An intercepted attention call: ``[B, H, N, d]`` tensors, and what else the model passed.
 
-    ``original`` computes a call as the model would have; None: ``scaled_dot_product_attention``.
+    ``original`` computes a call as the model would have; None: ``scaled_dot_product_attention``. ``stock``: it is
+    nothing but PyTorch's own.
     """
 
     query: Tensor
@@ -47,6 +49,7 @@ class AttentionCall:
     scale: float | None = None
     enable_gqa: bool = False
     original: Callable[[AttentionCall], Tensor] | None = None
+    stock: bool = False
 
     def on(self, samples: slice) -> AttentionCall:
         """Return the same call for some samples of the batch."""
@@ -77,6 +80,15 @@ class AttentionCall:
             scale=self.scale,
             enable_gqa=self.enable_gqa,
         )
+
+    def run_with_lse(self) -> tuple[Tensor, Tensor | None]:
+        """Return the model's own attention, and its row log-sum-exp ``[B, H, Nq]`` where its kernel tells it."""
+        stock = self.stock or (self.original is None and _original is STOCK)
+        cast = torch.is_autocast_enabled(self.query.device.type)
+        if not stock or cast or self.is_causal or self.enable_gqa or self.dropout_p:
+            return self.run(), None
+        found = forward_with_lse(self.query, self.key, self.values, self.attn_mask, self.scale)
+        return (self.run(), None) if found is None else found
 
 
 # What a layer waits for: the layout of its reference-carrying call; or a function of the call where only that tells,
@@ -305,7 +317,9 @@ def _through_registry(name: object, backend: Attention) -> Attention:
             out: Tensor = backend(**own, **kwargs)
             return out.transpose(1, 2)
 
-        call = AttentionCall(**{x: t.transpose(1, 2) for x, t in tensors.items()}, **known, original=original)
+        stock = name == "native" or getattr(name, "value", None) == "native"
+        heads = {x: t.transpose(1, 2) for x, t in tensors.items()}
+        call = AttentionCall(**heads, **known, original=original, stock=stock and _original is STOCK)
         return _output(context.attend(context, layer, call)).transpose(1, 2)
 
     return intercepted

@@ -13,6 +13,7 @@ from torch import Tensor
 from i2am.families import TokenLayout
 from i2am.maps.aggregate import LayerSums
 from i2am.ops import Sums, accumulate
+from i2am.ops.checks import choose_backend
 from i2am.ops.tokens import TokenSet
 from i2am.tracing.intercept import AttentionCall, ForwardContext, LayerContext
 from i2am.tracing.keysets import KeySetSums
@@ -77,14 +78,24 @@ class Observer:
             return self._observe(context, layer, layout, call)
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
         if self.settings.output == "model" or call.dropout_p != 0 or trained:
-            self._observe(context, layer, layout, replace(call, value=None))
-            return call.run()
+            fused = choose_backend(call.query, call.value, self.settings.backend) == "triton"
+            own, row_lse = call.run_with_lse() if fused and not trained else (call.run(), None)
+            self._observe(context, layer, layout, replace(call, value=None), row_lse)
+            return own
         return among_others(self._observe(context, layer, layout, call), call, context.conditional)
 
     def _observe(
-        self, context: ForwardContext, layer: LayerContext, layout: TokenLayout, call: AttentionCall
+        self,
+        context: ForwardContext,
+        layer: LayerContext,
+        layout: TokenLayout,
+        call: AttentionCall,
+        known: Tensor | None = None,
     ) -> Tensor | None:
-        """Add one call to the sums; return its output for the conditional samples, where the call has values."""
+        """Add one call to the sums; return its output for the conditional samples, where the call has values.
+
+        ``known``: the row log-sum-exp ``[B, H, Nq]`` of all samples, from the kernel that computed the output.
+        """
         queries = self._check(context, layer, layout, call)
         part = call.on(context.conditional)
         mask = padding_is_masked(part.attn_mask)
@@ -118,6 +129,7 @@ class Observer:
                 scale=call.scale,
                 attn_mask=mask,
                 regions=None if regions is None else regions.to(q.device),
+                row_lse=None if known is None else known[context.conditional],
                 backend=self.settings.backend,
             )
             aside.add()

@@ -9,6 +9,7 @@ from triton.runtime.errors import OutOfResources
 import i2am
 from i2am.kernels import attribution, column_lse, forward, tiles
 from i2am.ops import Sums, accumulate
+from i2am.ops import launch as launching
 from i2am.ops import triton as host
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's log2(0) is meant
@@ -413,7 +414,7 @@ def test_no_descriptors_where_strides_forbid(descriptors):
 def broken(monkeypatch):
     """Has chosen launches fail as a compiler does; says which tiles were tried. Nothing is remembered afterwards."""
     monkeypatch.setattr(host, "_broken", {})
-    monkeypatch.setattr(host, "_warned", set())
+    monkeypatch.setattr(launching, "_warned", set())
     tried = []
 
     def breaks(kernel, most, error):
@@ -470,7 +471,7 @@ def test_nothing_is_added_twice(broken, monkeypatch):
         real(kernel, what, *arguments)
 
     monkeypatch.setattr(host, "_broken", {})
-    monkeypatch.setattr(host, "_warned", set())
+    monkeypatch.setattr(launching, "_warned", set())
     monkeypatch.setattr(host, "launch", launch)
     with pytest.warns(RuntimeWarning, match="in torch ops"):
         check_accumulate(q, k, v, [slice(0, 40), slice(40, 77)])

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from i2am.kernels import tiles
-from i2am.ops import Sums, accumulate, beside
+from i2am.ops import Sums, accumulate, beside, launch, stock
+from i2am.ops import triton as fused
 from tests.helpers.interpreter_watch import watched
 from tests.kernels.test_attention import DEVICE, assert_close, leveled, qkv, regions, strided
 
@@ -110,19 +111,129 @@ def test_single_owners_and_any_order():
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_models_own_output(masked):
+@pytest.mark.parametrize("kind", [None, "additive", "bool", "padding"])
+def test_the_models_own_output(kind):
     """Bit for bit that of ``scaled_dot_product_attention``, and its log-sum-exp is the definition's."""
     q, k, v = (x.to("cpu") for x in qkv(130, 77, d=64))
-    mask = torch.randn(130, 77) if masked else None
-    found = beside.forward_with_lse(q, k, v, mask)
+    allowed = torch.rand(130, 77) < 0.7
+    mask = {None: None, "additive": torch.randn(130, 77), "bool": allowed, "padding": allowed[:1, None, None]}[kind]
+    found = stock.forward_with_lse(q, k, v, mask)
     assert found is not None
     assert torch.equal(found[0], F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
     s = q.double() @ k.double().transpose(-1, -2) / 8
-    torch.testing.assert_close(found[1], torch.logsumexp(s if mask is None else s + mask, -1).float())
+    if mask is not None:
+        s = s + mask if kind == "additive" else s.masked_fill(~mask, float("-inf"))
+    torch.testing.assert_close(found[1], torch.logsumexp(s, -1).float())
 
 
 def test_a_kernel_that_keeps_its_log_sum_exp(monkeypatch):
     """Nothing runs, and the caller hears of it."""
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: SDPBackend.MATH.value)
-    assert beside.forward_with_lse(*qkv(65, 77)) is None
+    assert stock.forward_with_lse(*qkv(65, 77)) is None
+
+
+# ------------------------------------------------------------------------------------- the way there from the op's door
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that are launched; those of ``launched.broken`` fail as a compiler does."""
+
+    class Names(list):
+        broken = ()
+
+    names, real = Names(), launch.launch
+
+    def watching(kernel, *arguments):
+        names.append(kernel.fn.__name__)
+        if names[-1] in names.broken:
+            raise RuntimeError("PassManager::run failed")
+        real(kernel, *arguments)
+
+    for module in (beside, fused, launch):
+        monkeypatch.setattr(module, "launch", watching)
+    monkeypatch.setattr(beside, "_broken", set())
+    monkeypatch.setattr(fused, "_broken", {})
+    monkeypatch.setattr(launch, "_warned", set())
+    return names
+
+
+def behind(q, k, queries, references, weights=None, **options):
+    """``accumulate`` with a known log-sum-exp on Triton, and the float64 twin: [(name, found, true)]."""
+    (B, H, Nq, _), R = q.shape, 0 if weights is None else weights.shape[1]
+    Q = torch.arange(Nq)[queries].numel()
+    found, truth = [], []
+    for into in (found, truth):
+        for keys in references:
+            K = torch.arange(k.shape[2])[keys].numel()
+            shapes = (B, H, Q), (B, H, K), (B, H, Q), (B, H, R, K) if R else None
+            into.append(Sums(*(None if x is None else torch.zeros(x, device=DEVICE) for x in shapes)))
+    arguments = {"queries": queries, "keys": references, "regions": weights, **options}
+    _, row, cols = accumulate(q, k, None, sums=truth, backend="reference", **arguments)
+    out, same, got = accumulate(q, k, None, sums=found, backend="triton", row_lse=row.float(), **arguments)
+    assert out is None
+    pairs = [("row_lse", same, row), *(("col_lse", x, y) for x, y in zip(got, cols, strict=True))]
+    for x, y in zip(found, truth, strict=True):
+        pairs += [(name, a, b) for name, a, b in zip(x._fields, x, y, strict=True) if a is not None]
+    return pairs
+
+
+def test_known_row_lse_is_what_the_sweeps_take(launched):
+    """Sets with gaps, several references, regions: right, and pass 1 is not run."""
+    q, k, _ = qkv(65, 77)
+    odd, even = torch.arange(1, 77, 2), torch.arange(0, 60, 2)
+    for name, x, y in behind(q, k, torch.arange(64, 3, -2), [odd, even], regions(1, 2, 31)):
+        assert_close(name, x, y, 2e-5)
+    assert set(launched) == {"sweep_kernel", "column_lse_kernel", "accumulate_kernel"}
+
+
+@pytest.mark.parametrize("broken", ["sweep_kernel", "accumulate_kernel"])
+def test_sweeps_that_do_not_build(launched, broken, monkeypatch):
+    """The fused kernels (or torch ops) do their work, once and with one warning; nothing counts twice."""
+    launched.broken = (broken,)
+    q, k, _ = qkv(65, 77)
+    with pytest.warns(RuntimeWarning, match="does not build on cpu .* 65 × 77 tokens") as warned:
+        pairs = behind(q, k, slice(2, 60), [slice(0, 40), slice(40, 77)])
+    for name, x, y in pairs:
+        assert_close(name, x, y, 2e-5)
+    assert sum("by the fused kernels" in str(w.message) for w in warned) == 1
+    count = launched.count("sweep_kernel")
+    behind(q, k, slice(2, 60), [slice(0, 40)])
+    assert launched.count("sweep_kernel") == count  # remembered
+
+
+def test_a_second_sweep_that_fails_adds_the_first_once(launched, monkeypatch):
+    q, k, _ = qkv(65, 77)
+    real, calls = beside.launch, []
+
+    def second_fails(kernel, *arguments):
+        calls.append(kernel)
+        if len(calls) == 5:  # after the four launches of the first reference
+            raise RuntimeError("PassManager::run failed")
+        real(kernel, *arguments)
+
+    monkeypatch.setattr(beside, "launch", second_fails)
+    monkeypatch.setattr(
+        beside, "start_accumulate", lambda *x: calls.append("accumulate") or launch.start_accumulate(*x)
+    )
+    with pytest.warns(RuntimeWarning, match="by the fused kernels"):
+        pairs = behind(q, k, slice(None), [slice(0, 40), slice(40, 77)])
+    for name, x, y in pairs:
+        assert_close(name, x, y, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": torch.zeros(1, 2, 77, 40)}, "give v=None"),
+        ({"row_lse": torch.zeros(1, 2, 64)}, r"row_lse must be \[B, H, Nq\] = \(1, 2, 65\)"),
+        ({"row_lse": torch.zeros(1, 2, 65, dtype=torch.float64)}, "torch.float64"),
+    ],
+)
+def test_row_lse_that_does_not_fit(change, message):
+    q, k = torch.zeros(1, 2, 65, 40), torch.zeros(1, 2, 77, 40)
+    sums = [Sums(torch.zeros(1, 2, 65), torch.zeros(1, 2, 77), torch.zeros(1, 2, 65), None)]
+    given = {"v": None, "row_lse": torch.zeros(1, 2, 65)} | change
+    with pytest.raises(ValueError, match=message):
+        accumulate(q, k, given["v"], sums=sums, row_lse=given["row_lse"], backend="streaming")
+    assert not sums[0].r2g.any()

@@ -86,6 +86,34 @@ def test_model_output_is_bit_identical(unet):
         torch.testing.assert_close(forward(unet), plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("chooser", ["torch", "own"])
+def test_the_sweeps_take_the_log_sum_exp_of_the_models_kernel(unet, chooser, monkeypatch):
+    """``output="model"`` on the GPU kernels: the output bit for bit, the maps from its row log-sum-exp.
+
+    A function that somebody put in torch's place keeps its log-sum-exp, and is run as it is.
+    """
+    beside = pytest.importorskip("i2am.ops.beside", reason="triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter runs where there is no GPU")
+    took, real = [], beside.sweeps
+    monkeypatch.setattr(beside, "sweeps", lambda q, *args, **kwargs: took.append(len(q)) or real(q, *args, **kwargs))
+    if chooser == "own":
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: SDPA(*args, **kwargs) * 0.5)
+    plain = forward(unet)
+    options = {"reference": REFERENCE, "output": "model", "guidance": 1, "sram": {"all": torch.ones(8, 8)}}
+    with i2am.patch_unet(unet, **options) as tracer:
+        assert forward(unet).equal(plain)
+    assert not took
+    wanted = tracer.maps()
+    with i2am.patch_unet(unet, backend="triton", **options) as tracer:
+        assert forward(unet).equal(plain)
+    assert set(took) == ({1} if chooser == "torch" else set())  # the conditional sample alone
+    maps = tracer.maps()
+    for direction in ("r2g", "g2r"):
+        torch.testing.assert_close(maps.llam(direction), wanted.llam(direction), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(maps.sram("all"), wanted.sram("all"), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_inside_the_model(unet, error):
     def fail(*_):
