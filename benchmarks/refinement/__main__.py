@@ -23,6 +23,7 @@ COMPARED = ("plain", "flow", "inside")
 CONDITIONS = {
     "scratch": COMPARED,
     "tryon": COMPARED,
+    "weight": ("flow, a tenth",),
     "lasting": ("flow, 400 steps",),
     "gate": ("photometric", "photometric, gated"),
     "layers": ("flow, encoder", "flow, decoder"),

@@ -71,6 +71,7 @@ LESSONS: dict[str, Lesson | None] = {
     "inside": Lesson(inside, ("r2g",), 0.1),
     "photometric": Lesson(photometric, PLACES, 0.5),
     "photometric, gated": Lesson(photometric, PLACES, 0.5, below=QUIET),
+    "flow, a tenth": Lesson(flow, PLACES, 0.001),
     "flow, encoder": Lesson(flow, PLACES, 0.01, layers="down_blocks.*"),
     "flow, decoder": Lesson(flow, PLACES, 0.01, layers="up_blocks.*"),
     "flow, 400 steps": Lesson(flow, PLACES, 0.01, first=400),

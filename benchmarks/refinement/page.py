@@ -47,13 +47,20 @@ SCRATCH = """
 
 Does a young model learn better when it is told where to look, at equal steps and at equal time? Step time is CPU
 time in that of a plain step; the equal-time column is the change of the error, over the {few} tasks that are measured
-along the way, at the steps that a condition makes while plain makes the row's (interpolated).
+along the way, at the steps that a condition makes while plain makes the row's (interpolated). These tasks tell the
+model in its input channels which place of the reference belongs where, so that a plain model finds it by itself.
 """
 
 TRYON = """
 ## Another task: `tryon`
 
 The same from scratch, for garments that are turned and bent.
+"""
+
+WEIGHT = """
+## Is the weight to blame?
+
+The flow loss at a tenth of its weight.
 """
 
 LASTING = """
@@ -102,7 +109,7 @@ def write(rooms: dict[str, Room], extra: dict[str, dict], facts: dict, docs: Pat
     sections.append(_trained("scratch", SCRATCH.format(**facts), rooms["scratch"], facts, facts["compared"]))
     if rooms["scratch"].runs:
         sections[-1] += "\n\n![Along training](images/refinement-scratch.png)"
-    for part, text in (("tryon", TRYON), ("lasting", LASTING), ("gate", GATE), ("layers", LAYERS)):
+    for part, text in (("weight", WEIGHT), ("tryon", TRYON), ("lasting", LASTING), ("gate", GATE), ("layers", LAYERS)):
         conditions = ("plain", *(() if part == "tryon" else ("flow",)), *facts["conditions"][part])
         sections.append(_trained(part, text, rooms[part], facts, tuple(dict.fromkeys(conditions))))
     sections.append(_tuned(TUNING.format(steps=facts["tuning"]), rooms["tuning"], facts))
@@ -119,7 +126,7 @@ def _missing(part: str, what: str = "Not measured in this run") -> str:
 
 
 def _trained(part: str, text: str, room: Room, facts: dict, conditions: tuple[str, ...]) -> str:
-    parts, own = [text], facts["conditions"].get(part, conditions)
+    parts, own, missing = [text], facts["conditions"].get(part, conditions), []
     for steps in sorted(facts["targets"]):
         rows = {}
         for condition in conditions:
@@ -127,9 +134,13 @@ def _trained(part: str, text: str, room: Room, facts: dict, conditions: tuple[st
             if seeds:
                 rows[condition] = _row(room, condition, seeds, steps)
         if not set(rows) & (set(own) - {"plain"}):
-            parts.append(f"After {steps:,} steps: " + _missing(f"{part} --steps {steps}", "not measured in this run"))
+            missing.append(steps)
             continue
         parts += [f"**After {steps:,} steps**", _markdown(rows), _verdicts(rows)]
+    if missing:
+        counts = ", ".join(f"{steps:,}" for steps in missing)
+        command = f"{part} --steps {' '.join(map(str, missing))}"
+        parts.append(_missing(command, f"Not measured in this run after {counts} steps"))
     return paragraphs(parts)
 
 
@@ -173,15 +184,18 @@ def _markdown(rows: dict[str, dict[str, str]]) -> str:
 
 
 def _verdicts(rows: dict[str, dict[str, str]]) -> str:
-    """Say of each condition whether its change's interval leaves out zero."""
+    """Say what each condition does to the error: a direction only where the interval leaves out 0 and seeds agree."""
     said = []
     for name, row in rows.items():
+        signs = {x.strip()[0] for x in row.get("seed by seed", "").split(",")} if row.get("seed by seed") else set()
         for column, when in (("change of the error", "at equal steps"), ("at equal time", "at equal time")):
             text = row.get(column, "")
             if "[" not in text:
                 continue
             low, high = (float(x) for x in text.split("[")[1].rstrip("]").split(", "))
             verdict = "lowers" if high < 0 else "raises" if low > 0 else "does not distinguishably change"
+            if len(signs) > 1 and column == "change of the error":
+                verdict = "has seeds that disagree about"
             said.append(f"`{name}` {verdict} the error {when}")
     return "; ".join(said) + "." if said else ""
 

@@ -157,7 +157,13 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path):
     assert "`flow` lowers the error at equal steps" in text
     assert "`inside` raises the error at equal steps" in text
     assert "-25.0 % [-25.0, -25.0]" in text
-    assert "After 1,600 steps: not measured in this run: `python -m benchmarks.refinement --parts scratch" in text
+    missing = (
+        "Not measured in this run after 1,600 steps: `python -m benchmarks.refinement --parts scratch --steps 1600`"
+    )
+    assert missing in text
+    stored(state / "scratch", "inside", 1, {200: base, 400: 0.9 * base}, 1.1)
+    again = command.write_page(state, tmp_path, [400, 1600], quick=False).read_text()
+    assert "`inside` has seeds that disagree about the error at equal steps" in again
     assert "No setting is better than no guidance" in text
     assert (tmp_path / "images" / "refinement-scratch.png").stat().st_size > 1000
 
@@ -166,5 +172,5 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path):
 def test_the_whole_program_at_a_small_size(tmp_path):
     arguments = ["--quick", "--seeds", "0", "--steps", "1", "--state", str(tmp_path / "state"), "--docs", str(tmp_path)]
     text = command.main(arguments).read_text()
-    assert text.count("**After 1 steps**") == 5
+    assert text.count("**After 1 steps**") == 6
     assert "not measured" not in text.lower()
