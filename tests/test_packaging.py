@@ -101,7 +101,11 @@ def test_the_wheel_promises_what_the_metadata_says(wheel):
         assert "i2am/py.typed" in z.namelist()
     assert found["Version"] == i2am.__version__
     assert found["Requires-Python"] == ">=3.10"
-    assert {line.split(",")[0] for line in found.get_all("Project-URL")} >= {"Homepage", "Issues", "Changelog"}
+    assert wheel.stat().st_size < 25 * 2**20
+    assert (found["Author"], found["License-Expression"]) == ("The i2am developers", "Apache-2.0")
+    assert {"attention", "diffusion models", "saliency"} <= set(found["Keywords"].split(","))
+    assert "attribution" in found["Summary"]
+    assert {line.split(",")[0] for line in found.get_all("Project-URL")} >= {"Homepage", "Issues", "Changelog", "Paper"}
     floors = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints-lowest.txt").read_text(), re.M))
     required = [re.match(r"([\w-]+)>=([\w.]+)", line) for line in found.get_all("Requires-Dist") if "extra" not in line]
     assert len(required) >= 10

@@ -15,8 +15,17 @@ import torch
 from torch import Tensor
 
 from i2am.ops import naive, streaming
-from i2am.ops.checks import BACKENDS, check_call, check_row_lse, check_sums, runs_eagerly, triton_available
-from i2am.ops.readouts import READS, readouts, refuse_undifferentiable, wants_gradient
+from i2am.ops.checks import (
+    BACKENDS,
+    check_call,
+    check_row_lse,
+    check_sums,
+    refuse_undifferentiable,
+    runs_eagerly,
+    triton_available,
+    wants_gradient,
+)
+from i2am.ops.readouts import READS, readouts
 from i2am.ops.results import AttentionOutput, Readouts, Sums
 from i2am.ops.tokens import Selector, Span, TokenSet, gather, inverse, on_device
 

@@ -184,3 +184,44 @@ def _check_sum(name: str, x: Tensor | None, shape: tuple[int, ...], device: torc
 def describe(x: object) -> str:
     """Return what an argument is, for a message: dtype, shape and device of a tensor, else type and beginning."""
     return f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"{type(x).__name__}: {x!r:.80}"
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether autograd is recording and one of ``tensors`` requires a gradient."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def refuse_undifferentiable(q: Tensor, k: Tensor, v: Tensor | None, mask: Tensor | None) -> None:
+    """Refuse derivatives that are not given: rather an error than a zero.
+
+    Raises:
+        NotImplementedError: a tensor carries a forward-mode tangent, or the mask requires a gradient.
+    """
+    refuse_gradient("attn_mask", mask)
+    if torch.compiler.is_compiling():  # its graphs hold neither tangents nor wrapped tensors
+        return
+    for name, x in (("q", q), ("k", k), ("v", v), ("attn_mask", mask)):
+        if x is None:
+            continue
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{name} carries a forward-mode tangent (torch.func.jvp, jacfwd, forward_ad), and i2am's attention has "
+                "reverse-mode gradients only: use backward() or torch.autograd.grad, or backend='reference'"
+            )
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            raise NotImplementedError(
+                f"{name} is inside torch.func (grad, vjp, jacrev, vmap), for which i2am's attention has no rule: use "
+                "backward() or torch.autograd.grad, or backend='reference'"
+            )
+
+
+def refuse_gradient(name: str, x: Tensor | None) -> None:
+    """Refuse a gradient with respect to what gets none. Raises NotImplementedError."""
+    if wants_gradient(x):
+        raise NotImplementedError(
+            f"{name} requires a gradient, and only q, k and v get one: pass {name}.detach(), or use "
+            "backend='reference', which materialises the attention"
+        )

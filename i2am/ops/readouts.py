@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from i2am.ops import gradients, naive
-from i2am.ops.checks import check_call
+from i2am.ops.checks import check_call, refuse_gradient, refuse_undifferentiable
 from i2am.ops.forward import READS as STREAMED
 from i2am.ops.forward import Outputs
 from i2am.ops.results import Readouts
@@ -107,50 +106,13 @@ def readouts(
         return _naive(q, k, v, asked)
     refuse_undifferentiable(q, k, v, attn_mask)
     for name, x in (("regions", regions), ("query_coordinates", query_coordinates)):
-        _refuse_gradient(name, x)
+        refuse_gradient(name, x)
     for x in key_coordinates or ():
-        _refuse_gradient("key_coordinates", x)
+        refuse_gradient("key_coordinates", x)
     return _streamed(q, k, v, asked, backend)
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused
-
-
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether autograd is recording and one of ``tensors`` requires a gradient."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def refuse_undifferentiable(q: Tensor, k: Tensor, v: Tensor | None, mask: Tensor | None) -> None:
-    """Refuse derivatives that are not given: rather an error than a zero.
-
-    Raises:
-        NotImplementedError: a tensor carries a forward-mode tangent, or the mask requires a gradient.
-    """
-    _refuse_gradient("attn_mask", mask)
-    if torch.compiler.is_compiling():  # its graphs hold neither tangents nor wrapped tensors
-        return
-    for name, x in (("q", q), ("k", k), ("v", v), ("attn_mask", mask)):
-        if x is None:
-            continue
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                f"{name} carries a forward-mode tangent (torch.func.jvp, jacfwd, forward_ad), and i2am's attention has "
-                "reverse-mode gradients only: use backward() or torch.autograd.grad, or backend='reference'"
-            )
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):
-            raise NotImplementedError(
-                f"{name} is inside torch.func (grad, vjp, jacrev, vmap), for which i2am's attention has no rule: use "
-                "backward() or torch.autograd.grad, or backend='reference'"
-            )
-
-
-def _refuse_gradient(name: str, x: Tensor | None) -> None:
-    if wants_gradient(x):
-        raise NotImplementedError(
-            f"{name} requires a gradient, and only q, k and v get one: pass {name}.detach(), or use "
-            "backend='reference', which materialises the attention"
-        )
 
 
 # ------------------------------------------------------------------------------------------------- reading the request
@@ -284,15 +246,15 @@ def _streamed(q: Tensor, k: Tensor, v: Tensor | None, asked: _Asked, backend: st
             entropy=got.entropy if "entropy" in asked.read else None,
         )
         if everything and "mass" in asked.read:  # 1, and 0 where a row is fully masked
-            one = one._replace(mass=(~got.row_lse.detach()[:, :, generated].isneginf()).to(got.row_lse.dtype))
+            one = one.having(mass=(~got.row_lse.detach()[:, :, generated].isneginf()).to(got.row_lse.dtype))
         between = None if mask is None else mask[:, :, generated, few]
         one = _with_few(one, q[:, :, generated], k[:, :, few], between, one.row_lse[:, :, generated], asked, n)
-        found.append(one if "col_lse" in asked.read else one._replace(col_lse=None))
+        found.append(one if "col_lse" in asked.read else one.having(col_lse=None))
     if query_order is None:
         return found
     back = on_device(inverse(query_order), q.device)
     return [
-        one._replace(out=None if one.out is None else one.out[:, :, back], row_lse=one.row_lse[:, :, back])
+        one.having(out=None if one.out is None else one.out[:, :, back], row_lse=one.row_lse[:, :, back])
         for one in found
     ]
 
@@ -325,7 +287,7 @@ def _with_few(
         s = _exact(q) @ _exact(few).transpose(2, 3) * asked.scale  # [B, H, Q, n]
         s = _masked(s, None if mask is None else mask[..., asked.columns[n].index])
         p = (s - _finite(row_lse).unsqueeze(3)).exp()
-        one = one._replace(columns=p.to(row_lse.dtype))
+        one = one.having(columns=p.to(row_lse.dtype))
     if asked.pairs is not None:
         pairs = asked.pairs[n].to(q.device).expand(q.shape[0], -1, -1)
         i, j = (index[:, None].expand(-1, q.shape[1], -1) for index in pairs.unbind(2))  # [B, H, M]
@@ -333,9 +295,9 @@ def _with_few(
         if mask is not None:
             s = _masked(s, mask.gather(2, i[..., None].expand(*i.shape, k.shape[2])).gather(3, j[..., None])[..., 0])
         if "log_p" in asked.read:
-            one = one._replace(log_p=(s - row_lse.gather(2, i)).to(row_lse.dtype))
+            one = one.having(log_p=(s - row_lse.gather(2, i)).to(row_lse.dtype))
         if "log_c" in asked.read and one.col_lse is not None:
-            one = one._replace(log_c=(s - one.col_lse.gather(2, j)).to(row_lse.dtype))
+            one = one.having(log_c=(s - one.col_lse.gather(2, j)).to(row_lse.dtype))
     return one
 
 
@@ -369,7 +331,7 @@ def _naive(q: Tensor, k: Tensor, v: Tensor | None, asked: _Asked) -> list[Readou
         one = Readouts(None if v is None else (p.rows @ v.double()).to(q.dtype), p.row_lse, p.col_lse)
         surprise = torch.where(rows > 0, rows, 1.0).log()  # ln P, and 0 where P is 0
         x, y, w = asked.key_coordinates, asked.query_coordinates, asked.regions
-        one = one._replace(
+        one = one.having(
             r2g=p.columns.mean(3) if "r2g" in asked.read else None,
             g2r=spent.mean(2) if "g2r" in asked.read else None,
             mass=spent.sum(3) if "mass" in asked.read else None,
@@ -382,7 +344,7 @@ def _naive(q: Tensor, k: Tensor, v: Tensor | None, asked: _Asked) -> list[Readou
         if asked.pairs is not None:
             pairs = asked.pairs[n].expand(len(q), -1, -1)
             at = torch.arange(len(q))[:, None], slice(None), pairs[..., 0], pairs[..., 1]  # [B, M, H]
-            one = one._replace(log_p=spent[at].transpose(1, 2).log() if "log_p" in asked.read else None)
-            one = one._replace(log_c=p.columns[at].transpose(1, 2).log() if "log_c" in asked.read else None)
-        found.append(one if "col_lse" in asked.read else one._replace(col_lse=None))
+            one = one.having(log_p=spent[at].transpose(1, 2).log() if "log_p" in asked.read else None)
+            one = one.having(log_c=p.columns[at].transpose(1, 2).log() if "log_c" in asked.read else None)
+        found.append(one if "col_lse" in asked.read else one.having(col_lse=None))
     return found

@@ -67,6 +67,10 @@ class Readouts(NamedTuple):
     log_p: Tensor | None = None
     log_c: Tensor | None = None
 
+    def having(self, **changes: Tensor | None) -> Readouts:
+        """Return read-outs with some of them replaced; ``torch.compile`` of torch 2.7 does not follow ``_replace``."""
+        return Readouts(*[changes.get(name, getattr(self, name)) for name in Readouts._fields])
+
 
 class Sums(NamedTuple):
     """Running sums of one reference, added into in place; float32, last stride 1.

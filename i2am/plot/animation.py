@@ -175,7 +175,7 @@ def _captioned(pixels: np.ndarray, label: str, number: int, count: int) -> Image
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 11)  # Pillow's own has no dash
+    font = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 11)  # Pillow's has no dash
     height, width = pixels.shape[:2]
     frame = Image.new("RGB", (width, height + CAPTION), "white")
     frame.paste(Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8)), (0, 0))

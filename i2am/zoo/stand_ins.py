@@ -5,7 +5,12 @@ What runs on them runs on the checkpoints. Their maps say nothing about those: r
 
 from __future__ import annotations
 
+import inspect
+import json
 import string
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -17,6 +22,19 @@ SHARPNESS = 3.0  # of the adapter's attention: untrained, it is nearly uniform
 LETTERS = sorted(set(string.printable) - set(string.whitespace))
 
 
+def _tokenizer(vocab: dict[str, int]) -> Any:
+    """Return a CLIP tokenizer of letters, which transformers 4 reads from files."""
+    from transformers import CLIPTokenizer
+
+    if "vocab" in inspect.signature(CLIPTokenizer.__init__).parameters:
+        return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        files[0].write_text(json.dumps(vocab), encoding="utf-8")
+        files[1].write_text("#version: 0.2\n", encoding="utf-8")
+        return CLIPTokenizer(*map(str, files), model_max_length=77)
+
+
 def ip_adapter() -> diffusers.StableDiffusionPipeline:
     """Build Stable Diffusion with an IP-Adapter of the "full" kind: 8×8 image tokens; pictures have 64 px a side."""
     from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
@@ -25,7 +43,6 @@ def ip_adapter() -> diffusers.StableDiffusionPipeline:
         CLIPImageProcessor,
         CLIPTextConfig,
         CLIPTextModel,
-        CLIPTokenizer,
         CLIPVisionConfig,
         CLIPVisionModelWithProjection,
     )
@@ -49,7 +66,7 @@ def ip_adapter() -> diffusers.StableDiffusionPipeline:
     pipe = diffusers.StableDiffusionPipeline(
         vae=autoencoder(),
         text_encoder=CLIPTextModel(text),
-        tokenizer=CLIPTokenizer(vocab=words | special, merges=[], model_max_length=77),
+        tokenizer=_tokenizer(words | special),
         unet=unet,
         scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,

@@ -19,6 +19,7 @@ from i2am.cli import pipelines, results
 from i2am.cli import trace as trace_command
 from i2am.cli.arguments import INTERNAL, STOPPED, UserError
 from i2am.cli.job import Job
+from tests.helpers import older_versions
 from tests.helpers.tiny_models.small import build_paint_by_example, feature_extractor
 
 pytest_plugins = ("tests.helpers.saved_pipelines",)  # the fixtures paint_by_example, inpaint and images
@@ -300,7 +301,7 @@ def call_of(name):
 
     import diffusers
 
-    pipeline_class = getattr(diffusers, name)
+    pipeline_class = older_versions.known(getattr(diffusers, name))
     return pipeline_class, set(inspect.signature(pipeline_class.__call__).parameters)
 
 

@@ -390,6 +390,7 @@ def descriptors(monkeypatch):
 
 @pytest.mark.parametrize(("Nq", "Nk", "d"), [(130, 77, 40), (65, 257, 64), (33, 20, 72)])
 def test_tiles_loaded_by_descriptors(Nq, Nk, d, descriptors):
+    pytest.importorskip("triton.tools.tensor_descriptor", reason="Triton before 3.4 makes no descriptors on the host")
     x, y = torch.randn(1, Nq, 2, d, device=DEVICE), torch.randn(2, 1, Nk, 2, d, device=DEVICE)
     q, k, v = x.transpose(1, 2), *(t.transpose(1, 2) for t in y)  # as a model passes them
     check_accumulate(q, k, v, [slice(3, Nk - 2), slice(0, 9)], queries=slice(5, Nq - 3))
@@ -456,7 +457,8 @@ def test_torch_ops_where_nothing_builds(broken, kernel):
     broken(kernel, 0, ERRORS[1])
     with pytest.warns(RuntimeWarning, match="does not build") as warned:
         check_accumulate(*qkv(65, 77), [slice(0, 40), slice(40, 77)], regions(1, 2, 65))
-    assert [("in torch ops" in str(w.message)) for w in warned] == [True]
+    said = [str(w.message) for w in warned if "i2am" in str(w.message)]
+    assert ["in torch ops" in text for text in said] == [True]
 
 
 def test_nothing_is_added_twice(broken, monkeypatch):
