@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from i2am.maps import AttributionMaps
 
-__all__ = ["LABELS", "Answer", "MissingGradio", "Session", "answer", "build", "serve"]
+__all__ = ["LABELS", "Answer", "Made", "MissingGradio", "Session", "answer", "build", "serve"]
 
 LABELS = {
     "reference": "Reference",
