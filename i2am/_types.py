@@ -19,8 +19,8 @@ Normalize: TypeAlias = Literal["raw", "lift"]
 Output: TypeAlias = Literal["i2am", "model"]
 """Whose attention output goes on into a traced model: the fused op's, or the model's own."""
 
-Guidance: TypeAlias = Literal["auto", "none"] | int
-"""The conditional samples: found by themselves, all of them, or the part of the batch with this index."""
+Guidance: TypeAlias = Literal["auto", "none"] | int | tuple[int, int]
+"""The conditional samples: found by themselves, all of them, or the part of the batch with this index (of so many)."""
 
 TimeGroups: TypeAlias = Literal["steps"] | int
 """Into how many groups the steps are summed; "steps": one group a step."""

@@ -22,6 +22,14 @@ def argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name:
     return kwargs.get(name, default)
 
 
+def argument_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any = _MISSING
+) -> Any:
+    """Return an argument of a module's forward; by its place in its class's signature, if the name is there."""
+    names = [p for p in _signature(type(module).forward).parameters if p != "self"]
+    return argument(args, kwargs, names.index(name) if name in names else position, name, default)
+
+
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return all given arguments of a module's forward by the names in its class's signature."""
     return dict(_signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments)

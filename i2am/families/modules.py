@@ -61,7 +61,7 @@ class AttentionModules(Family):
         mask: the attention mask of a module, a function of (module, its arguments by name); None: an argument ``mask``
             as CompVis' modules take it, and no other.
         inputs: latents and timestep of a forward, a function of (args, kwargs).
-        projections: names of the query and key projection.
+        projections: names of the query and key projection, or their paths ("processor.to_k_ip").
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class AttentionModules(Family):
             yield self.model.get_submodule(name), partial(self._see_feature_map, name), "before"
         for module in self._modules.values():
             for projection in self._projections:
-                yield getattr(module, projection), partial(self._see_projection, projection), "after"
+                yield module.get_submodule(projection), partial(self._see_projection, projection), "after"
 
     def _see_feature_map(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if running_context() is None:
@@ -145,15 +145,19 @@ class AttentionModules(Family):
         layer.awaits = self._layout(layer.name, q.shape[-2], k.shape[-2])
 
     def _check_context(self, layer: str, state: Projected) -> None:
-        """Refuse a module that hands its key projection a part of the context that it was given."""
+        """Refuse a module that hands its key projection a part of the context that it was given, unless it is named."""
+        if self._projections[1] != "to_k":
+            return
         keys = state.inputs[self._projections[1]]
         whole = [x for x in tensors_of(state.arguments.values()) if _is_part(keys, x)]
         if whole:
+            query, key = self._projections
+            others = [name for name, m in self._modules[layer].named_modules() if _is_key_projection(name, m, keys)]
+            other = next((name for name in others if name != key), "its name")
             raise ValueError(
-                f"layer {layer} was given a context of {whole[0].shape[-2]} tokens, but its {self._projections[1]} "
-                "sees "
+                f"layer {layer} was given a context of {whole[0].shape[-2]} tokens, but its {key} sees "
                 f"{keys.shape[-2]} of them: it splits its context. Name the projection of the reference's part with "
-                "projections=(query, key), and describe the tokens of that part"
+                f'projections=("{query}", "{other}"), and describe the tokens of that part'
             )
 
     def _layout(self, layer: str, queries: int, keys: int) -> TokenLayout:
@@ -202,9 +206,7 @@ class AttentionModules(Family):
 def attention_modules(model: nn.Module, projections: tuple[str, str]) -> dict[str, nn.Module]:
     """Return modules with the projections and a number of heads, by name. Raises ValueError where there are none."""
     found = {
-        name: m
-        for name, m in model.named_modules()
-        if all(isinstance(getattr(m, p, None), nn.Module) for p in projections) and _heads(m) is not None
+        name: m for name, m in model.named_modules() if all(_has(m, p) for p in projections) and _heads(m) is not None
     }
     if not found:
         raise ValueError(
@@ -212,6 +214,20 @@ def attention_modules(model: nn.Module, projections: tuple[str, str]) -> dict[st
             f"({', '.join(HEADS)}): name its projections with projections=(query, key), or use i2am.attention in it"
         )
     return found
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    """Tell whether a module has a part of that path."""
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _is_key_projection(name: str, module: nn.Module, context: Tensor) -> bool:
+    """Tell whether a part of an attention module is a projection to keys of a context ``[B, N, C]``."""
+    return "to_k" in name and getattr(module, "in_features", None) == context.shape[-1]
 
 
 def compvis_mask(module: nn.Module, given: dict[str, Any]) -> Tensor | None:

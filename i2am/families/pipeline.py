@@ -15,6 +15,7 @@ from i2am.families.registry import facts_of, read_model, why_not, with_adapter
 from i2am.families.tokens import patch_grid
 from i2am.families.unet import channels_beside
 from i2am.tracing.guidance import Told
+from i2am.tracing.who import images_of_call
 
 
 class TracedPipeline(NamedTuple):
@@ -89,8 +90,8 @@ def told_by(pipe: Any, family: Family) -> Told:
     """Return how the running call of ``pipe`` lays out guidance.
 
     In a batch: [unconditional, conditional], with perturbed attention [unconditional, conditional, perturbed],
-    InstructPix2Pix [conditional, image only, unconditional]. Older pipelines (Paint-by-Example, ImageVariation) keep it
-    in a local variable: then the latents must tell.
+    InstructPix2Pix [conditional, image only, unconditional]. Of older pipelines (Paint-by-Example, ImageVariation) only
+    the number of pictures is known: as often as the batch holds them, so many parts it has.
     """
     name = type(pipe).__name__
     guider = getattr(pipe, "guider", None)
@@ -107,7 +108,7 @@ def told_by(pipe: Any, family: Family) -> Told:
     try:
         guided = bool(pipe.do_classifier_free_guidance)
     except AttributeError:  # no such property, or not called yet
-        return Told(call=call)
+        return Told(call=call, images=images_of_call(pipe), how=name)
     if guided and hasattr(pipe, "image_guidance_scale"):
         return Told(3, 0, call, how=name)
     perturbed = bool(getattr(pipe, "do_perturbed_attention_guidance", False))

@@ -27,13 +27,14 @@ from i2am.families import (
     View,
     no_reference_keys,
 )
-from i2am.families.arguments import argument
+from i2am.families.arguments import argument, argument_of
 from i2am.families.keysets import key_sets
 from i2am.families.tokens import clip_tokens
 from i2am.ops.tokens import TokenSet
 from i2am.references import QUERIES, Banked, Concatenated, Grid, Reference
 from i2am.tracing.guidance import Told
 from i2am.tracing.intercept import AttentionCall, LayerContext, running_context
+from i2am.tracing.who import images_of_call, local_of_call
 
 EXAMPLE = "i2am.patch_unet(unet, reference=i2am.Reference(grid=(16, 16), skip=1))  # 16×16 tokens after a class token"
 CONCATENATED = " Channels beside the latents never reach the keys, so they are no reference either."
@@ -41,7 +42,7 @@ CONCATENATED = " Channels beside the latents never reach the keys, so they are n
 
 def _self_attention_guidance(pipe: Any) -> Told:
     """Return the layout of self-attention guidance: a second call of each step runs on degraded latents."""
-    return Told(extra="self-attention guidance, on degraded latents")
+    return Told(extra="self-attention guidance, on degraded latents", images=images_of_call(pipe))
 
 
 def _panorama(variables: dict[str, Any]) -> View:
@@ -60,6 +61,12 @@ def _panorama(variables: dict[str, Any]) -> View:
     return View((top, left), canvas)
 
 
+def _safe(pipe: Any) -> Told:
+    """Return how the safe pipeline lays out guidance: [unconditional, conditional, what to stay away from]."""
+    guided, safe = (bool(local_of_call(pipe, x)) for x in ("do_classifier_free_guidance", "enable_safety_guidance"))
+    return Told(1 + guided + safe, 1 if guided else 0, how="the pipeline's safety guidance")
+
+
 class UNetFamily(Family):
     """Base of all UNets: cross-attention modules, and grids read from the spatial transformers around them."""
 
@@ -76,13 +83,14 @@ class UNetFamily(Family):
         return not layer.startswith(("mid_block", "middle_block"))
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
-        sample, timestep = argument(args, kwargs, 0, "sample"), argument(args, kwargs, 1, "timestep")
+        sample = argument_of(self.unet, args, kwargs, 0, "sample")
+        timestep = argument_of(self.unet, args, kwargs, 1, "timestep")
         channels = getattr(getattr(self.unet, "config", None), "out_channels", None) or sample.shape[1]
         return ForwardInputs(sample[:, :channels], timestep, conditioning=self.conditioning(args, kwargs))
 
     def conditioning(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Return the embeddings of a forward that carry the reference, ``[B, …]``."""
-        context = argument(args, kwargs, 2, "encoder_hidden_states", None)
+        context = argument_of(self.unet, args, kwargs, 2, "encoder_hidden_states", None)
         return (context,) if isinstance(context, Tensor) else ()
 
     def watch(self) -> Iterable[Hooked]:
@@ -115,7 +123,7 @@ class CrossAttention(UNetFamily):
         PipelineFacts("StableUnCLIPImg2Img*", refused="the image enters as a class embedding"),
         PipelineFacts("StableDiffusionSAG*", adapter=True, told=_self_attention_guidance),
         PipelineFacts("StableDiffusionPanorama*", adapter=True, views=_panorama),
-        PipelineFacts("StableDiffusionPipelineSafe*", adapter=True, told=lambda pipe: Told(of_three=1)),
+        PipelineFacts("StableDiffusionPipelineSafe*", adapter=True, told=_safe),
     )
 
     def __init__(self, unet: nn.Module, references: Sequence[Reference] | None, image_grid: Grid | None = None):
@@ -131,7 +139,7 @@ class CrossAttention(UNetFamily):
         return read_unet(model, request)
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
-        context = argument(args, kwargs, 2, "encoder_hidden_states")
+        context = argument_of(self.unet, args, kwargs, 2, "encoder_hidden_states")
         if isinstance(context, Tensor):
             for reference in self._references(context.shape[1]):
                 if reference.grid != QUERIES and reference.call is None:
@@ -219,11 +227,20 @@ def attentions(unet: nn.Module, cross: bool = True) -> dict[str, nn.Module]:
         name: m
         for name, m in unet.named_modules()
         if all(hasattr(m, part) for part in ("to_q", "to_k", "to_v", "heads"))
-        and getattr(m, "is_cross_attention", None) is cross
+        and _is_cross(name, m) is cross
         and getattr(m, "added_kv_proj_dim", None) is None
         and not name.startswith("encoder_hid_proj")
         and "motion_modules" not in name
     }
+
+
+def _is_cross(name: str, attention: Any) -> bool:
+    """Tell whether an attention module is cross-attention; one of before that was an attribute, by its block."""
+    told = getattr(attention, "is_cross_attention", None)
+    if told is not None:
+        return bool(told)
+    widths = [getattr(part, "in_features", None) for part in (attention.to_q, attention.to_k)]
+    return name.endswith("attn2") or widths[0] != widths[1]
 
 
 def read_grid(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

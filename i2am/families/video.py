@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from i2am.families import CHANNELS, Family, ForwardInputs, Hooked, PipelineFacts, Request, no_reference_keys
-from i2am.families.arguments import argument, attribute
+from i2am.families.arguments import argument_of, attribute
 from i2am.families.unet import CrossAttention, attentions, read_grid, read_unet
 
 
@@ -35,7 +35,8 @@ class StableVideo(CrossAttention):
         return {n: m for n, m in super().layers().items() if "temporal_transformer_blocks" not in n}
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
-        sample, timestep = argument(args, kwargs, 0, "sample"), argument(args, kwargs, 1, "timestep")
+        sample = argument_of(self.unet, args, kwargs, 0, "sample")
+        timestep = argument_of(self.unet, args, kwargs, 1, "timestep")
         latents = sample[:, :, : attribute(self.unet, "config.out_channels")]
         return ForwardInputs(
             latents, timestep, frames=sample.shape[1], conditioning=self.conditioning(args, kwargs), stepped=False

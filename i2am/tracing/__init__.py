@@ -218,7 +218,7 @@ def patch_modules(
             mask in a way of their own. None: CompVis' ``mask`` over keys is read, any other is refused.
         inputs: (args, kwargs) of the model → (latents ``[B, …]``, timestep); None: the argument called like latents, or
             the first 4-D tensor, and the argument called like a timestep.
-        projections: names of the query and key projection.
+        projections: names of the query and key projection, or their paths in the module ("processor.to_k_ip").
         num_steps, scheduler: as in :func:`patch_unet`.
         options: see :class:`i2am.tracing.options.TraceSettings`.
 

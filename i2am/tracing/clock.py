@@ -79,7 +79,7 @@ class TimestepClock(Clock):
 class CountingClock(Clock):
     """Counts the distinct timesteps of a run of ``num_steps``; a timestep that comes back later starts a new run.
 
-    Repeats in a row are one step (guidance in two calls, Heun, PNDM).
+    Repeats in a row are one step (guidance in two calls). Each run goes over the same timesteps.
     """
 
     knows_steps = True
@@ -92,10 +92,13 @@ class CountingClock(Clock):
 
     def restart(self) -> None:
         self._seen: list[float] = []
+        self._before: list[float] = []  # of the runs before
 
     def read(self, timestep: float, time_groups: int) -> StepInfo:
         if timestep in self._seen[:-1]:
-            self._seen = []
+            if timestep != self._seen[0]:
+                raise self._not_of_this_run(timestep, "which this run has passed")
+            self._seen, self._before = [], max(self._seen, self._before, key=len)
         first = not self._seen
         if not self._seen or self._seen[-1] != timestep:
             if len(self._seen) == self.num_steps:
@@ -104,9 +107,21 @@ class CountingClock(Clock):
                     f"num_steps={self.num_steps}: correct num_steps, pass scheduler= instead, or reset() the tracer "
                     "before a run over other timesteps"
                 )
+            at = len(self._seen)
+            if at < len(self._before) and self._before[at] != timestep:
+                raise self._not_of_this_run(timestep, f"where the run before was at {self._before[at]:g}")
+            if at > 1 and (timestep < self._seen[-1]) != (self._seen[1] < self._seen[0]):
+                raise self._not_of_this_run(timestep, f"after {self._seen[-2]:g} and {self._seen[-1]:g}")
             self._seen.append(timestep)
         step = len(self._seen) - 1
         return StepInfo(step * time_groups // self.num_steps, step, self.num_steps, self.num_steps, first)
+
+    def _not_of_this_run(self, timestep: float, why: str) -> ValueError:
+        return ValueError(
+            f"the model is called at timestep {timestep:g} at step {len(self._seen)} of num_steps={self.num_steps}, "
+            f"{why}: not a step of this run? Pass scheduler= instead, or reset() the tracer before a run over other "
+            "timesteps"
+        )
 
 
 class SchedulerClock(Clock):

@@ -25,7 +25,7 @@ class Told(NamedTuple):
     parts: int | None = None  # of the batch
     part: int | None = None  # index of the conditional one among them
     call: int | None = None  # index of the conditional one among the calls of an evaluation
-    of_three: int = 0  # index of the conditional one, where the latents show three parts
+    images: int | None = None  # how many it denoises, where the batch holds each several times
     extra: str | None = None  # why it calls the model again on other latents without a step: those calls do not count
     how: str = "the pipeline"  # who says so
 
@@ -37,29 +37,33 @@ class Verdict(NamedTuple):
     parts: int = 1  # of the batch
     how: str = ""  # how that is known, or why nothing counts
     provisional: bool = False  # which part is conditional shows in the reference keys alone
+    seen: bool = False  # repeated latents alone say so: looked at once more in the run's second evaluation
 
 
 class Guidance:
     """Finds what counts among the calls and samples of a run.
 
     Args:
-        mode: "auto"; "none" (every sample of every call counts); or the index of the conditional part of the batch (of
-            max(2, index + 1) parts unless the pipeline says how many), or, where guidance runs as calls of its own, of
-            the conditional call of an evaluation.
+        mode: "auto"; "none" (every sample of every call counts); or the index of the conditional part of the batch, or
+            (index, parts), or, where guidance runs as calls of its own, the index of the conditional call of an
+            evaluation. With an index alone, the parts are what the pipeline says, else as often as the latents repeat,
+            else max(2, index + 1).
 
     Under "auto", guidance in a batch repeats the same latents: halves are [unconditional, conditional], diffusers'
-    order, unless a half's embeddings are all zeros: then that is the unconditional one; thirds are [conditional, image
-    only, unconditional], InstructPix2Pix's. A call on the very latents of the call before, without a step between, is
-    guidance as a call of its own.
+    order, unless the embeddings of all parts but one are zeros: that one is conditional then. More parts have no order
+    that is everybody's. A call on the very latents of the call before, without a step between, is guidance as a call of
+    its own.
     """
 
-    def __init__(self, mode: str | int = "auto"):
+    def __init__(self, mode: str | int | tuple[int, int] = "auto"):
         self.mode = mode
+        self._index, self._parts = mode if isinstance(mode, tuple) else (mode if isinstance(mode, int) else 0, None)
         self.restart()
 
     def restart(self) -> None:
         """Forget the run so far."""
         self._layout: dict[tuple[int, Told], Verdict] = {}  # per batch size, looked up once a run: a GPU waits for it
+        self._doubted: set[tuple[int, Told]] = set()  # those of which the second evaluation is looked at, too
         self._last: tuple[Tensor, float, tuple[Tensor, ...]] | None = None  # latents, timestep, conditioning
         self.call = 0  # index of the running call among those of its evaluation
         self.calls = 0  # the most that one evaluation has had
@@ -84,7 +88,7 @@ class Guidance:
             timestep: at which.
             info: where in the run it stands.
             told: what the pipeline says.
-            as_calls: the model runs guidance as calls of its own, so that an index names one of these.
+            as_calls: the model runs guidance as calls of its own: an index names one of these, unless latents repeat.
             from_keys: an unconditional half of zeros shows in the reference keys alone.
 
         Raises:
@@ -107,13 +111,26 @@ class Guidance:
         self.calls = max(self.calls, self.call + 1)
         if self.mode == "none":
             return Verdict(slice(0, latents.shape[0]), how="guidance='none': every sample counts")
-        self.by_calls |= self.mode != "auto" and (as_calls or told.call is not None)
+        if self.mode != "auto" and not self.by_calls and self._parts is None:
+            told_apart = (latents.shape[0], told) in self._layout  # it is a part of the batch
+            self.by_calls = told.call is not None or (as_calls and not told_apart and _copies(latents) == 1)
         wanted = self._wanted_call(latents, told, timestep)
         if wanted is not None and self.call != wanted:
             return Verdict(None, how=f"call {self.call} of an evaluation, the conditional one is {wanted}")
         key = latents.shape[0], told
-        if key not in self._layout or info.step is None:  # without steps, nothing tells where a run ends
+        if key in self._doubted and self.call == 0:
+            self._doubted.remove(key)
+            if not _repeats(latents, self._layout[key].parts):
+                raise Unexplained(
+                    f"the batch of {key[0]} began with the same latents {self._layout[key].parts} times, as guidance "
+                    f"has it, but at timestep {timestep:g} they differ: pictures of one seed? Pass guidance='none' if "
+                    "every sample counts"
+                )
+        known = self._layout.get(key)
+        if known is None or info.step is None:  # without steps, nothing tells where a run ends
             self._layout[key] = self._look(latents, conditioning, told, wanted, from_keys)
+            if known is None and self._layout[key].seen:
+                self._doubted.add(key)
         return self._layout[key]
 
     def settle(self, latents: int, verdict: Verdict, told: Told) -> None:
@@ -147,8 +164,12 @@ class Guidance:
                     "first call or guidance=1 for the second, or guidance='none' if every call counts"
                 )
             return told.call
-        index, batch = int(self.mode), latents.shape[0]
-        parts = told.parts if told.parts is not None and told.parts > index else max(2, index + 1)
+        index, batch = self._index, latents.shape[0]
+        if self.by_calls:
+            return index
+        if self._parts is not None and self.call == 0:
+            return None
+        parts = self._parts or self._parts_of(latents, told)
         if not self.by_calls and self.call == 0 and batch % parts:
             self.by_calls = True
         elif not self.by_calls and self.call:
@@ -161,6 +182,30 @@ class Guidance:
             )
         return index if self.by_calls else None
 
+    def _parts_of(self, latents: Tensor, told: Told) -> int:
+        """Return how many parts a user's index is one of.
+
+        Raises:
+            Unexplained: the latents repeat in ways that make it two different parts.
+        """
+        key = latents.shape[0], told
+        if key in self._layout:
+            return self._layout[key].parts
+        least = max(2, self._index + 1)
+        if self._parts is not None:
+            return self._parts
+        if told.parts is not None and told.parts > self._index:
+            return told.parts
+        copies = _images_parts(latents, told) or _copies(latents)
+        fitting = [n for n in range(least, copies + 1) if copies % n == 0]
+        if len(fitting) > 1:
+            raise Unexplained(
+                f"the batch of {latents.shape[0]} holds the same latents {copies} times, so guidance={self._index} may "
+                f"be one of {' or '.join(map(str, fitting))} parts: pass guidance=({self._index}, {fitting[0]}) for "
+                f"part {self._index} of {fitting[0]}"
+            )
+        return fitting[0] if fitting else least
+
     def _look(
         self, latents: Tensor, conditioning: Sequence[Tensor], told: Told, wanted: int | None, from_keys: bool
     ) -> Verdict:
@@ -168,9 +213,10 @@ class Guidance:
         if self.by_calls:
             return Verdict(slice(0, batch), how=f"guidance={self.mode}: call {wanted} of each evaluation")
         if self.mode != "auto":
-            index = int(self.mode)
-            parts = told.parts if told.parts is not None and told.parts > index else max(2, index + 1)
-            return Verdict(_part(batch, parts, index), parts, f"guidance={index}: part {index} of {parts}")
+            parts = self._parts_of(latents, told)
+            return Verdict(
+                _part(batch, parts, self._index), parts, f"guidance={self.mode}: part {self._index} of {parts}"
+            )
         if told.parts is not None and told.part is not None:
             chosen = _part(batch, told.parts, told.part)
             if told.parts > 1 and not _repeats(latents, told.parts):
@@ -185,17 +231,37 @@ class Guidance:
                 else f"{told.how}: no guidance in the batch"
             )
             return Verdict(chosen, told.parts, how)
-        if batch % 2 == 0 and _repeats(latents, 2):
-            empty = [i for i in (0, 1) if _empty(conditioning, i)]
-            if len(empty) == 1:
-                index, how = 1 - empty[0], f"latents repeat, and part {empty[0]} has embeddings of zeros"
-            else:
-                index, how = 1, "latents repeat: [unconditional, conditional], diffusers' order"
-            return Verdict(_part(batch, 2, index), 2, how, provisional=from_keys and len(empty) != 1)
-        if batch % 3 == 0 and _repeats(latents, 3):
-            how = f"latents repeat three times, of which part {told.of_three} is conditional"
-            return Verdict(_part(batch, 3, told.of_three), 3, how, provisional=from_keys)
-        return Verdict(slice(0, batch), how="latents do not repeat: no guidance in the batch")
+        known = _images_parts(latents, told)
+        parts = known or _copies(latents)
+        if parts == 1:
+            how = "latents do not repeat" if known is None else f"{told.how} denoises {told.images}"
+            return Verdict(slice(0, batch), how=f"{how}: no guidance in the batch")
+        full = _not_empty(conditioning, parts)
+        if len(full) == 1:
+            how = f"latents repeat, and part {full[0]} of {parts} alone has embeddings that are not zeros"
+            return Verdict(_part(batch, parts, full[0]), parts, how, seen=known is None)
+        if parts == 2:
+            how = "latents repeat: [unconditional, conditional], diffusers' order"
+            return Verdict(_part(batch, 2, 1), 2, how, provisional=from_keys, seen=known is None)
+        raise Unexplained(
+            f"the batch of {batch} holds the same latents {parts} times: guidance of {parts} parts, or several "
+            "pictures of one seed? Nothing tells which part is conditional: pass its index and how many there are, "
+            f"guidance=(1, {parts}), or guidance='none' if every sample counts"
+        )
+
+
+def _images_parts(latents: Tensor, told: Told) -> int | None:
+    """Return how many parts a batch has that holds each of a pipeline's pictures so often; None: it does not say."""
+    if told.images is None or latents.shape[0] % told.images:
+        return None
+    parts = latents.shape[0] // told.images
+    return parts if parts == 1 or _repeats(latents, parts) else None
+
+
+def _copies(latents: Tensor) -> int:
+    """Return how often a batch holds the same latents, one after the other."""
+    batch = latents.shape[0]
+    return next(n for n in range(batch, 0, -1) if batch % n == 0 and _repeats(latents, n))
 
 
 def empty_parts(keys: Tensor, parts: int) -> list[int]:
@@ -208,10 +274,10 @@ def _repeats(latents: Tensor, parts: int) -> bool:
     return all(first.equal(other) for other in others)
 
 
-def _empty(conditioning: Sequence[Tensor], half: int) -> bool:
-    """Tell whether a half of the embeddings is all zeros."""
-    halves = [x.chunk(2)[half] for x in conditioning if x.shape[0] % 2 == 0]
-    return bool(halves) and all(not bool(x.any()) for x in halves)
+def _not_empty(conditioning: Sequence[Tensor], parts: int) -> list[int]:
+    """Return the parts of a batch whose embeddings are not all zeros."""
+    given = [x for x in conditioning if x.shape[0] % parts == 0]
+    return [i for i in range(parts) if any(bool(x.chunk(parts)[i].any()) for x in given)]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -233,7 +299,7 @@ def _part(batch: int, parts: int, index: int) -> slice:
     if batch % parts:
         raise ValueError(
             f"a batch of {batch} does not divide into the {parts} parts of guidance; pass guidance='none' if every "
-            "sample is conditional"
+            "sample is conditional, or the index alone where guidance runs as calls of its own"
         )
     size = batch // parts
     return slice(index * size, (index + 1) * size)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Mode = Literal["reference", "self"]
 Output = Literal["i2am", "model"]
 Backend = Literal["triton", "streaming", "reference"]
-GuidanceMode = Literal["auto", "none"] | int
+GuidanceMode = Literal["auto", "none"] | int | tuple[int, int]
 TimeGroups = Literal["steps"] | int
 MODES: tuple[Mode, ...] = ("reference", "self")
 OUTPUTS: tuple[Output, ...] = ("i2am", "model")
@@ -146,8 +146,8 @@ class TraceSettings:
             "doc": (
                 '"auto": what the pipeline says, else the evidence (repeated latents, embeddings that are all zeros); '
                 '"none": every sample of every call counts; or the index of the conditional part of a guided batch '
-                "(of max(2, index + 1) parts unless the pipeline says), or of the conditional call where guidance "
-                "runs as calls of its own."
+                "(of as many as the pipeline says or the latents repeat, else max(2, index + 1)), (index, parts), or "
+                "the index of the conditional call where guidance runs as calls of its own."
             )
         },
     )
@@ -273,9 +273,10 @@ class TraceSettings:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
         if self.backend is not None and self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {self.backend!r}")
-        if self.guidance not in ("auto", "none") and not _is_index(self.guidance):
+        if self.guidance not in ("auto", "none") and not (_is_index(self.guidance) or _is_part(self.guidance)):
             raise ValueError(
-                f'guidance must be "auto", "none" or the index of the conditional part, got {self.guidance!r}'
+                'guidance must be "auto", "none", the index of the conditional part, or (index, parts), got '
+                f"{self.guidance!r}"
             )
         if self.sram is not None and len(self.sram) > MAX_REGIONS:
             raise ValueError(f"at most {MAX_REGIONS} regions can be registered, got {len(self.sram)}")
@@ -382,6 +383,10 @@ def takes_trace_options(options: type = TraceOptions) -> Callable[[F], F]:
 
 def _is_index(x: object) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
+def _is_part(x: object) -> bool:
+    return isinstance(x, tuple) and len(x) == 2 and all(map(_is_index, x)) and x[0] < x[1]
 
 
 def _is_count(x: object) -> bool:

@@ -7,6 +7,8 @@ import threading
 from types import FrameType
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 PIPELINES = ("DiffusionPipeline", "ModularPipeline")  # names of classes whose calls run a model
 LIBRARY = ("/torch/nn/modules/", "/torch/_dynamo/", "/torch/utils/_contextlib")  # frames that are no pipeline's
 
@@ -105,6 +107,23 @@ def calling_pipeline() -> Any:
                 return caller
         frame = frame.f_back
     return None
+
+
+def local_of_call(pipe: Any, name: str) -> Any:
+    """Return a local variable of the running ``__call__`` of ``pipe`` on this thread; None: there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__call__" and name in code.co_varnames and frame.f_locals.get("self") is pipe:
+            return frame.f_locals.get(name)
+        frame = frame.f_back
+    return None
+
+
+def images_of_call(pipe: Any) -> int | None:
+    """Return how many pictures the running ``__call__`` of ``pipe`` denoises; None: it does not say."""
+    latents = local_of_call(pipe, "latents")
+    return latents.shape[0] if isinstance(latents, Tensor) else None
 
 
 def _executing(thread: int, frame_id: int, code: object) -> bool:

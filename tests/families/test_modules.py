@@ -200,6 +200,49 @@ def test_modules_that_change_their_projections_are_blind():
             model.sample(**given)
 
 
+class SplitContext(torch.nn.Module):
+    """A processor that takes the last tokens of its context for a picture's, as the authors' IP-Adapter does."""
+
+    def __init__(self, attn, tokens):
+        super().__init__()
+        self.tokens = tokens
+        self.to_k_ip, self.to_v_ip = (torch.nn.Linear(attn.to_k.in_features, attn.inner_dim) for _ in range(2))
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        split = lambda x: x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # noqa: E731
+        text, picture = encoder_hidden_states.tensor_split([-self.tokens], dim=1)
+        q = split(attn.to_q(hidden_states))
+        pairs = ((attn.to_k(text), attn.to_v(text)), (self.to_k_ip(picture), self.to_v_ip(picture)))
+        out = sum((q @ split(k).mT * attn.scale).softmax(-1) @ split(v) for k, v in pairs)  # no function is called
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def test_a_processor_that_splits_its_context_and_has_projections_of_its_own():
+    unet = pipelines.unet()
+    for name, module in unet.named_modules():
+        if name.endswith("attn2"):
+            module.set_processor(SplitContext(module, 12))
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 19, pipelines.CONTEXT)
+    given = dict(reference=i2am.Reference(grid=(3, 4)), where="*attn2", num_steps=1, time_groups=1)
+    with i2am.patch_modules(unet, **given), torch.no_grad():
+        with pytest.raises(ValueError, match=r'splits its context.*projections=\("to_q", "processor.to_k_ip"\)'):
+            unet(x, 5, context)
+    layer, kept = "mid_block.attentions.0.transformer_blocks.0.attn2", {}
+    attention = unet.get_submodule(layer)
+    parts = {"q": attention.to_q, "k": attention.processor.to_k_ip}
+    handles = [m.register_forward_hook(lambda *a, name=name: kept.update({name: a[2]})) for name, m in parts.items()]
+    with torch.no_grad():
+        unet(x, 5, context)
+    [h.remove() for h in handles]
+    q, k = (kept[n].double().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for n in "qk")
+    logits = q @ k.mT / q.shape[-1] ** 0.5
+    with i2am.patch_modules(unet, projections=("to_q", "processor.to_k_ip"), **given) as tracer, torch.no_grad():
+        unet(x, 5, context)
+    maps = tracer.maps()
+    assert_peak(maps.ulam("g2r", layers=layer), logits.softmax(-1).mean((1, 2)).unflatten(-1, (3, 4)))
+    assert_peak(maps.ulam("r2g", layers=layer).flatten(1), logits.softmax(-2).mean((1, 3)))
+
+
 def test_an_exception_inside_leaves_nothing():
     model, given = networks.TryOnModel(), inputs(batch=1)
     before = hooks(model)

@@ -170,6 +170,22 @@ def test_counting():
     assert clock.read(950, 4).group == 0
 
 
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ([900, 600, 300, 600], "600 at step 3 of num_steps=4, which this run has passed"),
+        ([900, 600, 700], "700 at step 2 .*after 900 and 600"),
+        ([900, 600, 300, 0, 900, 300], "300 at step 1 .*where the run before was at 600"),
+    ],
+)
+def test_a_call_that_is_no_step_of_the_counted_run(run, message):
+    clock = CountingClock(4)
+    for t in run[:-1]:
+        clock.read(t, 4)
+    with pytest.raises(ValueError, match=message):
+        clock.read(run[-1], 4)
+
+
 def test_moments_tell_how_long_a_run_is():
     scheduler = diffusers.HeunDiscreteScheduler()
     clock = watching(scheduler)

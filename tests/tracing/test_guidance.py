@@ -5,6 +5,7 @@ import torch
 
 from i2am.tracing.clock import StepInfo
 from i2am.tracing.guidance import Guidance, Told, Unexplained
+from i2am.tracing.options import TraceSettings
 
 STEPPED, SAME_STEP, UNKNOWN = (StepInfo(0, step=0, stepped=s) for s in (True, False, None))
 
@@ -35,8 +36,11 @@ def test_a_pipeline_that_the_latents_contradict():
 def test_the_latents_tell():
     x = latents(2)
     assert judge("auto", torch.cat([x, x])).samples == slice(2, 4)
-    assert judge("auto", torch.cat([x, x, x])).samples == slice(0, 2)
-    assert judge("auto", torch.cat([x, x, x]), Told(of_three=1)).samples == slice(2, 4)
+    for parts in (3, 5):
+        with pytest.raises(Unexplained, match=rf"same latents {parts} times.*guidance=\(1, {parts}\)"):
+            judge("auto", torch.cat([x] * parts))
+    with pytest.raises(Unexplained, match="same latents 4 times"):  # 4 parts, or 2 parts of 2 pictures of one seed
+        judge("auto", latents(1).expand(4, -1, -1, -1))
     assert judge("auto", torch.cat([x, x + 1e-6])).samples == slice(0, 4)
     assert judge("none", torch.cat([x, x])).samples == slice(0, 4)
 
@@ -48,6 +52,61 @@ def test_a_half_of_zeros_is_unconditional(empty):
     halves[empty] = torch.zeros(1, 3, 8)
     got = judge("auto", torch.cat([x, x]), conditioning=(torch.cat(halves),))
     assert got.samples == slice(1 - empty, 2 - empty)
+
+
+def test_the_one_part_that_is_not_of_zeros_is_conditional():
+    x, full, none = latents(1), torch.randn(1, 3, 8), torch.zeros(1, 3, 8)
+    for at in range(3):
+        parts = [none] * 3
+        parts[at] = full
+        got = judge("auto", torch.cat([x, x, x]), conditioning=(torch.cat(parts),))
+        assert got.samples == slice(at, at + 1)
+    with pytest.raises(Unexplained, match="same latents 3 times"):
+        judge("auto", torch.cat([x, x, x]), conditioning=(torch.cat([full, none, full]),))
+
+
+def test_how_many_pictures_a_pipeline_denoises_tells_the_parts():
+    one_seed = latents(1).expand(4, -1, -1, -1)
+    assert judge("auto", one_seed, Told(images=2)).samples == slice(2, 4)
+    assert judge("auto", one_seed, Told(images=4)).samples == slice(0, 4)
+    assert judge(0, one_seed, Told(images=2)).samples == slice(0, 2)
+    assert judge("auto", latents(4), Told(images=3)).samples == slice(0, 4)  # it says something else
+
+
+def test_pictures_of_one_seed_are_found_out_in_the_second_step():
+    x = latents(1)
+    for info in (STEPPED, UNKNOWN, StepInfo(0)):
+        guidance = Guidance("auto")
+        assert judge("auto", torch.cat([x, x]), info=info, guidance=guidance).samples == slice(1, 2)
+        with pytest.raises(Unexplained, match=r"began with the same latents 2 times.*pictures of one seed"):
+            judge("auto", latents(2), info=info, timestep=800.0, guidance=guidance)
+    guidance = Guidance("auto")
+    for step in range(3):
+        x = latents(1)
+        assert judge("auto", torch.cat([x, x]), timestep=900.0 - step, guidance=guidance).samples == slice(1, 2)
+
+
+def test_an_index_of_so_many_parts():
+    x, two = latents(1), latents(2)
+    assert judge((1, 4), torch.cat([x] * 4)).samples == slice(1, 2)
+    assert judge((1, 2), torch.cat([x] * 4)).samples == slice(2, 4)
+    assert judge(1, torch.cat([x] * 3)).samples == slice(1, 2)  # as often as the latents repeat
+    assert judge(0, torch.cat([two] * 3)).samples == slice(0, 2)
+    with pytest.raises(Unexplained, match=r"4 times.*one of 2 or 4 parts: pass guidance=\(1, 2\)"):
+        judge(1, torch.cat([x] * 4))
+    with pytest.raises(ValueError, match="does not divide into the 3 parts"):
+        judge((1, 3), two)
+    for wrong in ((2, 2), (1,), (0, 1, 2), (-1, 2), (0, True), "first"):
+        with pytest.raises(ValueError, match=r"guidance must be"):
+            TraceSettings(guidance=wrong)
+
+
+def test_a_model_that_guides_by_calls_may_be_given_a_batch():
+    """Flux with guidance in a batch of one's own: an index is a part's where the latents repeat."""
+    x = latents(1)
+    assert Guidance(0).judge(torch.cat([x, x]), (), 900.0, STEPPED, Told(), as_calls=True).samples == slice(0, 1)
+    assert Guidance(0).judge(latents(2), (), 900.0, STEPPED, Told(), as_calls=True).samples == slice(0, 2)
+    assert Guidance(1).judge(latents(2), (), 900.0, STEPPED, Told(), as_calls=True).samples is None
 
 
 def test_a_users_index_wins():

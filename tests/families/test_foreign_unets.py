@@ -1,0 +1,61 @@
+"""UNets as other code bases write them: traced all the same, or the line that does is said."""
+
+import diffusers
+import pytest
+import torch
+
+import i2am
+from tests.helpers.tiny_models import unet as pipelines
+
+class ReorderedUNet(diffusers.UNet2DConditionModel):
+    """A UNet whose forward takes the second network's features before the timestep, as OOTDiffusion's does."""
+
+    def forward(self, sample, features, timestep, encoder_hidden_states, **options):
+        self.features = features
+        return super().forward(sample, timestep, encoder_hidden_states, **options)
+
+
+class Behind:
+    """Self-attention over its own tokens and a second network's, as queries and as keys."""
+
+    def __init__(self, unet):
+        self.unet = unet
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        own = hidden_states.shape[1]
+        both = torch.cat([hidden_states, self.unet.features[own].expand(-1, -1, hidden_states.shape[-1])], 1)
+        q, k, v = (p(both).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in (attn.to_q, attn.to_k, attn.to_v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))[:, :own]
+
+
+def test_a_unet_with_another_order_of_arguments_and_older_attention():
+    plain = pipelines.unet()
+    unet = ReorderedUNet.from_config(plain.config).eval()
+    unet.load_state_dict(plain.state_dict())
+    for name, module in unet.named_modules():
+        if name.endswith("attn1"):
+            module.set_processor(Behind(unet))
+    features = {n: torch.randn(2, n, 1) for n in (256, 64, 16)}
+    scheduler, x = pipelines.ddim(), torch.randn(1, 4, 16, 16)
+
+    def go():
+        scheduler.set_timesteps(2)
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                unet(x.repeat(2, 1, 1, 1), features, t, torch.ones(2, 3, pipelines.CONTEXT))
+                scheduler.step(x, t, x)
+
+    def traced():
+        with i2am.patch_unet(unet, reference=i2am.Banked(), scheduler=scheduler, guidance=0, time_groups=1) as tracer:
+            go()
+        return tracer.maps()
+
+    want = traced()
+    assert set(map(tuple, want.counts().values())) == {(2,)}
+    assert all(".attn1" in layer for layer in want.recorded_layers)
+    for module in unet.modules():
+        if hasattr(module, "is_cross_attention"):
+            del module.is_cross_attention  # diffusers before 0.27, and every copy of it
+    assert traced().ulam("g2r").equal(want.ulam("g2r"))
+    assert traced().recorded_layers == want.recorded_layers

@@ -1,0 +1,443 @@
+"""Loops drawn at random, and what their maps are by definition: materialised in float64 from the loop's own calls.
+
+A loop knows of each of its calls whether it is the conditional one, its time group and its place on the picture; a
+recorder of this file keeps the queries and keys of each attention call with that label. Nothing is shared with the
+package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from dataclasses import dataclass, field, replace
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+
+from tests.helpers.tiny_models import dit
+
+ORDER_2 = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler")
+SCHEDULERS = (
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "PNDMScheduler",
+    *ORDER_2,
+)
+FOREIGN = ("other latents", "other timestep", "same latents", "other thread", "nested", "copy")
+REFERENCE = slice(3, 19)  # among the keys of the UNet, of which 3 are text
+CONTEXT = 8
+
+
+class Stop(Exception):
+    """An interruption in the middle of a forward."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A drawn loop, and the options that it is traced with."""
+
+    model: str = "unet"
+    clock: str = "scheduler"  # or num_steps, timesteps
+    scheduler: str = "DDIMScheduler"
+    steps: int = 3
+    start: int = 0  # image to image: begins inside the schedule
+    time_groups: int = 2
+    guide: str = "none"  # batch, calls
+    parts: int = 2  # of guidance
+    conditional: int = 1
+    zeros: bool = False  # the other parts' embeddings are zeros
+    option: object = "auto"  # guidance=
+    images: int = 1
+    one_seed: bool = False  # all images begin with the same latents
+    tiles: tuple[tuple[int, int], ...] = ()
+    placed: bool = True
+    foreign: tuple[tuple[int, str], ...] = ()  # (before which evaluation, what)
+    interrupt: tuple[int, int, bool] | None = None  # (which forward, which module's hook, of tracing's time)
+    then: str = "restart"  # after an interruption: restart, reset, stop
+    runs: int = 1
+    output: str = "i2am"
+    region: bool = False  # sram=
+    record: bool = False
+
+
+def loops(model: str = "unet") -> st.SearchStrategy[Loop]:
+    """Draw loops; most are ordinary in most ways, or nearly all would be refused."""
+
+    @st.composite
+    def draw(d):
+        rarely = st.sampled_from([False] * 4 + [True])
+        steps = d(st.integers(1, 4))
+        guide = d(st.sampled_from(["none", "batch", "batch", "calls"]))
+        parts = d(st.sampled_from([2, 2, 3, 4])) if guide != "none" else 1
+        conditional = d(st.integers(0, parts - 1))
+        index = st.sampled_from([conditional, (conditional, parts), (conditional + 1) % parts, "none"])
+        option = "auto" if guide == "none" and d(st.booleans()) else d(st.one_of(st.just("auto"), index))
+        if guide == "none":
+            option = d(st.sampled_from(["auto", "auto", "none"]))
+        tiles = ((), ((0, 0), (0, 4)), ((0, 4), (0, 0)), ((0, 0), (0, 8), (0, 4)), ((4, 0), (0, 0), (4, 8), (0, 8)))
+        interrupt = None
+        if d(rarely):
+            interrupt = (d(st.integers(0, 3 * steps)), d(st.integers(0, 400)), d(st.booleans()))
+        foreign = ()
+        if d(rarely):
+            foreign = ((d(st.integers(0, 2 * steps)), d(st.sampled_from(FOREIGN))),)
+        return Loop(
+            model=model,
+            clock=d(st.sampled_from(["scheduler", "scheduler", "num_steps", "timesteps"])),
+            scheduler="FlowMatchEulerDiscreteScheduler" if model == "joint" else d(st.sampled_from(SCHEDULERS)),
+            steps=steps,
+            start=d(st.integers(0, steps - 1)) if d(rarely) else 0,
+            time_groups=d(st.integers(1, 3)),
+            guide=guide,
+            parts=parts,
+            conditional=conditional,
+            zeros=d(st.booleans()),
+            option=option,
+            images=d(st.sampled_from([1, 1, 2, 3])),
+            one_seed=d(rarely),
+            tiles=d(st.sampled_from(tiles)) if model == "unet" and d(rarely) else (),
+            placed=not d(rarely),
+            foreign=foreign,
+            interrupt=interrupt,
+            then=d(st.sampled_from(["restart", "reset", "stop"])),
+            runs=d(st.sampled_from([1, 1, 2])),
+            output=d(st.sampled_from(["i2am", "model"])),
+            region=d(rarely),
+            record=d(rarely),
+        )
+
+    return draw()
+
+
+# ------------------------------------------------------------------------------------------------------- the models
+
+
+def unet():
+    """Two levels with cross-attention on the upper and in the mid block; 16 of 19 keys are the reference's."""
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=CONTEXT,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).eval()
+
+
+def joint():
+    """A Kontext-like transformer of one double and one single block."""
+    return dit.flux_transformer(num_layers=1, num_single_layers=1, guidance_embeds=False)
+
+
+def ids(rows: int, columns: int, first: int) -> torch.Tensor:
+    """Position ids ``[rows · columns, 3]`` of a picture."""
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([torch.full_like(y, first), y, x], -1).reshape(-1, 3).float()
+
+
+# ---------------------------------------------------------------------------------------------------- the recorder
+
+
+@dataclass
+class Label:
+    """A call that counts: of which samples, when, where."""
+
+    group: int
+    samples: slice = field(default_factory=lambda: slice(None))
+    place: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class Seen:
+    label: Label
+    layer: str
+    r2g: torch.Tensor  # [B, H, h, w]
+    g2r: torch.Tensor  # [B, H, K]
+    part: torch.Tensor  # [B, H, K]: the region's mean row
+
+
+class Recorder:
+    """Keeps the maps of each labelled attention call of the running thread."""
+
+    def __init__(self, model, loop):
+        self.model, self.loop, self.seen, self.local = model, loop, [], threading.local()
+        self.model_thread = threading.get_ident()
+
+    def attend(self, q, k):
+        label, layer = getattr(self.local, "label", None), getattr(self.local, "layer", None)
+        if label is None or layer is None:
+            return
+        q, k = q[label.samples].double(), k[label.samples].double()
+        if self.loop.model == "joint":  # [text 5 ‖ generated 16 ‖ reference 4]
+            q, keys, grid = q[:, :, 5:21], slice(21, 25), (4, 4)
+        else:
+            side = {16: (4, 4), 64: (8, 8)}[q.shape[2]]
+            keys, grid = REFERENCE, side
+        logits = q @ k.mT * q.shape[-1] ** -0.5
+        rows, columns = logits.softmax(-1)[..., keys], logits[..., keys].softmax(-2)
+        weights = torch.zeros(grid, dtype=torch.float64)
+        weights[: grid[0] // 2, : grid[1] // 2] = 1 / (grid[0] * grid[1] / 4)
+        part = (weights.flatten()[:, None] * rows).sum(-2)
+        self.seen.append(Seen(label, layer, columns.mean(-1).unflatten(-1, grid), rows.mean(-2), part))
+
+    @contextlib.contextmanager
+    def recording(self):
+        own, handles = F.scaled_dot_product_attention, []
+
+        def sdpa(query, key, value, *args, **kwargs):
+            self.attend(query, key)
+            return own(query, key, value, *args, **kwargs)
+
+        def enter(module, args, name):
+            self.local.layer = name
+
+        def leave(*_):
+            self.local.layer = None
+
+        for name, module in self.model.named_modules():
+            if name.endswith("attn2") or type(module).__name__ == "FluxAttention":
+                handles.append(module.register_forward_pre_hook(lambda m, a, name=name: enter(m, a, name)))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+        F.scaled_dot_product_attention = sdpa
+        try:
+            yield self
+        finally:
+            F.scaled_dot_product_attention = own
+            for handle in handles:
+                handle.remove()
+
+
+# -------------------------------------------------------------------------------------------------------- the loop
+
+
+class Player:
+    """Plays a loop on a model, traced or not, always in the same way."""
+
+    def __init__(self, loop: Loop, model, recorder: Recorder, tracer=None, scheduler=None):
+        self.loop, self.model, self.recorder, self.tracer = loop, model, recorder, tracer
+        self.scheduler = scheduler or make_scheduler(loop)
+        self.forwards = 0
+        self.foreign = dict(loop.foreign)
+
+    def seeded(self, seed, *shape):
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+    def play(self):
+        """Play every run of the loop; an interruption ends one, and what the loop says comes next."""
+        for run in range(self.loop.runs):
+            if not self.ends(run) and self.loop.then == "stop":
+                return
+
+    def ends(self, run):
+        """Play one run; return whether nothing interrupted it."""
+        try:
+            self.run(run)
+        except Stop:
+            if self.loop.then == "stop":
+                return False
+            if self.loop.then == "reset":
+                self.recorder.seen.clear()
+                if self.tracer is not None:
+                    self.tracer.reset()
+            self.run(run)
+            return False
+        return True
+
+    def run(self, run):
+        loop = self.loop
+        self.scheduler.set_timesteps(loop.steps)
+        order = 2 if loop.scheduler in ORDER_2 else 1
+        timesteps = self.scheduler.timesteps[loop.start * order :]
+        n = 1 if loop.one_seed else loop.images
+        size = (16, 4) if loop.model == "joint" else (4, *canvas(loop))
+        x = self.seeded(10 + run, n, *((16, 16) if loop.model == "joint" else size))
+        x = x.expand(loop.images, *x.shape[1:]).clone()
+        for i, t in enumerate(timesteps):
+            self.foreign_call(i, x, t)
+            noise = self.evaluate(x, t, self.group(i, float(t)))
+            x = self.scheduler.step(noise, t, x).prev_sample
+
+    def group(self, i: int, t: float) -> int:
+        """Return the time group of an evaluation, by the user's steps (a bare model without steps: by timestep)."""
+        loop = self.loop
+        if loop.clock == "timesteps":
+            return max(loop.time_groups - 1 - int(t * loop.time_groups / 1000), 0)
+        steps = loop.steps - loop.start
+        if loop.scheduler in ORDER_2:
+            step = i // 2
+        elif loop.scheduler == "PNDMScheduler":
+            step = max(i - 1, 0)
+        else:
+            step = i
+        return min(step, steps - 1) * loop.time_groups // steps
+
+    def evaluate(self, x, t, group):
+        if not self.loop.tiles:
+            return self.guided(x, t, group, (0, 0), contextlib.nullcontext)
+        out, cover = torch.zeros_like(x), torch.zeros_like(x)
+        for top, left in self.loop.tiles:
+            window = (..., slice(top, top + 8), slice(left, left + 8))
+            placed = self.tracer is not None and self.loop.placed
+            place = (lambda at=(top, left): self.tracer.tile(*at)) if placed else contextlib.nullcontext
+            out[window] += self.guided(x[window], t, group, (top, left), place)
+            cover[window] += 1
+        return out / cover.clamp_min(1)
+
+    def guided(self, x, t, group, at, place):
+        """Return the guided prediction of one place: the first image of each part differs by its context."""
+        loop, n = self.loop, x.shape[0]
+        which = loop.conditional if loop.option == "auto" else loop.option
+        if loop.option == "auto" and loop.guide == "batch" and loop.parts == 2 and not loop.zeros:
+            which = 1  # the convention that is documented: [unconditional, conditional]
+        which = which[0] if isinstance(which, tuple) else which
+        everything = Label(group, slice(None), at)
+        if loop.guide == "none":
+            return self.call(x, t, self.context(0, n), everything, place)
+        contexts = [self.context(i, n) for i in range(loop.parts)]
+        if loop.guide == "batch":
+            counted = everything if which == "none" else Label(group, slice(which * n, (which + 1) * n), at)
+            out = self.call(torch.cat([x] * loop.parts), t, torch.cat(contexts), counted, place).chunk(loop.parts)
+        else:
+            out = [
+                self.call(x, t, c, everything if which in ("none", i) else None, place) for i, c in enumerate(contexts)
+            ]
+        others = [o for i, o in enumerate(out) if i != loop.conditional]
+        return 2 * out[loop.conditional] - sum(others) / len(others)
+
+    def context(self, part, n):
+        loop = self.loop
+        if loop.zeros and part != loop.conditional and loop.guide != "none":
+            return torch.zeros(n, 19, CONTEXT)
+        return self.seeded(50 + part, n, 19, CONTEXT)
+
+    def call(self, x, t, context, label, place=contextlib.nullcontext):
+        """Call the model once, as the loop labels it, with the interruption where one was drawn."""
+        self.forwards += 1
+        local, before = self.recorder.local, getattr(self.recorder.local, "label", None)
+        local.label, handle = label, None
+        if self.loop.interrupt is not None and self.forwards - 1 == self.loop.interrupt[0]:
+            handle = self.interrupting(self.loop.interrupt[1])
+        try:
+            with place(), torch.no_grad():
+                return self.forward(self.model, x, t, context)
+        finally:
+            local.label, local.layer = before, None
+            if handle is not None:
+                handle.remove()
+
+    def forward(self, model, x, t, context):
+        if self.loop.model == "unet":
+            return model(x, t, encoder_hidden_states=context).sample
+        reference = self.seeded(99, 1, 4, 16).expand(x.shape[0], -1, -1)
+        return model(
+            torch.cat([x, reference], 1),
+            timestep=t.expand(x.shape[0]) / 1000,
+            encoder_hidden_states=dit.text_tokens(5, batch=x.shape[0]) * context[:, :5, :1],
+            pooled_projections=context[:, 0, :8],
+            img_ids=torch.cat([ids(4, 4, 0), ids(2, 2, 1)]),
+            txt_ids=torch.zeros(5, 3),
+        ).sample[:, :16]
+
+    def interrupting(self, where):
+        """Raise in one hook of a module, before or after its forward."""
+
+        def stop(*_):
+            raise Stop
+
+        modules = list(self.model.modules())
+        module = modules[where // 2 % len(modules)]
+        return module.register_forward_hook(stop) if where % 2 else module.register_forward_pre_hook(stop)
+
+    def foreign_call(self, i, x, t):
+        """Make the call that is not part of the loop, if one comes before this evaluation."""
+        kind, loop = self.foreign.pop(i, None), self.loop
+        if kind is None:
+            return
+        n = min(x.shape[0], 1)
+        small = x[:n] if loop.model == "joint" else x[:n, :, :8, :8]
+        context = self.seeded(70, n, 19, CONTEXT)
+        every = loop.option == "none" or loop.clock == "timesteps"
+        if kind in ("other latents", "other timestep"):
+            other = t if kind == "other latents" else t * 0 + 333
+            label = Label(self.group(i, float(other))) if every else None
+            self.call(small + 1, other, context, label)
+        elif kind == "same latents":
+            self.call(small, t, context, Label(self.group(i, float(t))) if every else None)
+        elif kind == "other thread":
+            thread = threading.Thread(target=lambda: self.forward_quietly(self.model, small, t, context))
+            thread.start()
+            thread.join()
+        elif kind == "copy":
+            self.forward_quietly(copy.deepcopy(self.model), small, t, context)
+        else:
+            self.nest(small, t, context)
+
+    def forward_quietly(self, model, *given):
+        with torch.no_grad():
+            self.forward(model, *given)
+
+    def nest(self, x, t, context):
+        """Make the model call itself inside its next forward."""
+        part = self.model.mid_block if self.loop.model == "unet" else self.model.single_transformer_blocks[0]
+
+        def again(*_):
+            handle.remove()
+            local = self.recorder.local
+            label, layer, local.label = local.label, local.layer, None
+            self.forward_quietly(self.model, x, t, context)
+            local.label, local.layer = label, layer
+
+        handle = part.register_forward_hook(again)
+
+
+def canvas(loop: Loop) -> tuple[int, int]:
+    """Return the size of the latents: of all tiles together."""
+    tops, lefts = zip(*(loop.tiles or ((0, 0),)), strict=True)
+    return max(tops) + 8, max(lefts) + 8
+
+
+def make_scheduler(loop: Loop):
+    options = {"skip_prk_steps": True} if loop.scheduler == "PNDMScheduler" else {}
+    return getattr(diffusers, loop.scheduler)(**options)
+
+
+# -------------------------------------------------------------------------------------------------------- the truth
+
+
+def truth(loop: Loop, seen: list[Seen], layer: str) -> dict[str, list[torch.Tensor | None]]:
+    """Return what a layer's maps are, a time group each: ``r2g [B, h, w]``, ``g2r [B, K]``, ``part [B, K]``."""
+    out: dict[str, list[torch.Tensor | None]] = {"r2g": [], "g2r": [], "part": []}
+    for group in range(loop.time_groups):
+        mine = [s for s in seen if s.layer == layer and s.label.group == group]
+        if not mine:
+            for values in out.values():
+                values.append(None)
+            continue
+        out["g2r"].append(torch.stack([s.g2r.mean(1) for s in mine]).mean(0))
+        out["part"].append(torch.stack([s.part.mean(1) for s in mine]).mean(0))
+        if not loop.tiles:
+            out["r2g"].append(torch.stack([s.r2g.mean(1) for s in mine]).mean(0))
+            continue
+        cell = 8 // mine[0].r2g.shape[-1]
+        total = torch.zeros(mine[0].r2g.shape[0], *(n // cell for n in canvas(loop)), dtype=torch.float64)
+        cover = torch.zeros_like(total)
+        for s in mine:
+            top, left = (n // cell for n in s.label.place)
+            h, w = s.r2g.shape[-2:]
+            total[:, top : top + h, left : left + w] += s.r2g.mean(1)
+            cover[:, top : top + h, left : left + w] += 1
+        out["r2g"].append(total / cover.clamp_min(1))
+    return out
+
+
+def plain(loop: Loop) -> Loop:
+    """Return the loop without what only the tracer sees."""
+    return replace(loop, output="i2am", record=False)
