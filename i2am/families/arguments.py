@@ -25,9 +25,19 @@ def argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name:
 def argument_of(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any = _MISSING
 ) -> Any:
-    """Return an argument of a module's forward; by its place in its class's signature, if the name is there."""
+    """Return an argument of a module's forward; by its place in its class's signature, if the name is there.
+
+    Raises:
+        ValueError: it was not given, and has no default.
+    """
     names = [p for p in _signature(type(module).forward).parameters if p != "self"]
-    return argument(args, kwargs, names.index(name) if name in names else position, name, default)
+    position = names.index(name) if name in names else position
+    if default is _MISSING and len(args) <= position and name not in kwargs:
+        raise ValueError(
+            f"{type(module).__name__} was called without {name} (its forward takes {', '.join(names)}): it is not "
+            "called as diffusers' models are, so trace it with i2am.patch_modules(model, layers=…, reference=…)"
+        )
+    return argument(args, kwargs, position, name, default)
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from i2am.families import (
     View,
     no_reference_keys,
 )
-from i2am.families.arguments import argument, argument_of
+from i2am.families.arguments import argument, argument_of, named_arguments
 from i2am.families.keysets import key_sets
 from i2am.families.tokens import clip_tokens
 from i2am.ops.tokens import TokenSet
@@ -142,9 +142,14 @@ class CrossAttention(UNetFamily):
         context = argument_of(self.unet, args, kwargs, 2, "encoder_hidden_states")
         if isinstance(context, Tensor):
             for reference in self._references(context.shape[1]):
-                if reference.grid != QUERIES and reference.call is None:
+                if reference.grid != QUERIES and reference.call is None and not self._has_other_context(args, kwargs):
                     reference.check(context.shape[1])
         return super().begin(args, kwargs)
+
+    def _has_other_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell whether some layers may be given a context of their own (SeeSR): then each is checked when it runs."""
+        given = named_arguments(self.unet, args, kwargs)
+        return any(n != "encoder_hidden_states" and n.endswith("encoder_hidden_states") for n in given)
 
     def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         context = argument(args, kwargs, 1, "encoder_hidden_states", None)
@@ -168,8 +173,13 @@ class CrossAttention(UNetFamily):
             return None
         grid = grid_of(layer)
         here = tuple(reference.on(grid) for reference in references)
-        for reference in here:
-            reference.check(keys)
+        try:
+            for reference in here:
+                reference.check(keys)
+        except ValueError as error:
+            raise ValueError(
+                f"layer {layer.name}: {error}; or leave out layers of another context with layers="
+            ) from None
         described = {i for r in here for i in TokenSet.of(r.tokens, keys, "tokens").positions}
         sets = key_sets(self.key_sets, [i for i in range(keys) if i not in described])
         return TokenLayout(grid, here, keys=keys, sets=sets)

@@ -197,7 +197,7 @@ def patch_modules(
 
         tracer = i2am.patch_modules(          # StableVITON: features of the garment branch at the same resolution
             model.model.diffusion_model,
-            layers="*warp_zero_crossattn*attn2",
+            layers="warp_flow_blks*attn2",
             reference=i2am.Reference(grid="queries"),
             num_steps=50,
         )

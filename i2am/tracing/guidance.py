@@ -57,7 +57,8 @@ class Guidance:
 
     def __init__(self, mode: str | int | tuple[int, int] = "auto"):
         self.mode = mode
-        self._index, self._parts = mode if isinstance(mode, tuple) else (mode if isinstance(mode, int) else 0, None)
+        self._index = mode[0] if isinstance(mode, tuple) else mode if isinstance(mode, int) else 0
+        self._parts = mode[1] if isinstance(mode, tuple) else None
         self.restart()
 
     def restart(self) -> None:

@@ -7,6 +7,7 @@ import torch
 import i2am
 from tests.helpers.tiny_models import unet as pipelines
 
+
 class ReorderedUNet(diffusers.UNet2DConditionModel):
     """A UNet whose forward takes the second network's features before the timestep, as OOTDiffusion's does."""
 
@@ -59,3 +60,29 @@ def test_a_unet_with_another_order_of_arguments_and_older_attention():
             del module.is_cross_attention  # diffusers before 0.27, and every copy of it
     assert traced().ulam("g2r").equal(want.ulam("g2r"))
     assert traced().recorded_layers == want.recorded_layers
+
+
+class TwoContexts(diffusers.UNet2DConditionModel):
+    """A UNet whose mid block attends to a context of its own, as SeeSR's image attentions do."""
+
+    def forward(self, sample, timestep, encoder_hidden_states, image_encoder_hidden_states=None):
+        def other(module, args, kwargs):
+            return args, kwargs | {"encoder_hidden_states": image_encoder_hidden_states}
+
+        handle = self.mid_block.attentions[0].register_forward_pre_hook(other, with_kwargs=True)
+        try:
+            return super().forward(sample, timestep, encoder_hidden_states)
+        finally:
+            handle.remove()
+
+
+def test_a_unet_of_two_contexts_is_described_layer_by_layer():
+    unet = TwoContexts.from_config(pipelines.unet().config).eval()
+    given = torch.randn(1, 4, 16, 16), 5, torch.randn(1, 7, pipelines.CONTEXT), torch.randn(1, 12, pipelines.CONTEXT)
+    reference = i2am.Reference(grid=(3, 4))
+    with i2am.patch_unet(unet, reference=reference, layers="mid_block*") as tracer, torch.no_grad():
+        unet(*given)
+    assert tracer.maps().ulam("g2r").shape == (1, 3, 4)
+    with i2am.patch_unet(unet, reference=reference), torch.no_grad():
+        with pytest.raises(ValueError, match=r"layer down_blocks\.0.*7 of the 7 keys.*layers of another context"):
+            unet(*given)
