@@ -6,8 +6,12 @@ import torch
 
 import i2am
 from i2am import losses
-from tests.families.test_dit import flux2, kontext, qwen, small_qwen
-from tests.families.test_prompts import FLUX, KANDINSKY, embeds, run, sd3_inputs
+from tests.families.test_flux import FLUX, embeds, kontext
+from tests.families.test_flux2 import flux2
+from tests.families.test_kandinsky import KANDINSKY
+from tests.families.test_qwen import qwen, small_qwen
+from tests.families.test_sd3 import sd3_inputs
+from tests.helpers.families import run
 from tests.helpers.tiny_models import dit, prompts
 from tests.helpers.tiny_models import unet as pipelines
 
