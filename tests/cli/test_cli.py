@@ -116,7 +116,7 @@ def test_report(inpaint, images, tmp_path):
     assert trace(pipeline, images, tmp_path / "out", *options, "--reference-mask", tmp_path / "left.png") == 0
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     header = json.loads(re.search(r'id="header">(.*?)</script>', text, re.S)[1])
-    assert header["rows"]["generated"]["cells"] == [4, 4]  # of 64×72 pixels
+    assert header["frames"][0]["rows"]["generated"]["cells"] == [4, 4]  # of 64×72 pixels
     assert {name for name, *_ in header["scores"]} == {"IMACS of R2G", "IMACS of G2R", "Box IoU"}
     right_edge = max(float(x) for x in re.findall(r"([\d.]+) [\d.]+", header["outlines"]["reference"]))
     assert right_edge == pytest.approx(0.5, abs=0.05)  # columns 10 to 30 of 10 to 50
