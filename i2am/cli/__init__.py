@@ -12,7 +12,18 @@ import traceback
 
 import i2am
 from i2am.cli import app, compare, completion, demo, evaluate, trace
-from i2am.cli.arguments import DONE, EXIT_CODES, INTERNAL, STOPPED, USAGE, Parser, StoppedEarly, UserError
+from i2am.cli.arguments import (
+    DONE,
+    EXIT_CODES,
+    INTERNAL,
+    SOME_FAILED,
+    STOPPED,
+    USAGE,
+    Parser,
+    RunFailed,
+    StoppedEarly,
+    UserError,
+)
 from i2am.cli.streams import complain, flush_output, show_any_text, stopping_signals
 
 COMMANDS = {
@@ -56,6 +67,8 @@ def _guarded(words: list[str], debug: bool) -> int:
         return args.run(args) or 0
     except UserError as error:
         return _ended(USAGE, str(error), debug)
+    except RunFailed as error:
+        return _ended(SOME_FAILED, str(error), debug)
     except StoppedEarly as error:
         return _ended(STOPPED, str(error), debug)
     except KeyboardInterrupt as error:

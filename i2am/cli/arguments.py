@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 DONE, SOME_FAILED, USAGE, STOPPED, INTERNAL = range(5)  # exit codes
 EXIT_CODES = (
-    "exit codes: 0 done; 1 some samples failed; 2 wrong input; 3 stopped early (full disk, signal), what is finished "
-    "is kept; 4 an error of i2am itself (--debug shows where)"
+    "exit codes: 0 done; 1 some samples failed, or the model made values that are not finite; 2 wrong input; 3 stopped "
+    "early (full disk, signal), what is finished is kept; 4 an error of i2am itself (--debug shows where)"
 )
 DTYPES = ("float32", "float16", "bfloat16")
 OFFLOAD = ("model", "sequential")
@@ -25,6 +25,10 @@ OFFLOAD = ("model", "sequential")
 
 class UserError(Exception):
     """Something about the input that the user can put right; the message is one sentence."""
+
+
+class RunFailed(Exception):
+    """A run whose input was right and whose model was not: exit code 1, as of samples; the message is one sentence."""
 
 
 class StoppedEarly(Exception):

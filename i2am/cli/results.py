@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from i2am._files import abandoned, sync, unfinished_path
-from i2am.cli.arguments import StoppedEarly, UserError
+from i2am.cli.arguments import RunFailed, StoppedEarly, UserError
 from i2am.cli.streams import no_interrupt, say
 from i2am.versions import versions
 
@@ -33,7 +33,7 @@ FAILED = "failed"  # folder of a run whose figures could not be drawn, beside th
 DPI = 150
 
 
-class NotFinite(UserError):
+class NotFinite(RunFailed):
     """Maps with values that are not finite; what could be written is."""
 
 
@@ -72,7 +72,7 @@ def write_results(
         document = {**settings, "layers": maps.layers, "reference_name": maps.references[0], "versions": versions()}
         files = {"maps.safetensors": partial(maps.save, record=False)}
         files |= {"generated.png": partial(generated.save, format="png"), "reference.png": reference.save}
-        bad = sorted({layer for name in maps.references for layer in maps.not_finite(name)})
+        bad = {layer: groups for name in maps.references for layer, groups in maps.not_finite(name).items()}
         if not bad:
             if story is not None:
                 files["demo.png"] = partial(_save_figure, story)
@@ -81,7 +81,7 @@ def write_results(
                 files[REPORT] = lambda path: maps.report(path, generated, reference, settings=document, **masks)
         _write_all(beside, files, document)
         if bad:
-            _keep_failed(out, beside, bad)
+            _keep_failed(out, beside, maps, bad)
         swap_in(beside, out)
     except OSError as error:
         raise _explained(error, out) from error
@@ -103,15 +103,25 @@ def _write_all(folder: Path, files: dict[str, Callable[[Path], Any]], document: 
     sync(folder / SETTINGS)
 
 
-def _keep_failed(out: Path, beside: Path, bad: list[str]) -> None:
+def _keep_failed(out: Path, beside: Path, maps: AttributionMaps, bad: dict[str, list[int]]) -> None:
     """Keep what there is of a run without figures, in ``out`` or, beside an earlier run, in a folder of its own."""
     place = out / FAILED if written_before(out) else out
     place.mkdir(exist_ok=True)
     swap_in(beside, place)
+    layer = min(bad, key=lambda name: bad[name][0])  # of equal ones the first in the order that they ran in
+    where = f"{layer} in {_steps(maps, layer, bad[layer][0])}"
     raise NotFinite(
-        f"maps of {len(bad)} layers hold values that are not finite (first: {bad[0]}): the model overflowed; "
-        f"try --dtype bfloat16 or float32. There are no figures; maps.safetensors and generated.png are in {place}"
+        f"maps of {len(bad)} layers hold values that are not finite, first {where}: the model overflowed; try --dtype "
+        f"bfloat16 or float32. There are no figures; maps.safetensors and generated.png are in {place}"
     )
+
+
+def _steps(maps: AttributionMaps, layer: str, group: int) -> str:
+    """Name the steps of a layer's time group."""
+    counts = next(s.counts for s in maps._sums if s.layer == layer)
+    first, last = sum(counts[:group]) + 1, sum(counts[: group + 1])
+    steps = f"step {first}" if first == last else f"steps {first} to {last}"
+    return f"{steps} of {sum(counts)} (time group {group})"
 
 
 def swap_in(beside: Path, out: Path) -> None:

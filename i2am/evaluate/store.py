@@ -81,6 +81,8 @@ class Store:
         weakref.finalize(self, self._lease.end)
         try:
             _write_once(path, json.dumps(settings, indent=2, ensure_ascii=True))
+            if not restart and any((self.out / "samples").glob("*.json")):
+                raise ValueError(f"{self.out} has results of i2am 0.1, which this version does not go on with: {AGAIN}")
             what = difference(self.settings(), settings, NOT_COMPARED)
             if what is not None:
                 if not restart:

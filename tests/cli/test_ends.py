@@ -15,7 +15,7 @@ from PIL import Image
 from i2am import cli
 from i2am.cli import results
 from i2am.cli import trace as trace_command
-from i2am.cli.arguments import STOPPED, USAGE
+from i2am.cli.arguments import SOME_FAILED, STOPPED, USAGE
 from i2am.cli.job import Job
 from i2am.cli.pipelines import find_class
 from i2am.cli.streams import Terminated, no_interrupt, stopping_signals
@@ -140,21 +140,23 @@ def test_whatever_goes_wrong_the_earlier_run_is_whole(paint_by_example, images, 
 def test_maps_that_are_not_finite_are_kept_beside_a_good_run(paint_by_example, images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(results, "_drawings", lambda *_: iter(()))
     assert trace(paint_by_example, images, tmp_path / "out") == 0
-    before, original = files_of(tmp_path / "out"), trace_command._traced
+    before, original, named = files_of(tmp_path / "out"), trace_command._traced, []
 
     def overflowed(*args):
         outcome = original(*args)
-        for sums in outcome.maps._sums:
-            sums.r2g.fill_(float("nan"))
+        first, second = outcome.maps._sums[:2]  # two steps in five time groups: 0 and 2
+        first.r2g[2:] = float("nan")
+        second.r2g.fill_(float("nan"))
+        named.append(second.layer)
         return outcome
 
     monkeypatch.setattr(trace_command, "_traced", overflowed)
-    assert trace(paint_by_example, images, tmp_path / "out") == USAGE
-    assert "not finite" in capsys.readouterr().err
+    assert trace(paint_by_example, images, tmp_path / "out") == SOME_FAILED
+    assert f"2 layers hold values that are not finite, first {named[0]} in step 1 of 2" in capsys.readouterr().err
     failed = tmp_path / "out" / "failed"
     assert {p.name for p in failed.iterdir()} == {"maps.safetensors", "generated.png", "reference.png", "i2am.json"}
     assert files_of(tmp_path / "out") == before
-    assert trace(paint_by_example, images, tmp_path / "fresh") == USAGE
+    assert trace(paint_by_example, images, tmp_path / "fresh") == SOME_FAILED
     assert (tmp_path / "fresh" / "maps.safetensors").exists()
 
 

@@ -226,6 +226,20 @@ def test_other_settings_are_refused_or_done_anew(tmp_path):
     assert list(store.records(samples)) == []
 
 
+def test_a_folder_of_the_first_version_is_left_as_it_is(tmp_path):
+    """It had a file a sample, and other settings."""
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "a.json").write_text('{"id": "a", "status": "ok"}')
+    (tmp_path / "i2am.json").write_text('{"command": "evaluate", "steps": 3}')
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match=r"results of i2am 0\.1.*name a new folder, or restart"):
+        store.open(SETTINGS)
+    assert (tmp_path / "samples" / "a.json").exists()
+    store.open(SETTINGS, restart=True)
+    assert not (tmp_path / "samples" / "a.json").exists()
+    store.close()
+
+
 def test_versions_are_kept_for_each_row(tmp_path):
     samples = samples_of(2)
     for version, sample in zip("12", samples, strict=True):
