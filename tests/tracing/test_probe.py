@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import i2am
 from i2am import losses
@@ -303,6 +305,47 @@ def test_latents_through_a_traced_model(unet):
     with i2am.patch_unet(unet, reference=REFERENCE, guidance="none"):
         (got,) = torch.autograd.grad(unet(latents, t, context).sample.square().sum(), latents)
     assert torch.equal(got, want)
+
+
+def _probed(unet):
+    return i2am.probe(unet, reference=REFERENCE, reads=("r2g", "expected"))
+
+
+def _traced(unet, output):
+    return i2am.patch_unet(unet, reference=REFERENCE, guidance="none", output=output)
+
+
+WATCHED = {"probe": _probed, "tracer": partial(_traced, output="i2am"), "own output": partial(_traced, output="model")}
+
+
+@pytest.mark.parametrize("how", WATCHED)
+def test_forward_mode_is_refused(unet, how):
+    """The model has tangents by itself; beside them a read-out or a map would have none."""
+    latents, t, context = inputs()
+    unet.requires_grad_(False)
+    with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        moving = forward_ad.make_dual(latents, torch.ones_like(latents))
+        assert forward_ad.unpack_dual(unet(moving, t, context).sample).tangent.any()
+        with WATCHED[how](unet), pytest.raises(NotImplementedError, match="forward-mode tangent"):
+            unet(moving, t, context)
+
+
+def test_second_derivatives_are_refused(unet):
+    latents, t, context = inputs()
+    latents.requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH), _probed(unet) as probe:
+        unet(latents, t, context)
+        (slope,) = torch.autograd.grad(probe.reads[-1].r2g.square().sum(), latents, create_graph=True)
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            torch.autograd.grad(slope.square().sum(), latents)
+
+
+def test_a_tracers_maps_have_no_gradient(unet):
+    """An error where one is asked for, not a zero."""
+    with _traced(unet, "i2am") as tracer:
+        unet(*inputs())
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        tracer.maps().ulam("r2g").sum().backward()
 
 
 def test_one_at_a_time(unet):
