@@ -157,7 +157,13 @@ def test_another_scheduler_than_the_one_watched_is_refused():
 # ------------------------------------------------------------------------------------------------- which samples
 
 
+MID = dict(indices=[0], fqn="mid_block.attentions.0.transformer_blocks")
+SCORES = diffusers.hooks.LayerSkipConfig(**MID, skip_attention=False, skip_attention_scores=True, skip_ff=False)
 GUIDERS = {
+    "SLG": ("SkipLayerGuidance", dict(skip_layer_config=diffusers.hooks.LayerSkipConfig(**MID))),
+    "SEG": ("SmoothedEnergyGuidance", dict(seg_guidance_config=diffusers.hooks.SmoothedEnergyGuidanceConfig(**MID))),
+    "PAG": ("PerturbedAttentionGuidance", dict(perturbed_guidance_config=SCORES)),
+    "AutoGuidance": ("AutoGuidance", dict(auto_guidance_config=diffusers.hooks.LayerSkipConfig(**MID))),
     "CFG": ("ClassifierFreeGuidance", dict(guidance_scale=7.5)),
     "APG": ("AdaptiveProjectedGuidance", dict(guidance_scale=7.5)),
     "CFG zero*": ("ClassifierFreeZeroStarGuidance", dict(guidance_scale=7.5)),
@@ -250,6 +256,21 @@ def test_self_attention_guidance_calls_on_degraded_latents_do_not_count():
     assert counts(tracer.maps()) == {(2, 2)}
     assert_peak(tracer.maps().ulam("r2g"), truth.ulam("r2g"))
     assert list(tracer.provenance["calls"]["passed_by"].values()) == [4]
+
+
+@pytest.mark.parametrize("safe", [1000, 0], ids=["three parts", "two parts"])
+def test_safety_guidance_is_a_third_part_of_the_batch(safe):
+    module = pytest.importorskip("diffusers.pipelines.deprecated.stable_diffusion_safe")
+    pipe = pipelines.quiet(module.StableDiffusionPipelineSafe(**pipelines._sd_parts(4, ("full",))))
+
+    def go():
+        given = dict(ip_adapter_image=PICTURE, num_inference_steps=2, generator=seeded(), sld_guidance_scale=safe)
+        pipe("a", **given, **SMALL)
+
+    with i2am.trace(pipe, time_groups=1) as tracer:
+        go()
+    parts = 3 if safe else 2
+    assert tracer.provenance["guidance"] == {f"the pipeline's safety guidance: part 1 of {parts}": 2}
 
 
 def test_another_number_of_images_in_a_second_run_is_refused():
