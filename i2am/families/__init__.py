@@ -37,6 +37,7 @@ class ForwardInputs(NamedTuple):
     strip: int = 1  # frames of a video below each other in ``grid``: attention sees all at once
     conditioning: tuple[Tensor, ...] = ()  # [B, …] embeddings that carry the reference
     stepped: bool = True  # the scheduler steps latents of this size (not of several pictures side by side)
+    aside: str | None = None  # why this forward is no evaluation of a run: it does not count
 
 
 class TokenLayout(NamedTuple):
@@ -163,12 +164,13 @@ class Family:
         return ()
 
 
-UNKNOWN = "i2am does not know"  # how the reason begins where there is none
+OURS = "i2am "  # how a reason begins that is a limit of this package, and no trait of the model
+UNKNOWN = "i2am does not know"
 
 
 def no_reference_keys(name: str, reason: str) -> str:
     """Return the message for a pipeline or model without reference keys, or of which that is not known."""
-    if reason.startswith(UNKNOWN):
+    if reason.startswith(OURS):
         return f"{name}: {reason}. {SELF_HINT}"
     return (
         f"{name}: no attention keys encode a reference ({reason}). Attention then tells which positions exchange "

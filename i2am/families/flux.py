@@ -111,3 +111,10 @@ class Fibo(Flux):
     timestep_scale = 1.0
     batched_guidance = True
     latent_pixels = 1
+
+
+class Chroma(Flux):
+    """``ChromaTransformer2DModel``: Flux without its guidance; a reference comes by IP-Adapter."""
+
+    models = ("ChromaTransformer2DModel",)
+    pipelines = (PipelineFacts("ChromaI*", refused=START),)

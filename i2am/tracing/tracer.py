@@ -252,6 +252,9 @@ class Tracer:
         _refuse_faster_cache(model)
         self._family.key_sets = self._asked.read(caller.frame)
         forward = self._family.begin(args, kwargs)
+        if forward.aside is not None:
+            ledger.pass_by(f"calls beside the denoising: {forward.aside}")
+            return
         timestep = read_timestep(forward.timestep)
         info = self._read_clock(timestep)
         told = self._told()

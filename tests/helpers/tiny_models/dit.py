@@ -33,12 +33,12 @@ def text_tokens(count: int, width: int = TEXT, seed: int = 0, batch: int = 1) ->
     return torch.randn(batch, count, width, generator=torch.Generator().manual_seed(seed))
 
 
-def flux_vae() -> AutoencoderKL:
+def flux_vae(levels: int = 2) -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(
-        block_out_channels=(16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         norm_num_groups=8,
         latent_channels=4,
