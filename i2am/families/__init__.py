@@ -92,6 +92,7 @@ class PipelineFacts(NamedTuple):
     several: bool = False  # it takes a list of references
     adapter: bool = False  # only through an adapter
     refused: str | None = None  # why no attention keys encode a reference
+    keys: str | None = None  # weights of an attention module; models that have them do have such keys
     described: Described = None  # where it is, if nobody says otherwise
     told: Callable[[Any], Told] | None = None  # how the running call lays out guidance; None: as most pipelines do
     views: Callable[[dict[str, Any]], View] | None = None  # local variables of its call → where it looks; None: whole

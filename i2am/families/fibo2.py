@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from i2am.families import ForwardInputs, PipelineFacts, TokenLayout
-from i2am.families.arguments import argument, named_arguments
+from i2am.families.arguments import argument, attribute, named_arguments
 from i2am.families.joint import NO_REFERENCE, JointTransformer, Segment
 from i2am.tracing.intercept import AttentionCall, LayerContext
 
@@ -30,7 +30,7 @@ class Fibo2(JointTransformer):
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
         given = named_arguments(self.transformer, args, kwargs)
-        patch, latents = self.transformer.config.patch_size, given["hidden_states"]
+        patch, latents = int(attribute(self.transformer, "config").patch_size), given["hidden_states"]
         pictures = [latents, *(given.get("context_latents") or ())]
         if len(pictures) == 1 and not self.self_attention:
             raise ValueError(NO_REFERENCE.format(model=type(self.transformer).__name__))

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from i2am.families import ForwardInputs, PipelineFacts, TokenLayout
-from i2am.families.arguments import named_arguments
+from i2am.families.arguments import attribute, named_arguments
 from i2am.families.joint import NO_REFERENCE, JointTransformer, Segment
 from i2am.families.tokens import reference_names
 from i2am.references import SELF, Grid, Reference
+from i2am.tracing.intercept import LayerContext
 
 
 class GlmImage(JointTransformer):
@@ -28,7 +31,7 @@ class GlmImage(JointTransformer):
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
         given = named_arguments(self.transformer, args, kwargs)
-        latents, patch = given["hidden_states"], self.transformer.config.patch_size
+        latents, patch = given["hidden_states"], int(attribute(self.transformer, "config").patch_size)
         grid: Grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
         cache = given.get("kv_caches")
         first = None if cache is None else cache[0]
@@ -39,9 +42,15 @@ class GlmImage(JointTransformer):
             return ForwardInputs(latents, given["timestep"], grid, aside="they put a reference's keys into the cache")
         text = given["encoder_hidden_states"]
         read = first is not None and first.mode == "read" and first.k_caches
-        self.carried = self._layout(grid, text.shape[1], self._cached(cache, first) if read else [], skipped=not read)
+        references = self._cached(cache, first) if read else []
+        skipped = not read and cache is not None and cache is self._cache
+        self.carried = self._layout(grid, text.shape[1], references, skipped=skipped)
         # the scheduler's timesteps count from 1
         return ForwardInputs(latents, given["timestep"] + 1, grid, conditioning=(text,), stepped=False)
+
+    def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.carried is not None and self.carried.references:  # the unconditional call leaves the cache out
+            layer.awaits = self.carried
 
     def _cached(self, cache: Any, first: Any) -> list[Segment]:
         """Return the references that the cache holds, which are the same for every sample."""
@@ -71,6 +80,6 @@ class GlmImage(JointTransformer):
         parts = tuple(
             Reference(s.grid, slice(s.start, s.stop), name=name) for s, name in zip(references, names, strict=True)
         )
-        if not parts and (self._cache is None or not skipped):
+        if not parts and not skipped:
             raise ValueError(NO_REFERENCE.format(model=type(self.transformer).__name__))
         return TokenLayout(grid, parts, queries, keys=total)

@@ -11,10 +11,12 @@ from typing import Any
 from torch import nn
 
 from i2am.families import ForwardInputs, PipelineFacts
-from i2am.families.arguments import named_arguments
+from i2am.families.arguments import attribute, named_arguments
 from i2am.families.joint import JointTransformer, Segment
 from i2am.families.tokens import square
-from i2am.references import Grid, Reference
+from i2am.references import Grid
+
+TEXTS = ("encoder_hidden_states", "encoder_hidden_states_2")
 
 
 class HunyuanVideo15(JointTransformer):
@@ -29,25 +31,22 @@ class HunyuanVideo15(JointTransformer):
         return {n: m for n, m in super().layers().items() if n.startswith("transformer_blocks.")}
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
-        given, config = named_arguments(self.transformer, args, kwargs), self.transformer.config
+        given = named_arguments(self.transformer, args, kwargs)
+        config = attribute(self.transformer, "config")
         latents, image = given["hidden_states"], given.get("image_embeds")
-        frames, h, w = (
-            n // p
-            for n, p in zip(
-                latents.shape[2:], (config.patch_size_t, config.patch_size, config.patch_size), strict=True
-            )
-        )
+        patch = (config.patch_size_t, config.patch_size, config.patch_size)
+        frames, h, w = (n // p for n, p in zip(latents.shape[2:], patch, strict=True))
         grid: Grid = (frames * h, w)
         video = Segment(0, grid)
-        texts = [given["encoder_hidden_states"], given.get("encoder_hidden_states_2")]
-        given_image = image is not None and bool(image.any())
-        tokens = image.shape[1] if given_image else 0
-        total = video.stop + sum(text.shape[1] for text in (*texts, image) if text is not None)
-        self.carried = self.in_context(video, [Segment(video.stop, square(tokens))] if tokens else [], 0, slice(0, 0), total)
+        texts = [given[name] for name in TEXTS if given.get(name) is not None]
+        tokens = 0 if image is None or not image.any() else image.shape[1]  # zeros: none, and the model masks them
+        total = video.stop + sum(text.shape[1] for text in texts) + (0 if image is None else image.shape[1])
+        references = [Segment(video.stop, square(tokens))] if tokens else []
+        self.carried = self.in_context(video, references, 0, slice(0, 0), total)
         return ForwardInputs(
             latents[:, : config.out_channels],
             given["timestep"],
             grid,
-            conditioning=tuple(x for x in texts if x is not None),
+            conditioning=tuple(texts),
             stepped=False,
         )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from i2am.families import ForwardInputs, PipelineFacts
-from i2am.families.arguments import named_arguments
+from i2am.families.arguments import attribute, named_arguments
 from i2am.families.joint import JointTransformer, Segment
 from i2am.references import Grid
 from i2am.tracing.intercept import LayerContext, running_context
@@ -19,8 +19,7 @@ class JoyImage(JointTransformer):
     models = ("JoyImageEditTransformer3DModel",)
     attentions = ("JoyImageAttention",)
     pipelines = (PipelineFacts("JoyImageEdit*"),)
-    conditional_call = None
-    batched_guidance = True
+    timestep_scale = 1.0
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
         given = named_arguments(self.transformer, args, kwargs)
@@ -30,7 +29,7 @@ class JoyImage(JointTransformer):
         count, frames, *size = (pictures.shape[i] for i in (1, 3, 4, 5))
         if frames != 1:
             raise ValueError(f"{frames} frames have no one grid of generated tokens")
-        _, *patch = self.transformer.config.patch_size
+        _, *patch = attribute(self.transformer, "config").patch_size
         grid: Grid = (size[0] // patch[0], size[1] // patch[1])
         segments = [Segment(i * grid[0] * grid[1], grid) for i in range(count)]
         text = slice(segments[-1].stop, segments[-1].stop + given["encoder_hidden_states"].shape[1])

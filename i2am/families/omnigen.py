@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from i2am.families import ForwardInputs, PipelineFacts
-from i2am.families.arguments import named_arguments
+from i2am.families.arguments import attribute, named_arguments
 from i2am.families.joint import NO_REFERENCE, JointTransformer, Segment
 from i2am.references import Grid
 from i2am.tracing.guidance import Told
@@ -36,7 +36,7 @@ class OmniGen(JointTransformer):
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
         given = named_arguments(self.transformer, args, kwargs)
-        latents, patch = given["hidden_states"], self.transformer.config.patch_size
+        latents, patch = given["hidden_states"], int(attribute(self.transformer, "config").patch_size)
         pictures = iter(given["input_img_latents"])
         self._references: dict[int, list[Segment]] = {
             sample: [_segment(int(start), int(stop), next(pictures), patch) for start, stop in places]

@@ -1,4 +1,4 @@
-"""Wan image-to-video: CLIP's tokens of the first frame (and the last) in a cross-attention call of their own.
+"""Wan image-to-video and its kin: CLIP's tokens of the first frame (and the last) in a cross-attention call of their own.
 
 The generated tokens are a video's: they are drawn as a strip, its latent frames below each other, ``(frames · h, w)``;
 a key's column softmax goes over all of them. The first frame's latents enter as channels besides.
@@ -19,20 +19,30 @@ from i2am.families.tokens import among, clip_tokens, reference_names
 from i2am.references import Grid, Reference
 from i2am.tracing.intercept import LayerContext
 
+ATTENTIONS = ("WanAttention", "SkyReelsV2Attention")
 TEXT = 512  # text tokens, a constant of Wan's attention: what stands before them is the image
 
 
 class Wan(Family):
-    """``WanTransformer3DModel`` with image keys.
+    """``WanTransformer3DModel`` and its kin, with image keys.
 
     Args:
         transformer: the model.
         references: the image tokens as the caller describes them; None: CLIP's.
     """
 
-    models = ("WanTransformer3DModel",)
+    models = (
+        "WanTransformer3DModel",
+        "SkyReelsV2Transformer3DModel",
+        "ChronoEditTransformer3DModel",
+        "WanAnimateTransformer3DModel",
+    )
     pipelines = (
-        PipelineFacts("WanImageToVideo*", refused=CHANNELS),
+        PipelineFacts("WanImageToVideo*", refused=CHANNELS, keys="add_k_proj"),
+        PipelineFacts("WanAnimate*", refused=CHANNELS, keys="add_k_proj"),
+        PipelineFacts("ChronoEdit*", refused=CHANNELS, keys="add_k_proj"),
+        PipelineFacts("SkyReelsV2ImageToVideo*", refused=CHANNELS, keys="add_k_proj"),
+        PipelineFacts("WanVACE*", refused="references enter through a branch whose features are added to the model's"),
         PipelineFacts("WanVideoToVideo*", refused="the video is only what denoising starts from"),
         PipelineFacts("LucyEdit*", refused="the video enters as channels beside the latents"),
     )
@@ -88,7 +98,7 @@ class Wan(Family):
 
     def _image_attentions(self) -> dict[str, nn.Module]:
         named = self.transformer.named_modules()
-        return {n: m for n, m in named if type(m).__name__ == "WanAttention" and m.add_k_proj is not None}
+        return {n: m for n, m in named if type(m).__name__ in ATTENTIONS and m.add_k_proj is not None}
 
     def _references(self, tokens: int) -> tuple[Reference, ...]:
         if self.references is not None:

@@ -1,6 +1,7 @@
 """Wan image-to-video against a materialised recomputation from the untraced run."""
 
 import pytest
+import torch
 
 import i2am
 from tests import support_table as support
@@ -64,3 +65,41 @@ def test_wan_without_image_keys_is_refused():
         i2am.patch_transformer(pipe.transformer)
     with pytest.raises(ValueError, match="goes over frames"):
         i2am.patch_transformer(pipe.transformer, mode="self")
+
+
+KIN = ("SkyReelsV2Transformer3DModel", "ChronoEditTransformer3DModel", "WanAnimateTransformer3DModel")
+
+
+@pytest.mark.parametrize("kind", KIN)
+@support.family(
+    "SkyReels V2, ChronoEdit, Wan Animate",
+    "SkyReelsV2ImageToVideoPipeline, ChronoEditPipeline, WanAnimatePipeline: their transformers, bare",
+    "CLIP's tokens, in a call of their own; frames as a strip",
+)
+def test_kin_of_wan(kind):
+    transformer = prompts.wan_kin(kind)
+    noise, clip = torch.randn(1, 12, 3, 4, 6), torch.randn(1, 10, 12)
+    extra = {}
+    if kind.startswith("WanAnimate"):
+        extra = dict(pose_hidden_states=torch.randn(1, 4, 2, 4, 6), face_pixel_values=torch.randn(1, 3, 5, 16, 16))
+
+    @torch.no_grad()
+    def go():
+        for t in (900, 700, 400, 100):
+            for seed in (0, 3):  # conditional, then unconditional
+                out = transformer(
+                    hidden_states=noise * t / 1000,
+                    timestep=torch.tensor([t]),
+                    encoder_hidden_states=dit.text_tokens(512, seed=seed),
+                    encoder_hidden_states_image=clip,
+                    **extra,
+                ).sample
+        return out
+
+    calls = [c for c in capture_calls(transformer, go, ("attn2",)) if c.k.shape[2] == 10]
+    plain = go()
+    with i2am.patch_transformer(transformer, num_steps=4, time_groups=2, guidance=0, output="model") as tracer:
+        assert go().equal(plain)
+    chosen = generated(calls, (6, 3), evaluations=range(0, 8, 2))
+    truth = Truth(chosen, groups=[0] * 4 + [1] * 4, reference_grid=(3, 3), skip=1)
+    check(tracer.maps(), truth, 2, directions=("r2g", "g2r"))

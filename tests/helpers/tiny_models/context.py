@@ -227,10 +227,10 @@ def joyimage(plus: bool = False):
 
 
 def fibo2():
-    from diffusers import BriaFibo2Pipeline, BriaFibo2Transformer2DModel
+    from diffusers import BriaFibo2Transformer2DModel
 
     torch.manual_seed(0)
-    transformer = BriaFibo2Transformer2DModel(
+    return BriaFibo2Transformer2DModel(
         in_channels=4,
         dim=32,
         n_layers=2,
@@ -247,7 +247,6 @@ def fibo2():
         axes_dims=(4, 6, 6),
         axes_lens=(64, 64, 64),
     ).eval()
-    return transformer, BriaFibo2Pipeline
 
 
 def glm_image():

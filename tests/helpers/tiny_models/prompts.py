@@ -213,3 +213,35 @@ def wan(image_keys: bool = True, last_image: bool = False):
             transformer=transformer,
         )
     )
+
+
+def wan_kin(kind: str):
+    """A transformer that attends to CLIP's tokens as Wan's does."""
+    torch.manual_seed(0)
+    extra = {}
+    if kind == "WanAnimateTransformer3DModel":
+        extra = dict(
+            latent_channels=4,
+            motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
+            motion_encoder_size=16,
+            motion_style_dim=8,
+            motion_dim=4,
+            motion_encoder_dim=8,
+            face_encoder_hidden_dim=16,
+            face_encoder_num_heads=2,
+            inject_face_latents_blocks=2,
+        )
+    return getattr(diffusers, kind)(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=12,
+        out_channels=4,
+        text_dim=dit.TEXT,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=2,
+        image_dim=12,
+        added_kv_proj_dim=24,
+        rope_max_seq_len=32,
+        **extra,
+    ).eval()
