@@ -6,11 +6,14 @@ compared with a materialised recomputation while the test ran. Nothing in the ta
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
+from i2am.families.registry import takes_pictures, verdict_on
 from tests.helpers.truth import assert_peak
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
@@ -37,6 +40,7 @@ class Row:
 FAMILIES: dict[str, Row] = {}
 LIVING: dict[str, Row] = {}
 REFUSED: dict[str, Row] = {}
+SHOWN: set[str] = set()  # models and pipelines whose maps a test has compared with the truth
 _running: list[Row] = []
 
 
@@ -63,6 +67,7 @@ def note(direction: str, *levels: str) -> None:
 
 def check(maps, truth, T, directions=("r2g", "g2r", "mass"), **options) -> None:
     """Compares every level with the truth, and notes it."""
+    SHOWN.update(str(maps.provenance.get(what)) for what in ("model", "pipeline"))
     for direction in directions:
         assert_peak(maps.ulam(direction, **options), truth.ulam(direction))
         assert_peak(maps.tlam(direction, **options), truth.tlam(direction, T))
@@ -88,6 +93,56 @@ def _mark(row: Row):
         return marked
 
     return decorate
+
+
+# ------------------------------------------------------------------------------------------------ every pipeline
+
+OPTIONAL = ("Kolors", "ConsisID")  # pipelines that need packages beside diffusers: their names are in it without them
+NO_PIPELINE = ("Modular", "Onnx", "Blocks", "Output", "AutoPipeline", "Config")
+
+
+def pipelines_with_pictures() -> dict[str, type]:
+    """Returns every pipeline of the installed diffusers that takes a picture, by name."""
+    import diffusers
+
+    found = {}
+    for name in sorted(dir(diffusers)):
+        if "Pipeline" not in name or any(part in name for part in NO_PIPELINE):
+            continue
+        kind = getattr(diffusers, name)
+        optional = name.startswith(OPTIONAL)
+        if optional or (issubclass(kind, diffusers.DiffusionPipeline) and takes_pictures(kind)):
+            found[name] = kind
+    return found
+
+
+def every_pipeline() -> tuple[list[str], list[str]]:
+    """Returns the rows of all pipelines that take a picture, and the names of those of which nothing is known."""
+    rows, unknown = [], []
+    for name, kind in pipelines_with_pictures().items():
+        verdict = verdict_on(kind)
+        if verdict is None:
+            unknown.append(name)
+            continue
+        means = []
+        if verdict.family is not None:
+            means.append("yes" if verdict.keys is None else f"with `{verdict.keys}` weights")
+        if verdict.adapter:
+            means.append("IP-Adapter" if not means else "and by IP-Adapter")
+        rows.append(line(name, " ".join(means) or "–", verdict.refused or ""))
+    return rows, unknown
+
+
+def not_shown() -> list[str]:
+    """Returns the families that trace a pipeline as it is, and of which no test of this session has shown one."""
+    families = {verdict_on(kind).family for kind in pipelines_with_pictures().values() if verdict_on(kind) is not None}
+    return sorted(family.__name__ for family in families if family is not None and not _shown(family))
+
+
+def _shown(family) -> bool:
+    return bool(SHOWN & set(family.models)) or any(
+        fnmatch.fnmatchcase(name, facts.pattern) for name in SHOWN for facts in family.pipelines
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- page
@@ -135,6 +190,17 @@ def page() -> str:
         line("---", "---"),
         *(living_line(row) for row in REFUSED.values()),
         "",
+        f"## Every pipeline of diffusers {version('diffusers')}",
+        "",
+        "All that take a picture or a video. Traced: its reference is among the attention keys and i2am reads it, as "
+        "it is or with an IP-Adapter; otherwise why not. A reason that begins with i2am is a limit of i2am: the keys are "
+        "there. Pipelines that are assembled of modular blocks are not listed; trace the transformer of one with "
+        "`i2am.patch_transformer`.",
+        "",
+        line("pipeline", "traced", "otherwise"),
+        line("---", "---", "---"),
+        *every_pipeline()[0],
+        "",
         "## Living with the rest",
         "",
         line("with", "", "how"),
@@ -156,6 +222,9 @@ def main() -> int:
     untold = [row.name for rows in (support.FAMILIES, support.LIVING) for row in rows.values() if not row.complete]
     if code == 0 and untold:
         print(f"nothing written: tests of {', '.join(untold)} were skipped")
+        return 1
+    if code == 0 and (unknown := support.every_pipeline()[1] + support.not_shown()):
+        print(f"nothing written: nothing is known of, or no test shows, {', '.join(unknown)}")
         return 1
     if code == 0:
         PAGE.parent.mkdir(exist_ok=True)

@@ -41,9 +41,7 @@ class Flux(JointTransformer):
             "to, with "
             "reference=i2am.Reference(grid=(27, 27), tokens=slice(-729, None))",
         ),
-        PipelineFacts(
-            "VisualCloze*", refused="several pictures share rows of one grid, which i2am does not take apart"
-        ),
+        PipelineFacts("VisualCloze*", refused="i2am does not take apart pictures that share the rows of one grid"),
     )
 
     def __init__(

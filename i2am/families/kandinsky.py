@@ -28,7 +28,10 @@ class AddedKeys(UNetFamily):
         self_attention: trace the layer's own tokens among the keys (``mode="self"``).
     """
 
-    pipelines = (PipelineFacts("KandinskyV22*", "image_embeds"), PipelineFacts("Kandinsky*", "image_embeds"))
+    pipelines = (
+        PipelineFacts("KandinskyV22*", "image_embeds"),
+        *(PipelineFacts(f"Kandinsky{kind}*", "image_embeds") for kind in ("Pipeline", "Combined", "I")),
+    )
 
     def __init__(self, unet: nn.Module, references: Sequence[Reference] | None, *, self_attention: bool = False):
         super().__init__(unet)

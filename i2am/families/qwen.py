@@ -21,7 +21,7 @@ class QwenImage(JointTransformer):
         PipelineFacts("QwenImageEditPlus*", several=True),
         PipelineFacts("QwenImageControlNet*", refused=RESIDUAL),
         PipelineFacts(
-            "QwenImageLayered*", refused="it generates several layers at once, and i2am draws on one picture"
+            "QwenImageLayered*", refused="i2am draws on one picture, and it generates several layers at once"
         ),
         PipelineFacts("QwenImageImg2Img*", refused=START),
         PipelineFacts("QwenImageInpaint*", refused=START),

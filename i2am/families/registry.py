@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -17,7 +17,9 @@ from i2am.families.keysets import check_key_sets
 from i2am.references import Banked, Concatenated, Reference
 from i2am.tracing.intercept import refuse_compiled
 
-PICTURES = ("image", "video")  # what names of arguments that take pictures contain
+# what names of arguments that take pictures contain, and those that contain it and take none
+PICTURES = ("image", "video", "frames", "reference", "keyframes", "conditions", "controls")
+NUMBERS = ("video_length", "frames", "reference_downscale_factor", "reference_audio", "controls_conditioning_scale")
 
 
 @functools.cache
@@ -71,6 +73,39 @@ def facts_of(kind: type[Any]) -> PipelineFacts | None:
     return None
 
 
+class Verdict(NamedTuple):
+    """Verdict on a pipeline class that takes a picture: how its reference becomes keys, or why it does not."""
+
+    family: type[Family] | None = None  # whose model it runs, where the reference becomes keys
+    keys: str | None = None  # weights that the model has then
+    adapter: bool = False  # an IP-Adapter gives it keys
+    refused: str | None = None  # why there are none otherwise
+
+
+def verdict_on(kind: type[Any]) -> Verdict | None:
+    """Return what is known of a pipeline class; None: nothing, or it takes no picture.
+
+    Args:
+        kind: a pipeline class, or what stands for one in diffusers where a package that it needs is not installed.
+    """
+    facts, parameters = facts_of(kind), call_parameters(kind)
+    adapter = "ip_adapter_image" in parameters or bool(facts is not None and facts.adapter)
+    if facts is None:
+        return Verdict(adapter=True) if adapter and not _pictures(parameters) else None
+    if facts.adapter and facts.refused is None:
+        return Verdict(adapter=True)
+    family = next(family for family in families() if facts in family.pipelines)
+    if facts.refused is None:
+        return Verdict(family, adapter=adapter)
+    return Verdict(family if facts.keys else None, facts.keys, adapter, facts.refused)
+
+
+def takes_pictures(kind: type[Any]) -> bool:
+    """Return whether a pipeline's call takes a picture, a video or an IP-Adapter's image."""
+    parameters = call_parameters(kind)
+    return bool(_pictures(parameters)) or "ip_adapter_image" in parameters
+
+
 def reference_argument(kind: type[Any], *, adapter: bool = False) -> str:
     """Return the argument of a pipeline's call that takes the reference image.
 
@@ -122,7 +157,9 @@ def _pictures(parameters: set[str]) -> list[str]:
     return [
         p
         for p in parameters
-        if any(x in p for x in PICTURES) and not p.startswith(("ip_adapter", "num_", "negative_ip"))
+        if any(x in p for x in PICTURES)
+        and p not in NUMBERS
+        and not p.startswith(("ip_adapter", "num_", "negative_ip", "prev_"))
     ]
 
 

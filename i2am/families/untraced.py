@@ -1,18 +1,20 @@
-"""Pipelines of models that are no family's, and why: their picture never becomes keys, or i2am cannot tell which.
+"""Pipelines whose picture never becomes keys, or whose keys i2am does not take apart, and why.
 
-A reason says what the picture does instead. One that begins with "i2am" is a limit of ours: there are such keys.
+A reason says what the picture does instead. One that begins with "i2am" is a limit of ours: there are such keys. What
+is known of the pipelines of a family's own model stands in the family's file.
 """
 
 from __future__ import annotations
 
 from i2am.families import CHANNELS, RESIDUAL, START, Family, PipelineFacts
 
-MIXED = "i2am does not take apart what is generated from what is given: both are parts of one sequence of tokens"
+INPAINTING = f"{START}, or it enters as channels beside the latents"
 VIDEO_START = "the video is only what denoising starts from"
-FIRST_CHANNELS = "the frames given enter as channels beside the latents, so that every token mixes both"
-LANGUAGE = "the picture is part of the prompt of a language model, whose tokens are words"
-PRIOR = "it makes an image embedding and runs no attention of a denoiser of pictures"
-CLASS = "the image enters as a class embedding"
+FRAMES = "i2am does not take apart the frames given from those generated: they are tokens of one video"
+FIRST_AS_CHANNELS = "the first frame enters as channels beside the latents, so that every token mixes both"
+UPSAMPLES = "it enlarges latents without a denoiser"
+FEATURES = "the image embedding enters as a feature map beside the latents"
+PARTS = "i2am traces the pipeline that draws, and this one runs several: trace its parts"
 
 REASONS = {
     START: (
@@ -22,19 +24,22 @@ REASONS = {
         "IFImg2ImgPipeline",
         "IFInpaintingPipeline",
         "Kandinsky3Img2Img*",
-        "KolorsImg2Img*",
         "LEditsPP*",
         "LatentConsistencyModelImg2Img*",
         "RePaint*",
         "SanaSprintImg2Img*",
         "StableDiffusionDiffEdit*",
+        "StableDiffusionGLIGENPipeline",
         "StableDiffusionInpaintPipelineLegacy",
         "StableDiffusionPix2PixZero*",
     ),
-    VIDEO_START: (
-        "CogVideoXVideoToVideo*",
-        "VideoToVideoSD*",
+    INPAINTING: (
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionPAGInpaint*",
+        "StableDiffusionXLInpaint*",
+        "StableDiffusionXLPAGInpaint*",
     ),
+    VIDEO_START: ("CogVideoXVideoToVideo*", "VideoToVideoSD*"),
     CHANNELS: (
         "CogVideoXFunControl*",
         "CogVideoXImageToVideo*",
@@ -44,32 +49,77 @@ REASONS = {
         "HunyuanImageRefiner*",
         "HunyuanSkyreelsImageToVideo*",
         "IF*SuperResolution*",
-        "Kandinsky6SR*",
         "LDMSuperResolution*",
         "Marigold*",
         "StableDiffusionDepth2Img*",
     ),
-    RESIDUAL: (
-        "HunyuanDiTControlNet*",
-        "SanaControlNet*",
+    FIRST_AS_CHANNELS: ("Kandinsky5I2V*",),
+    "the video enters as channels beside the latents, and what is drawn is the same video": ("Kandinsky6SR*",),
+    "the image enters as channels beside the latents, and through a language model among the words": (
+        "Kandinsky5I2I*",
     ),
-    FIRST_CHANNELS: (
-        "Kandinsky5I2V*",
+    RESIDUAL: ("HunyuanDiTControlNet*", "SanaControlNet*"),
+    UPSAMPLES: ("LTXLatentUpsample*", "LTX2LatentUpsample*"),
+    FRAMES: (
+        "AnyFlow*",
+        "Cosmos2VideoToWorld*",
+        "Cosmos2_5_*",
+        "Cosmos3Omni*",
+        "CosmosVideoToWorld*",
+        "Helios*",
+        "HunyuanVideoFramepack*",
+        "Kandinsky6TI2VA*",
+        "LTX2Condition*",
+        "LTX2DFR*",
+        "LTX2HDR*",
+        "LTX2ImageToVideo*",
+        "LTX2InContext*",
+        "LTXCondition*",
+        "LTXI2VLong*",
+        "LTXImageToVideo*",
+        "SanaImageToVideo*",
+        "SanaWM*",
+        "SkyReelsV2DiffusionForcing*",
     ),
-    LANGUAGE: (
-        "DiffusionGemma*",
+    "i2am does not take apart the picture's tokens from the words, which one language model makes; the first frame is "
+    "a frame of the video besides": ("HunyuanVideoImageToVideo*",),
+    "i2am does not read the tokens of its image encoder; the first frame enters as channels besides": (
+        "MotifVideoImage2Video*",
     ),
-    PRIOR: (
+    "i2am does not read its context, which the model itself makes of text, first frame and image embedding": (
+        "I2VGenXL*",
+    ),
+    "i2am does not read gated self-attention, whose keys are the layer's own tokens and one for each box": (
+        "StableDiffusionGLIGENTextImage*",
+    ),
+    "i2am does not read the attention of the face's tokens; the picture enters as channels besides": ("ConsisID*",),
+    "i2am does not read layers that look at two contexts in turn": ("VersatileDiffusionDualGuided*",),
+    "i2am takes its query tokens among the words by description: "
+    "reference=i2am.Reference(tokens=slice(2, 18)), where they begin at the third word and are 16": ("BlipDiffusion*",),
+    "i2am traces its decoder alone: i2am.patch_unet(pipe.decoder, reference=i2am.Reference(tokens=slice(0, 4)))": (
+        "UnCLIPImageVariation*",
+    ),
+    "i2am does not trace the prior of Stable Cascade, whose keys hold the words, their pooled token and the image's": (
+        "StableCascadePrior*",
+    ),
+    PARTS: ("StableCascadeCombined*", "WuerstchenCombined*"),
+    FEATURES: ("StableCascadeDecoder*", "WuerstchenDecoder*"),
+    "it makes an image embedding and runs no attention of a denoiser of pictures": (
         "KandinskyPrior*",
         "KandinskyV22Prior*",
         "WuerstchenPrior*",
     ),
+    "it draws a 3-D shape, on no grid of pixels": ("ShapEImg2Img*",),
+    "it describes the picture in words, and draws none from it": ("UniDiffuser*",),
+    "the picture is part of the prompt of a language model, which writes words": ("DiffusionGemma*",),
 }
 
 
 class Untraced(Family):
-    """No model: pipelines that are refused by name."""
+    """No model: pipelines that are refused by name, and Kolors, whose reference comes by IP-Adapter."""
 
-    pipelines = tuple(
-        PipelineFacts(pattern, refused=reason) for reason, patterns in REASONS.items() for pattern in patterns
+    pipelines = (
+        *(PipelineFacts(pattern, refused=reason) for reason, patterns in REASONS.items() for pattern in patterns),
+        PipelineFacts("Kolors*", adapter=True),
+        PipelineFacts("KolorsImg2Img*", adapter=True, refused=START),
     )

@@ -54,6 +54,7 @@ class Motion(CrossAttention):
     models = ("UNetMotionModel",)
     pipelines = (
         PipelineFacts("AnimateDiffVideoToVideo*", refused="the video is only what denoising starts from"),
+        PipelineFacts("AnimateDiffControlNet*", refused="the frames given enter as residuals of a ControlNet"),
         PipelineFacts("AnimateDiffSparseControlNet*", refused="the frames given enter as residuals of a ControlNet"),
         PipelineFacts("PIA*", refused=CHANNELS),
     )

@@ -1,4 +1,4 @@
-"""Wan image-to-video and its kin: CLIP's tokens of the first frame (and the last) in a cross-attention call of their own.
+"""Wan image-to-video and its kin: CLIP's tokens of the first frame (and the last), in an attention call of their own.
 
 The generated tokens are a video's: they are drawn as a strip, its latent frames below each other, ``(frames · h, w)``;
 a key's column softmax goes over all of them. The first frame's latents enter as channels besides.

@@ -1,4 +1,4 @@
-"""Z-Image-Omni: pictures of one sequence ``[captions ‖ references ‖ generated ‖ SigLIP tokens]``, ragged over the batch.
+"""Z-Image-Omni: ``[captions ‖ references ‖ generated ‖ SigLIP tokens]`` in one sequence, ragged over the batch.
 
 Each part is padded to a multiple of 32 tokens, which are keys too. The first blocks (``noise_refiner``) see
 ``[references ‖ generated]`` alone. SigLIP's tokens are laid out channel by channel by the model before they are read as
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from i2am.families import RESIDUAL, START, ForwardInputs, PipelineFacts, TokenLayout
+from i2am.families import RESIDUAL, START, ForwardInputs, PipelineFacts
 from i2am.families.arguments import named_arguments
 from i2am.families.joint import NO_REFERENCE, JointTransformer, Segment
 from i2am.families.tokens import reference_names
@@ -24,7 +24,7 @@ MULTIPLE = 32  # of tokens, of every caption and picture
 
 
 class Sequence(NamedTuple):
-    """Where one sample's parts are; pictures count from the first picture's first token."""
+    """Places of one sample's parts; pictures count from the first picture's first token."""
 
     text: int
     generated: Segment

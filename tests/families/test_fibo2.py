@@ -33,9 +33,7 @@ def loop(model, references, lengths=(6,)):
 
 
 @pytest.mark.parametrize("lengths", [(6,), (6, 16)], ids=["one", "padded"])
-@support.family(
-    "Bria Fibo 2", "BriaFibo2Pipeline: its transformer, bare", "tokens in context, several references"
-)
+@support.family("Bria Fibo 2", "BriaFibo2Pipeline: its transformer, bare", "tokens in context, several references")
 def test_fibo2(lengths):
     model = context.fibo2()
     references = [torch.randn(1, 4, 8, 4), torch.randn(1, 4, 4, 8)]

@@ -332,3 +332,23 @@ def test_fibo_edit(guided):
     with i2am.patch_transformer(pipe.transformer, time_groups=2) as tracer:  # which tells the time by timesteps alone
         go()
     assert [sum(n) > 0 for n in zip(*tracer.maps().counts("reference_0").values(), strict=True)] == [True, True]
+
+
+@support.family("Chroma with an IP-Adapter", "ChromaPipeline, -Img2Img, -Inpaint", "a call of the adapter's own")
+def test_chroma_ip_adapter():
+    pipe = prompts.chroma_ip(4)
+    go = run(
+        pipe,
+        ip_adapter_image_embeds=[embeds()],
+        negative_ip_adapter_image_embeds=[embeds(seed=5)],
+        prompt_embeds=dit.text_tokens(5),
+        prompt_attention_mask=torch.tensor([[1.0, 1, 1, 1, 0]]),
+        negative_prompt_embeds=dit.text_tokens(5, seed=3),
+        negative_prompt_attention_mask=torch.tensor([[1.0, 1, 0, 0, 0]]),
+        **FLUX,
+    )
+    calls = [c for c in capture_calls(pipe.transformer, go, ("FluxAttention",)) if "single" not in c.layer]
+    maps = traced(pipe, go)
+    assert maps.references == ["ip_adapter"]
+    chosen = generated(calls, (4, 6), nth=1, evaluations=range(0, 8, 2))
+    check(maps, Truth(chosen, keys=slice(0, 4), groups=[0] * 4 + [1] * 4), 2, directions=("r2g",))

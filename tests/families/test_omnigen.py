@@ -27,9 +27,7 @@ def test_omnigen():
     calls = capture_calls(pipe.transformer, go, ("self_attn",))
     assert calls[0].q.shape[0] == 3
     seen = []
-    pipe.transformer.register_forward_pre_hook(
-        lambda m, a, k: seen.append(k["input_image_sizes"][0]), with_kwargs=True
-    )
+    pipe.transformer.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_image_sizes"][0]), with_kwargs=True)
     maps = traced(pipe, go)
     (a, b), (c, d) = seen[0]
     assert b - a == d - c == 2  # tokens of 16 pixels

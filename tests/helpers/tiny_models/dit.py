@@ -222,6 +222,7 @@ def fibo():
             negative_mask = torch.tensor([[1.0, 1, 1, 0, 0]]).repeat(n, 1)
             return embeds, negative[0], torch.zeros(5, 3), mask, negative_mask, layers, negative[1]
 
+    Pipeline.__name__ = BriaFiboEditPipeline.__name__
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return quiet(
         Pipeline(transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=_TextEncoder(), tokenizer=None)
@@ -259,6 +260,7 @@ def dreamlite(mobile: bool = False):
         def encode_prompt(self, mode, prompts, **options):
             return text_tokens(5, batch=len(prompts)), torch.ones(len(prompts), 5)
 
+    Pipeline.__name__ = Pipeline.__mro__[1].__name__
     return quiet(
         Pipeline(text_encoder=_TextEncoder(), tokenizer=None, processor=None, vae=vae, unet=unet, scheduler=flow())
     )

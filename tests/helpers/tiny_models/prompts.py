@@ -245,3 +245,23 @@ def wan_kin(kind: str):
         rope_max_seq_len=32,
         **extra,
     ).eval()
+
+
+def chroma_ip(*tokens: int):
+    torch.manual_seed(0)
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=dit.TEXT,
+        axes_dims_rope=(4, 6, 6),
+        approximator_num_channels=16,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    ).eval()
+    add_flux_ip_adapters(transformer, tokens)
+    parts = dict(scheduler=dit.flow(), vae=dit.flux_vae(), text_encoder=None, tokenizer=None)
+    return pipelines.quiet(diffusers.ChromaPipeline(transformer=transformer, **parts))
