@@ -193,8 +193,8 @@ def page() -> str:
         f"## Every pipeline of diffusers {version('diffusers')}",
         "",
         "All that take a picture or a video. Traced: its reference is among the attention keys and i2am reads it, as "
-        "it is or with an IP-Adapter; otherwise why not. A reason that begins with i2am is a limit of i2am: the keys are "
-        "there. Pipelines that are assembled of modular blocks are not listed; trace the transformer of one with "
+        "it is or with an IP-Adapter; otherwise why not. A reason that begins with i2am is a limit of i2am: the keys "
+        "are there. Pipelines that are assembled of modular blocks are not listed; trace the transformer of one with "
         "`i2am.patch_transformer`.",
         "",
         line("pipeline", "traced", "otherwise"),

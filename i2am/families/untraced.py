@@ -39,7 +39,7 @@ REASONS = {
         "StableDiffusionXLInpaint*",
         "StableDiffusionXLPAGInpaint*",
     ),
-    VIDEO_START: ("CogVideoXVideoToVideo*", "VideoToVideoSD*"),
+    VIDEO_START: ("CogVideoXVideoToVideo*", "Kandinsky6SR*", "VideoToVideoSD*"),
     CHANNELS: (
         "CogVideoXFunControl*",
         "CogVideoXImageToVideo*",
@@ -54,7 +54,6 @@ REASONS = {
         "StableDiffusionDepth2Img*",
     ),
     FIRST_AS_CHANNELS: ("Kandinsky5I2V*",),
-    "the video enters as channels beside the latents, and what is drawn is the same video": ("Kandinsky6SR*",),
     "the image enters as channels beside the latents, and through a language model among the words": (
         "Kandinsky5I2I*",
     ),
