@@ -22,6 +22,7 @@ class Fibo2(JointTransformer):
 
     models = ("BriaFibo2Transformer2DModel",)
     attentions = ("BriaFibo2Attention",)
+    sets = ()
     pipelines = (PipelineFacts("BriaFibo2*", several=True),)
 
     def layers(self) -> dict[str, nn.Module]:

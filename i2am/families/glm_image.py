@@ -23,6 +23,7 @@ class GlmImage(JointTransformer):
 
     models = ("GlmImageTransformer2DModel",)
     attentions = ("Attention",)
+    sets = ()
     pipelines = (PipelineFacts("GlmImage*", several=True),)
     timestep_scale = 1.0
 

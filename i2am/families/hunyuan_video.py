@@ -24,6 +24,7 @@ class HunyuanVideo15(JointTransformer):
 
     models = ("HunyuanVideo15Transformer3DModel",)
     attentions = ("Attention",)
+    sets = ()
     pipelines = (PipelineFacts("HunyuanVideo15ImageToVideo*"),)
     timestep_scale = 1.0
 

@@ -54,6 +54,7 @@ class JointTransformer(Family):
     latent_pixels: ClassVar[int] = 2
     timestep_scale: ClassVar[float] = 1000.0  # the model is given t / 1000
     attentions: ClassVar[tuple[str, ...]] = ()  # class names of the attention modules
+    sets: ClassVar[tuple[str, ...]] = ("words", "text", "itself")  # of keys that can be told apart, see known_sets
 
     def __init__(
         self, transformer: nn.Module, references: Sequence[Reference] | None = None, *, self_attention: bool = False
@@ -91,7 +92,7 @@ class JointTransformer(Family):
         layer.awaits = self.carried
 
     def known_sets(self) -> tuple[str, ...]:
-        return ("words", "text", "itself")
+        return self.sets
 
     def has_adapters(self) -> bool:
         return len(getattr(getattr(self.transformer, "encoder_hid_proj", None), "image_projection_layers", ())) > 0

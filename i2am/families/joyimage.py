@@ -18,6 +18,7 @@ class JoyImage(JointTransformer):
 
     models = ("JoyImageEditTransformer3DModel",)
     attentions = ("JoyImageAttention",)
+    sets = ()
     pipelines = (PipelineFacts("JoyImageEdit*"),)
     timestep_scale = 1.0
 
@@ -48,6 +49,7 @@ class JoyImagePlus(JointTransformer):
 
     models = ("JoyImageEditPlusTransformer3DModel",)
     attentions = ("JoyImageEditPlusAttention",)
+    sets = ()
     pipelines = (PipelineFacts("JoyImageEditPlus*", "images", several=True),)
     conditional_call = None
     batched_guidance = True

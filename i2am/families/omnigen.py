@@ -23,6 +23,7 @@ class OmniGen(JointTransformer):
 
     models = ("OmniGenTransformer2DModel",)
     attentions = ("Attention",)
+    sets = ()
     pipelines = (
         PipelineFacts(
             "OmniGen*",

@@ -25,6 +25,7 @@ class QwenImage21(JointTransformer):
 
     models = ("QwenImage21Transformer2DModel",)
     attentions = ("QwenImage21Attention",)
+    sets = ()
     pipelines = (PipelineFacts("QwenImage21*", several=True),)
     latent_pixels = 1
 

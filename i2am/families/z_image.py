@@ -39,6 +39,7 @@ class ZImage(JointTransformer):
 
     models = ("ZImageTransformer2DModel",)
     attentions = ("Attention",)
+    sets = ()
     pipelines = (
         PipelineFacts(
             "ZImageOmni*",
