@@ -183,7 +183,8 @@ def patch_modules(
     *,
     reference: Reference | Sequence[Reference] | Callable[[str, int, Grid], Reference | Sequence[Reference]],
     where: LayerFilter = None,
-    grid: Callable[[str, int], Grid] | None = None,
+    queries: slice | Callable[[str, int], slice] | None = None,
+    grid: Grid | Callable[[str, int], Grid] | None = None,
     mask: Callable[[nn.Module, dict[str, Any]], Tensor | None] | None = None,
     inputs: Callable[[tuple[Any, ...], dict[str, Any]], tuple[Tensor, Tensor | float]] | None = None,
     projections: tuple[str, str] = ("to_q", "to_k"),
@@ -191,7 +192,8 @@ def patch_modules(
     scheduler: Any = None,
     **options: Unpack[ModuleOptions],
 ) -> Tracer:
-    """Trace attention modules of any code base, without importing it: those with ``to_q``, ``to_k`` and ``heads``.
+    """Trace attention modules of any code base, without importing it: those with ``to_q``, ``to_k`` and ``heads``; with
+    ``queries=``, any modules that call attention on one sequence of text, generated and reference tokens.
 
     ::
 
@@ -202,18 +204,32 @@ def patch_modules(
             num_steps=50,
         )
 
-    What Paint-by-Example's, StableVITON's, DCI-VTON's, PASD's and SeeSR's own code is made of. Hooks on the projections
-    see the very queries and keys where the attention is einsums; one that goes through
-    ``scaled_dot_product_attention`` or xformers is intercepted. The model's output stays its own, bit for bit.
+        tracer = i2am.patch_modules(          # original Flux: [text ‖ generated ‖ reference], fused projections
+            model,
+            layers=["double_blocks.*", "single_blocks.*"],
+            queries=slice(-2 * 4096, -4096),
+            reference=i2am.Reference(grid=(64, 64), tokens=slice(-4096, None)),
+            grid=(64, 64),
+            num_steps=28,
+        )
+
+    The first is what Paint-by-Example's, StableVITON's, DCI-VTON's, PASD's and SeeSR's own code is made of. Hooks on
+    the projections see the very queries and keys where the attention is einsums; one that goes through
+    ``scaled_dot_product_attention``, xformers or flash-attn is intercepted. The model's output stays its own, bit for
+    bit.
 
     Args:
         model: the module whose forward is one evaluation of the denoiser.
         reference: which keys encode the reference; ``Reference(grid="queries")``: on the same grid as the generated
             tokens, at every resolution. Or a function of (layer, number of keys, grid of the generated tokens).
         layers, where: which attention modules: a name, a glob pattern, several, or a predicate. None: all. One whose
-            queries and keys come from the same tensor is taken only by its very name.
+            queries and keys come from the same tensor is taken only by its very name. With ``queries=``: any modules;
+            of modules inside each other, the outermost.
+        queries: which queries of a sequence are the generated tokens: a slice, whose negative numbers count from the
+            end, or a function of (layer, number of queries). Then nothing is asked of the modules but a call of an
+            attention function; where they make several, ``Reference(call=…)`` says which, else it is the first.
         grid: (layer, number of tokens) → (height, width) of the generated tokens, where no module around the attention
-            is given a feature map of that size.
+            is given a feature map of that size. With ``queries=`` it may be (height, width) itself.
         mask: (module, its arguments by name) → mask that broadcasts to ``[B, heads, queries, keys]``, for modules that
             mask in a way of their own. None: CompVis' ``mask`` over keys is read, any other is refused.
         inputs: (args, kwargs) of the model → (latents ``[B, …]``, timestep); None: the argument called like latents, or
@@ -231,6 +247,7 @@ def patch_modules(
             changed.
     """
     from i2am.families.modules import AttentionModules
+    from i2am.families.sequences import Sequences
 
     layers = options.pop("layers", None)
     settings = TraceSettings(output="model", **options)
@@ -239,9 +256,19 @@ def patch_modules(
         raise ValueError(f"patch_modules takes i2am.Reference, several, or a function, got reference={reference!r}")
     if where is not None and layers is not None:
         raise ValueError("layers= and where= are the same: pass one")
+    chosen = where if layers is None else layers
+    if queries is not None:
+        if chosen is None or grid is None:
+            raise ValueError("queries= needs layers=, the modules that call attention, and grid=, (height, width)")
+        if mask is not None or projections != ("to_q", "to_k"):
+            raise ValueError("queries= takes attention as it is called: without mask= and projections=")
+        sequences = Sequences(model, chosen, queries, described, grid, inputs)
+        return Tracer(model, sequences, _clock(num_steps, scheduler), settings, told=_told_by_caller(sequences))
+    if grid is not None and not callable(grid):
+        raise ValueError("grid= is a function of (layer, number of tokens), or with queries= (height, width)")
     family = AttentionModules(
         model,
-        where if layers is None else layers,
+        chosen,
         described,
         grid=grid,
         mask=mask,

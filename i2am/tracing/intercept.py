@@ -3,8 +3,8 @@
 While a traced model's forward runs, and nowhere else, the functions that compute attention are replaced by ones that
 ask the running thread's context whether its layer waits for a reference-carrying call. Every other call, of any thread,
 goes through untouched. The last context to close puts the originals back. Replaced are
-``F.scaled_dot_product_attention``, the entries of diffusers' backend registry (``dispatch_attention_fn``) and
-``xformers.ops.memory_efficient_attention``, as far as they have been imported.
+``F.scaled_dot_product_attention``, the entries of diffusers' backend registry (``dispatch_attention_fn``),
+``xformers.ops.memory_efficient_attention`` and ``flash_attn.flash_attn_func``, as far as they have been imported.
 """
 
 from __future__ import annotations
@@ -241,6 +241,9 @@ def _places() -> Iterator[tuple[dict[Any, Any], Any, Callable[[Attention], Atten
     backends = getattr(getattr(dispatch, "_AttentionBackendRegistry", None), "_backends", {})
     for name in list(backends):
         yield backends, name, functools.partial(_through_registry, name)
+    flash = sys.modules.get("flash_attn")
+    if flash is not None and hasattr(flash, "flash_attn_func"):
+        yield vars(flash), "flash_attn_func", _through_flash
     xformers = sys.modules.get("xformers.ops")
     if xformers is not None and hasattr(xformers, "memory_efficient_attention"):
         yield vars(xformers), "memory_efficient_attention", _through_xformers
@@ -321,6 +324,35 @@ def _through_registry(name: object, backend: Attention) -> Attention:
         heads = {x: t.transpose(1, 2) for x, t in tensors.items()}
         call = AttentionCall(**heads, **known, original=original, stock=stock and _original is STOCK)
         return _output(context.attend(context, layer, call)).transpose(1, 2)
+
+    return intercepted
+
+
+@functools.cache
+def _through_flash(attention: Attention) -> Attention:
+    """Intercept flash-attn's ``flash_attn_func``, on ``[B, N, H, d]``, called by way of its module."""
+
+    @functools.wraps(attention)
+    def intercepted(q: Any, k: Any, v: Any, dropout_p: float = 0.0, softmax_scale: Any = None, **options: Any) -> Any:
+        waiting = _waiting()
+        if waiting is None:
+            return attention(q, k, v, dropout_p, softmax_scale, **options)
+        given = {name: value for name, value in options.items() if value not in (None, False, 0, 0.0, (-1, -1))}
+        if given:
+            raise ValueError(f"layer {waiting[1].name}: flash_attn_func runs with {given}, which i2am does not read")
+
+        def original(call: AttentionCall) -> Tensor:
+            parts = (x.transpose(1, 2) for x in (call.query, call.key, call.value) if x is not None)
+            result: Tensor = attention(*parts, call.dropout_p, call.scale, **options)
+            return result.transpose(1, 2)
+
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        gqa = query.shape[1] != key.shape[1]
+        call = AttentionCall(
+            query, key, value, dropout_p=dropout_p, scale=softmax_scale, enable_gqa=gqa, original=original
+        )
+        out: Any = waiting[0].attend(*waiting, call)
+        return out.transpose(1, 2)
 
     return intercepted
 
