@@ -43,8 +43,14 @@ def test_a_reason_is_only_given_where_it_is_known():
     reasons = {name: registry.why_not(getattr(diffusers, name)) for name in ("I2VGenXLPipeline", "LucyEditPipeline")}
     assert reasons["LucyEditPipeline"] == "the video enters as channels beside the latents"
     said = no_reference_keys("I2VGenXLPipeline", reasons["I2VGenXLPipeline"])
-    assert said.startswith("I2VGenXLPipeline: i2am does not know how I2VGenXLPipeline uses its image")
+    assert said.startswith("I2VGenXLPipeline: i2am does not read its context")  # there are such keys
     assert "no attention keys" not in said
+
+    class New(diffusers.DiffusionPipeline):
+        def __call__(self, image):
+            """Take a picture."""
+
+    assert no_reference_keys("New", registry.why_not(New)).startswith("New: i2am does not know how New uses its image")
     assert "text alone" in registry.why_not(diffusers.QwenImagePipeline)
 
 
