@@ -187,7 +187,7 @@ def running_layer() -> LayerContext | None:
     return context.layers[-1] if context is not None and context.layers else None
 
 
-def _waiting() -> tuple[ForwardContext, LayerContext] | None:
+def waiting_layer() -> tuple[ForwardContext, LayerContext] | None:
     """Return this thread's layer that waits for its reference-carrying attention call."""
     contexts = getattr(_local, "contexts", None)
     if not contexts or not contexts[-1].layers or contexts[-1].layers[-1].awaits is None:
@@ -243,7 +243,9 @@ def _places() -> Iterator[tuple[dict[Any, Any], Any, Callable[[Attention], Atten
         yield backends, name, functools.partial(_through_registry, name)
     flash = sys.modules.get("flash_attn")
     if flash is not None and hasattr(flash, "flash_attn_func"):
-        yield vars(flash), "flash_attn_func", _through_flash
+        from i2am.tracing.flash import through_flash
+
+        yield vars(flash), "flash_attn_func", through_flash
     xformers = sys.modules.get("xformers.ops")
     if xformers is not None and hasattr(xformers, "memory_efficient_attention"):
         yield vars(xformers), "memory_efficient_attention", _through_xformers
@@ -286,7 +288,7 @@ def _through_torch(sdpa: Attention) -> Attention:
 
     @functools.wraps(sdpa)
     def intercepted(*args: Any, **kwargs: Any) -> Any:
-        waiting = _waiting()
+        waiting = waiting_layer()
         if waiting is None:
             return sdpa(*args, **kwargs)
         return waiting[0].attend(*waiting, AttentionCall(*args, **kwargs))
@@ -300,7 +302,7 @@ def _through_registry(name: object, backend: Attention) -> Attention:
 
     @functools.wraps(backend)
     def intercepted(*args: Any, **kwargs: Any) -> Any:
-        waiting = None if args else _waiting()
+        waiting = None if args else waiting_layer()
         if waiting is None:
             return backend(*args, **kwargs)
         context, layer = waiting
@@ -329,35 +331,6 @@ def _through_registry(name: object, backend: Attention) -> Attention:
 
 
 @functools.cache
-def _through_flash(attention: Attention) -> Attention:
-    """Intercept flash-attn's ``flash_attn_func``, on ``[B, N, H, d]``, called by way of its module."""
-
-    @functools.wraps(attention)
-    def intercepted(q: Any, k: Any, v: Any, dropout_p: float = 0.0, softmax_scale: Any = None, **options: Any) -> Any:
-        waiting = _waiting()
-        if waiting is None:
-            return attention(q, k, v, dropout_p, softmax_scale, **options)
-        given = {name: value for name, value in options.items() if value not in (None, False, 0, 0.0, (-1, -1))}
-        if given:
-            raise ValueError(f"layer {waiting[1].name}: flash_attn_func runs with {given}, which i2am does not read")
-
-        def original(call: AttentionCall) -> Tensor:
-            parts = (x.transpose(1, 2) for x in (call.query, call.key, call.value) if x is not None)
-            result: Tensor = attention(*parts, call.dropout_p, call.scale, **options)
-            return result.transpose(1, 2)
-
-        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
-        gqa = query.shape[1] != key.shape[1]
-        call = AttentionCall(
-            query, key, value, dropout_p=dropout_p, scale=softmax_scale, enable_gqa=gqa, original=original
-        )
-        out: Any = waiting[0].attend(*waiting, call)
-        return out.transpose(1, 2)
-
-    return intercepted
-
-
-@functools.cache
 def _through_xformers(attention: Attention) -> Attention:
     """Intercept xformers' ``memory_efficient_attention``, on ``[B, N, H, d]`` or ``[B·H, N, d]``."""
 
@@ -371,7 +344,7 @@ def _through_xformers(attention: Attention) -> Attention:
         scale: float | None = None,
         **options: Any,
     ) -> Any:
-        waiting = _waiting()
+        waiting = waiting_layer()
         if waiting is None:
             return attention(query, key, value, attn_bias=attn_bias, p=p, scale=scale, **options)
         context, layer = waiting
