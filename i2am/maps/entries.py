@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ class QKEntry:
     file: Path | None = None
     tensor_names: dict[str, str] = field(default_factory=dict)  # tensor → its name in the file
     cut: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None  # takes a part out of what is read
+    stamp: str | None = None  # of the file; None: of a version that wrote none
 
     def read(self) -> dict[str, Tensor]:
         """Return the tensors, as they were kept; or the part of them that :attr:`cut` takes out.
@@ -47,6 +49,7 @@ class QKEntry:
             raise FileNotFoundError(f"the record {self.file} is not there any more")
         try:
             with safe_open(self.file, framework="pt") as file:
+                check_stamp(self.file, file.metadata(), self.stamp)
                 return {name: file.get_tensor(stored) for name, stored in self.tensor_names.items()}
         except SafetensorError as error:
             raise ValueError(f"the record {self.file} is damaged or was replaced: {error}") from error
@@ -68,13 +71,43 @@ def pack(entries: Sequence[QKEntry], prefix: str = "") -> tuple[dict[str, Tensor
     return contents, tensor_names
 
 
+STAMP = "record"  # key of a file's metadata
+
+
+def stamp_of(entries: Sequence[QKEntry]) -> str:
+    """Return a digest of entries in memory, by which the file that holds them is known again.
+
+    It is of their log-sum-exps, which no two runs share and which are small beside queries and keys.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for entry in entries:
+        digest.update(repr((entry.layer, entry.reference, entry.group)).encode())
+        for name in ("row_lse", "col_lse"):
+            digest.update(entry.tensors[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_stamp(path: Path, metadata: dict[str, str] | None, stamp: str | None) -> None:
+    """Raise ValueError for a file that another run has written since."""
+    found = (metadata or {}).get(STAMP)
+    if stamp is not None and found != stamp:
+        raise ValueError(
+            f"the record {path} is another run's (stamp {found}, expected {stamp}): it was replaced since these maps "
+            "were made; name a new folder for each run, or save(embed=True)"
+        )
+
+
 def write_entries(path: Path, entries: Sequence[QKEntry]) -> list[QKEntry]:
     """Write entries into one safetensors file; return them as entries of that file."""
     from safetensors.torch import save_file
 
     contents, tensor_names = pack(entries)
-    write_atomically(path, lambda unfinished: save_file(contents, unfinished))
-    return [replace(e, tensors={}, file=path, tensor_names=n) for e, n in zip(entries, tensor_names, strict=True)]
+    stamp = stamp_of(entries)
+    write_atomically(path, lambda unfinished: save_file(contents, unfinished, metadata={STAMP: stamp}))
+    return [
+        replace(e, tensors={}, file=path, tensor_names=n, stamp=stamp)
+        for e, n in zip(entries, tensor_names, strict=True)
+    ]
 
 
 Entry = QKEntry  # the name that i2am.tracing still imports

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from i2am._files import read_unchanged, write_atomically
 from i2am.maps.aggregate import STORED, LayerSums, check_sums
-from i2am.maps.entries import QKEntry, pack
+from i2am.maps.entries import STAMP, QKEntry, check_stamp, pack, stamp_of
 from i2am.maps.frames import ALONG, PICTURE, Video, check_video
 from i2am.maps.header import Field
 from i2am.maps.provenance import plain
@@ -62,7 +62,7 @@ def write_maps(path: Path, contents: Contents, embed: bool = False) -> None:
     tensors: dict[str, Tensor] = {}
     for i, s in enumerate(contents.sums):
         tensors |= {f"{i}.{name}": x for name in STORED if (x := getattr(s, name)) is not None}
-    record_tensors, record = _pack_record(contents.entries, path, embed)
+    record_tensors, record, stamp = _pack_record(contents.entries, path, embed)
     header = {
         "version": VERSION,
         "provenance": contents.provenance,
@@ -74,7 +74,7 @@ def write_maps(path: Path, contents: Contents, embed: bool = False) -> None:
     if contents.video != PICTURE:
         header["video"] = {"frames": contents.video.frames, "along": contents.video.along}
     tensors = {name: x.contiguous() for name, x in (tensors | record_tensors).items()}
-    metadata = {"format": FORMAT, "maps": json.dumps(header)}
+    metadata = {"format": FORMAT, "maps": json.dumps(header)} | ({} if stamp is None else {STAMP: stamp})
     write_atomically(path, lambda unfinished: save_file(tensors, unfinished, metadata=metadata))
 
 
@@ -95,22 +95,25 @@ def _layer_header(s: LayerSums) -> dict[str, Any]:
 
 def _pack_record(
     entries: Sequence[QKEntry], path: Path, embed: bool
-) -> tuple[dict[str, Tensor], dict[str, list[Any] | dict[str, int]]]:
-    """Return the embedded tensors of a record and its part of the header."""
+) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
+    """Return the embedded tensors of a record, its part of the header, and the stamp of what is embedded."""
 
     def embedded(e: QKEntry) -> bool:
         return embed or e.file is None or e.cut is not None or e.file.resolve() == path.resolve()
 
     read = [replace(e, tensors=e.read(), file=None, cut=None) if embedded(e) else e for e in entries]
-    contents, tensor_names = pack([e for e in read if e.file is None], RECORD)
+    own = [e for e in read if e.file is None]
+    contents, tensor_names = pack(own, RECORD)
     of_memory = iter(tensor_names)
     listing: list[list[Any]] = []
     files: dict[str, int] = {}
+    stamps: dict[str, str] = {}
     for e in read:
         file = None
         if e.file is not None:
             file = Path(os.path.relpath(e.file.resolve(), path.resolve().parent)).as_posix()
             files[file] = e.file.stat().st_size
+            stamps |= {} if e.stamp is None else {file: e.stamp}
         names = next(of_memory) if file is None else e.tensor_names
         listing.append([e.layer, e.reference, e.group, e.scale, file, names])
     outside = next((name for name in files if name.startswith("../")), None)
@@ -121,7 +124,7 @@ def _pack_record(
             path,
             outside,
         )
-    return contents, {"entries": listing, "files": files}
+    return contents, {"entries": listing, "files": files, "stamps": stamps}, stamp_of(own) if own else None
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -171,7 +174,7 @@ def read_maps(path: Path, record_anywhere: bool = False) -> Contents:
         sums=sums,
         canvas=fields["canvas"].grid() if fields["canvas"].value is not None else None,
         regions=regions,
-        entries=_read_record(fields["record"], sums, shapes, record_anywhere),
+        entries=_read_record(fields["record"], sums, shapes, metadata.get(STAMP), record_anywhere),
         provenance=_read_provenance(fields.get("provenance")),
         video=video,
     )
@@ -262,12 +265,14 @@ def _read_provenance(field: Field | None) -> dict[str, Any]:
 
 
 def _read_record(
-    record: Field, sums: Sequence[LayerSums], embedded: dict[str, Stored], anywhere: bool
+    record: Field, sums: Sequence[LayerSums], embedded: dict[str, Stored], stamp: str | None, anywhere: bool
 ) -> list[QKEntry]:
     """Return the entries of a record, each checked against its layer and its file's own list of tensors."""
     from safetensors import SafetensorError, safe_open
 
-    fields = record.fields(("entries", "files"))
+    fields = record.fields(("entries", "files"), ("stamps",))
+    stamps: dict[str | None, str | None] = {None: stamp}
+    stamps |= {x.key: x.text() for x in fields["stamps"].mapping()} if "stamps" in fields else {}
     stored: dict[str | None, dict[str, Stored]] = {None: embedded}
     paths: dict[str | None, Path] = {None: record.file}
     for size in fields["files"].mapping():
@@ -275,11 +280,14 @@ def _read_record(
         paths[name] = _record_file(size, anywhere)
         try:
             with safe_open(paths[name], framework="pt") as file:
+                check_stamp(paths[name], file.metadata(), stamps.get(name))
                 stored[name] = _shapes(file)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{record.file}: the record {paths[name]} is damaged: {error}") from None
     layers = {(s.layer, s.reference): s for s in sums}
-    return [_read_entry(entry, layers, stored, paths) for entry in fields["entries"].items()]
+    entries = [_read_entry(entry, layers, stored, paths) for entry in fields["entries"].items()]
+    known = {paths[name]: stamp for name, stamp in stamps.items() if name in paths}
+    return [replace(e, stamp=None if e.file is None else known.get(e.file)) for e in entries]
 
 
 def _read_entry(

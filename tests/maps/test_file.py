@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from i2am.maps import AttributionMaps, LayerSums
-from i2am.maps.entries import QKEntry, write_entries
+from i2am.maps.entries import QKEntry, stamp_of, write_entries
 from i2am.maps.file import FORMAT, VERSION
 
 OLD = Path(__file__).with_name("maps-0.1.safetensors")
@@ -447,13 +448,47 @@ def test_a_record_file_is_checked_when_it_loads_and_when_it_is_read(on_disk, tmp
         AttributionMaps.load(path)
     for broken in (b"x" * len(whole), other.read_bytes()):
         record.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"000000\.safetensors is damaged or was replaced"):
+        with pytest.raises(ValueError, match=r"000000\.safetensors is (damaged or was|another run's .* was) replaced"):
             loaded.sram((0, 0), reference="garment")
     record.unlink()
     with pytest.raises(FileNotFoundError, match=r"000000\.safetensors is not there any more"):
         loaded.sram((0, 0), reference="garment")
     with pytest.raises(FileNotFoundError, match="refers to the record"):
         AttributionMaps.load(path)
+
+
+def test_a_record_of_another_run_is_refused(on_disk, tmp_path):
+    """Same names, same shapes, same size: told by its stamp, when it loads and when it is read later."""
+    _, path = on_disk
+    record = tmp_path / "record" / "000000.safetensors"
+    loaded, size = AttributionMaps.load(path), record.stat().st_size
+    with safe_open(record, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors, record, metadata)
+    assert_same(AttributionMaps.load(path), loaded)  # the same run's, written again
+    other = {name: x + 1 if x.is_floating_point() else x for name, x in tensors.items()}
+    save_file(other, record, metadata | {"record": "0" * 32})
+    assert record.stat().st_size == size
+    for read in (lambda: AttributionMaps.load(path), lambda: loaded.sram((0, 0), reference="garment")):
+        with pytest.raises(ValueError, match=r"000000\.safetensors is another run's .*: it was replaced"):
+            read()
+
+
+def test_an_embedded_record_that_was_replaced_is_refused(tmp_path):
+    path = some_maps().save(tmp_path / "maps.safetensors", embed=True)
+    loaded = AttributionMaps.load(path)
+    assert loaded.sram((0, 0), reference="garment").isfinite().all()
+    head, header, body = parts(path)
+    write(path, head | {"__metadata__": head["__metadata__"] | {"record": "f" * 32}}, header, body)
+    with pytest.raises(ValueError, match="another run's"):
+        loaded.sram((0, 0), reference="garment")
+
+
+def test_stamps_tell_runs_apart_and_are_the_same_for_the_same(tmp_path):
+    entries = [e if e.file is None else replace(e, tensors=e.read(), file=None) for e in some_maps()._entries]
+    changed = [replace(e, tensors=e.tensors | {"row_lse": e.tensors["row_lse"] + 1e-3}) for e in entries]
+    assert stamp_of(entries) == stamp_of(list(entries)) != stamp_of(changed)
+    assert stamp_of(entries[::-1]) != stamp_of(entries)
 
 
 def test_a_save_through_a_link_finds_its_record(on_disk, tmp_path):
