@@ -57,12 +57,15 @@ class Job:
         dropped = {o: None for o in unneeded if not {o, f"{o}_image"} & parameters}
         args = argparse.Namespace(**{**vars(args), **dropped})
         device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        routes = route(pipeline_class, parameters, args)
+        if getattr(args, "more_references", None) and not _takes_several(pipeline_class, routes):
+            raise UserError(f"{pipeline_class.__name__} takes one --reference")
         if args.word is not None and "prompt" not in parameters:
             raise UserError(f"{pipeline_class.__name__} takes no --word: it has no prompt")
         dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16"))
         if args.offload is not None and device.type == "cpu":
             raise UserError("--offload is of no use on cpu: weights are there already")
-        return cls(args, pipeline_class, parameters, route(pipeline_class, parameters, args), device, dtype)
+        return cls(args, pipeline_class, parameters, routes, device, dtype)
 
     @property
     def name(self) -> str:
@@ -74,7 +77,13 @@ class Job:
         self.pipe = load_pipeline(self.pipeline_class, self.args, self.device, self.dtype)
 
     def run(
-        self, images: dict[str, Image | None], seed: int, texts: Mapping[str, str] | None = None, **traced: Any
+        self,
+        images: dict[str, Image | None],
+        seed: int,
+        texts: Mapping[str, str] | None = None,
+        *,
+        others: Sequence[Image] = (),
+        **traced: Any,
     ) -> Outcome:
         """Run the pipeline once.
 
@@ -82,6 +91,7 @@ class Job:
             images: by option ("reference", "image", "mask", "control_image"); those that are painted on get one size.
             seed: of the initial noise, drawn on the CPU: the same on every device.
             texts: what replaces the command's own options, such as a sample's prompt.
+            others: references after the first.
             **traced: of :func:`i2am.trace`.
         """
         args = self.args
@@ -93,6 +103,10 @@ class Job:
             call["height"], call["width"] = args.size
         values = {**vars(args), **(texts or {}), **images}
         call |= {argument: values[option] for argument, option in self.routes.items()}
+        if others:
+            argument = next(argument for argument, option in self.routes.items() if option == "reference")
+            every = [images["reference"], *others]
+            call[argument] = [every] if argument == "ip_adapter_image" else every  # a list an adapter
         if args.word is not None:
             traced |= {"words": args.word, "text": True}
         with i2am.trace(self.pipe, time_groups=args.time_groups, layers=args.layers, **traced) as tracer:
@@ -104,3 +118,11 @@ class Job:
         if mask is None:
             return None
         return part_seen(mask.resize(reference.size), self.pipe)
+
+
+def _takes_several(pipeline_class: type, routes: Mapping[str, str]) -> bool:
+    """Return whether a pipeline's call takes several references, by itself or through an adapter."""
+    from i2am.families.registry import facts_of
+
+    facts = facts_of(pipeline_class)
+    return "ip_adapter_image" in routes or (facts is not None and facts.several)

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 SETTINGS = "i2am.json"  # lists the files of a run, by which a later one knows its own
 OWN_FILES = re.compile(
-    r"(demo|generated|reference|summary|words|budget|[utlh]lam_(r2g|g2r)(_\d+_heads)?)\.png|maps\.safetensors|i2am\.json|report\.html"
+    r"(demo|generated|words|budget|(reference|summary|[utlh]lam_(r2g|g2r)(_\d+_heads)?)(_\d+)?)\.png"
+    r"|maps\.safetensors|i2am\.json|report(_\d+)?\.html"
 )
-REPORT = "report.html"
 FAILED = "failed"  # folder of a run whose figures could not be drawn, beside those of an earlier run
 DPI = 150
 
@@ -41,7 +41,7 @@ def write_results(
     out: Path,
     maps: AttributionMaps,
     generated: Image,
-    reference: Image,
+    reference: Image | Sequence[Image],
     settings: dict[str, Any],
     footer: str | None = None,
     masks: dict[str, Image | None] | None = None,
@@ -54,9 +54,10 @@ def write_results(
 
     Args:
         out: an existing folder.
-        maps: of one image and one reference.
+        maps: of one image.
         generated: what the pipeline made.
-        reference: the part of the reference that its encoder saw.
+        reference: the part of the reference that its encoder saw; of each, where there are several: their files are
+            numbered.
         settings: JSON values; versions are added.
         footer: a note below every figure.
         masks: ``mask`` and ``reference_mask`` of an interactive report; None: no report is written.
@@ -69,16 +70,23 @@ def write_results(
     beside = unfinished_path(out)
     try:
         beside.mkdir()
-        document = {**settings, "layers": maps.layers, "reference_name": maps.references[0], "versions": versions()}
+        numbered = _numbered(maps, reference)
+        names = maps.references if len(numbered) > 1 else maps.references[0]
+        document = {**settings, "layers": maps.layers, "reference_name": names, "versions": versions()}
         files = {"maps.safetensors": partial(maps.save, record=False)}
-        files |= {"generated.png": partial(generated.save, format="png"), "reference.png": reference.save}
+        files |= {"generated.png": partial(generated.save, format="png")}
+        files |= {f"reference{suffix}.png": picture.save for suffix, (_, picture) in numbered.items()}
         bad = {layer: groups for name in maps.references for layer, groups in maps.not_finite(name).items()}
         if not bad:
             if story is not None:
                 files["demo.png"] = partial(_save_figure, story)
-            files |= _figures(maps, generated, reference, footer)
-            if masks is not None:
-                files[REPORT] = lambda path: maps.report(path, generated, reference, settings=document, **masks)
+            for suffix, (name, picture) in numbered.items():
+                files |= _figures(maps, generated, picture, footer, name, suffix)
+                if masks is not None:
+                    given = {"reference_name": name, "settings": document, **masks}
+                    files[f"report{suffix}.html"] = partial(_report, maps, generated, picture, given)
+            if maps.words:
+                files |= _of_words(maps, generated, footer)
         _write_all(beside, files, document)
         if bad:
             _keep_failed(out, beside, maps, bad)
@@ -92,6 +100,23 @@ def write_results(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     say(f"wrote {', '.join(files)} and {SETTINGS} to {out}")
+
+
+def _numbered(maps: AttributionMaps, reference: Image | Sequence[Image]) -> dict[str, tuple[str, Image]]:
+    """Return each reference's name and picture by the end of its files' names: nothing, or _1, _2, …
+
+    Raises:
+        UserError: there are other pictures than maps of references.
+    """
+    pictures = list(reference) if isinstance(reference, (list, tuple)) else [reference]
+    if len(pictures) != len(maps.references):
+        raise UserError(f"{len(pictures)} references were given, and the maps are of {', '.join(maps.references)}")
+    pairs = zip(maps.references, pictures, strict=True)
+    return {"" if len(pictures) == 1 else f"_{i}": pair for i, pair in enumerate(pairs, 1)}
+
+
+def _report(maps: AttributionMaps, generated: Image, reference: Image, given: dict[str, Any], path: Path) -> None:
+    maps.report(path, generated, reference, **given)
 
 
 def _write_all(folder: Path, files: dict[str, Callable[[Path], Any]], document: dict[str, Any]) -> None:
@@ -146,18 +171,26 @@ def _no_room(out: Path) -> str:
 
 
 def _figures(
-    maps: AttributionMaps, generated: Image, reference: Image, footer: str | None
+    maps: AttributionMaps, generated: Image, reference: Image, footer: str | None, name: str, suffix: str
 ) -> dict[str, Callable[[Path], None]]:
-    """Return file name → function that writes it, for each figure of a run."""
+    """Return file name → function that writes it, for each figure of a run about one reference."""
     directions = {"r2g": generated, "g2r": reference}
     try:
-        maps.ulam("g2r")
+        maps.ulam("g2r", reference=name)
     except ValueError as error:
         say(str(error))
         del directions["g2r"]
 
-    drawings = _drawings(maps, generated, reference, directions, footer)
-    return {f"{name}.png": partial(_save_figure, draw) for name, draw in drawings}
+    drawings = _drawings(maps, generated, reference, directions, footer, name)
+    return {f"{figure}{suffix}.png": partial(_save_figure, draw) for figure, draw in drawings}
+
+
+def _of_words(maps: AttributionMaps, generated: Image, footer: str | None) -> dict[str, Callable[[Path], None]]:
+    """Return the figures about the prompt's words."""
+    from i2am import plot
+
+    drawings = {"words": partial(plot.words, maps, generated, footer=footer), "budget": partial(_budget, maps, footer)}
+    return {f"{name}.png": partial(_save_figure, draw) for name, draw in drawings.items()}
 
 
 def _save_figure(draw: Callable[[], Figure], path: Path) -> None:
@@ -165,24 +198,26 @@ def _save_figure(draw: Callable[[], Figure], path: Path) -> None:
 
 
 def _drawings(
-    maps: AttributionMaps, generated: Image, reference: Image, directions: dict[str, Image], footer: str | None
+    maps: AttributionMaps,
+    generated: Image,
+    reference: Image,
+    directions: dict[str, Image],
+    footer: str | None,
+    name: str,
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """Yield (name, function that draws it) of each figure of a run."""
     from i2am import plot
 
     def unified(direction: str, image: Image) -> Figure:
-        ax = plot.overlay(image, maps.ulam(direction), title=f"ULAM · {plot.meaning(maps, direction)}")
+        ax = plot.overlay(image, maps.ulam(direction, reference=name), title=f"ULAM · {plot.meaning(maps, direction)}")
         return plot.note(ax.figure, footer) if footer else ax.figure
 
-    yield "summary", partial(plot.summary, maps, generated, reference, footer=footer)
-    if maps.words:
-        yield "words", partial(plot.words, maps, generated, footer=footer)
-        yield "budget", partial(_budget, maps, footer)
+    yield "summary", partial(plot.summary, maps, generated, reference, reference_name=name, footer=footer)
     for direction, image in directions.items():
-        draw = partial(plot.levels, maps, direction, image, footer=footer)
+        draw = partial(plot.levels, maps, direction, image, footer=footer, reference=name)
         yield f"ulam_{direction}", partial(unified, direction, image)
         yield f"tlam_{direction}", partial(draw, "time")
-        for suffix, layers in _head_groups(maps).items():
+        for suffix, layers in _head_groups(maps, name).items():
             yield f"hlam_{direction}{suffix}", partial(draw, "head", layers=layers)
         yield f"llam_{direction}", partial(draw, "layer")
 
@@ -200,11 +235,11 @@ def _budget(maps: AttributionMaps, footer: str | None) -> Figure:
     return plot.note(figure, footer) if footer else figure
 
 
-def _head_groups(maps: AttributionMaps) -> dict[str, list[str]]:
+def _head_groups(maps: AttributionMaps, reference: str) -> dict[str, list[str]]:
     """Return layers that share a head count, by a suffix for their picture: empty where all do (SDXL: 10 and 20)."""
     groups: dict[int, list[str]] = {}
-    heads = maps.heads()
-    for layer in maps.layers:
+    heads = maps.heads(reference)
+    for layer in maps.chosen_layers(reference=reference):
         groups.setdefault(heads[layer], []).append(layer)
     return {f"_{heads}_heads" if len(groups) > 1 else "": layers for heads, layers in groups.items()}
 

@@ -106,6 +106,35 @@ def test_words_of_the_prompt(inpaint, paint_by_example, images, tmp_path, capsys
     check_error(capsys, trace(paint_by_example, images, tmp_path / "y", "--word", "dog"), "takes no --word")
 
 
+def test_several_references(inpaint, paint_by_example, images, tmp_path, capsys):
+    """An adapter's images in one softmax: a set of files of each, numbered; another run takes these away."""
+    pipeline, adapter = inpaint
+    second = tmp_path / "second.png"
+    Image.new("RGB", (40, 40), "green").save(second)
+    options = ["--ip-adapter", adapter, "--ip-adapter-subfolder", "models"]
+    several = ["--reference", images / "reference.png", "--reference", second, "--report"]
+    out = tmp_path / "out"
+    assert trace(pipeline, images, out, *options, *several) == 0
+    names = {p.name for p in out.iterdir()}
+    for number in "12":
+        stems = ("reference", "summary", "ulam_r2g", "tlam_r2g", "hlam_r2g", "llam_r2g", "ulam_g2r")
+        assert {f"{stem}_{number}.png" for stem in stems} <= names
+        assert f"report_{number}.html" in names
+    assert not {"summary.png", "report.html", "reference.png"} & names
+    told = json.loads((out / "i2am.json").read_text())
+    assert told["reference_name"] == ["ip_adapter.image_0", "ip_adapter.image_1"]
+    assert told["reference"] == [str(images / "reference.png"), str(second)]
+    with Image.open(out / "reference_2.png") as seen:
+        assert seen.convert("RGB").getpixel((5, 5)) == (0, 128, 0)
+    mask = ["--reference-mask", images / "mask.png"]
+    capsys.readouterr()
+    check_error(capsys, trace(pipeline, images, out, *options, *several, *mask), "is of one reference")
+    pair = ["--reference", images / "reference.png", "--reference", second]
+    check_error(capsys, trace(paint_by_example, images, tmp_path / "x", *pair), "takes one --reference")
+    assert trace(pipeline, images, out, *options) == 0
+    assert not [p.name for p in out.iterdir() if "_2." in p.name]
+
+
 def test_report(inpaint, images, tmp_path):
     """Both masks reach it, cut to what the encoder sees; the maps beside it stay small: without queries and keys."""
     pipeline, adapter = inpaint
