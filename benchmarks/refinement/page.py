@@ -30,7 +30,8 @@ hold for these seeds, whose own results are listed. Results against us stand.
 | photometric | 0.5 · `losses.photometric`: the reference warped by the expected places against the true picture |
 | photometric, gated | the same where the noise level is at most 0.3 |
 
-Weights were chosen once, before the runs; the learning rate is constant, and averaged weights are measured.
+Weights were chosen once, before the runs, but for the tenth of the flow's, which was tried after seeing them; the
+learning rate is constant, and averaged weights are measured.
 """
 
 FOOTER = """

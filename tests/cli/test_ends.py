@@ -183,7 +183,7 @@ def test_ulam_pictures_show_their_own_direction_on_their_own_image(tmp_path, mon
     monkeypatch.setattr(plot, "overlay", overlay)
     monkeypatch.setattr(plot, "levels", levels)
     directions = {"r2g": generated, "g2r": reference}
-    for name, draw in results._drawings(maps, generated, reference, directions, None):
+    for name, draw in results._drawings(maps, generated, reference, directions, None, maps.references[0]):
         if name != "summary":
             draw()
     red, blue = (255, 0, 0), (0, 0, 255)
