@@ -30,8 +30,8 @@ class Sequences(Family):
         layers: which modules call attention; of modules inside each other, the outermost.
         queries: which queries are the generated tokens: a slice (negative numbers count from the end), or a function of
             (layer, number of queries).
-        reference: which keys encode the reference: references, or a function of (layer, number of keys, grid). Of a
-            module that makes several calls the first is taken, unless ``Reference(call=…)`` says another.
+        reference: which keys encode the reference: references, or a function of (layer, number of keys, grid). A
+            module that makes several calls which the description fits needs ``Reference(call=…)``.
         grid: (height, width) of the generated tokens; or a function of (layer, number of generated tokens).
         inputs: latents and timestep of a forward, a function of (args, kwargs).
     """
@@ -75,7 +75,26 @@ class Sequences(Family):
         return ForwardInputs(latents, timestep, grid, conditioning=conditioning, stepped=grid is None)
 
     def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layer.awaits = partial(self._layout, layer)
+        layer.awaits, layer.then = partial(self._layout, layer), partial(self._refuse_another, layer)
+
+    def _refuse_another(self, layer: LayerContext, call: AttentionCall) -> None:
+        """Raise ValueError for a further call that the description fits as well, unless it says which is meant."""
+        queries, keys = call.query.shape[2], call.key.shape[2]
+        try:
+            generated = len(range(queries)[self._queries(layer.name, queries)])
+            height, width = self._grid(layer.name, generated)
+            described = self._reference(layer.name, keys, (height, width))
+            references = [described] if isinstance(described, Reference) else list(described)
+            for reference in references:
+                reference.on((height, width)).check(keys)
+        except ValueError:
+            return  # it is not of that size
+        if generated == height * width and all(reference.call is None for reference in references):
+            raise ValueError(
+                f"layer {layer.name} makes several attention calls that the description fits, another on {queries} "
+                f"queries and {keys} keys: say which has the reference with Reference(call=0), call=1, … or name the "
+                "module inside it with layers="
+            )
 
     def _layout(self, layer: LayerContext, call: AttentionCall) -> TokenLayout | None:
         queries, keys = call.query.shape[2], call.key.shape[2]

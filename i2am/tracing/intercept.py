@@ -103,6 +103,8 @@ class LayerContext:
     name: str
     grid: Grid | None = None  # of the generated tokens
     awaits: Awaited | None = None  # its reference-carrying attention call; None: it has none (any more)
+    then: Awaited | None = None  # what it is to be asked of further calls, after that one
+    found: bool = False  # that call has come
     computed: bool = True  # False: its forward was skipped, a cache answered
     expects: int | None = None  # keys of the context that the description was checked against
     seen: list[tuple[int, int]] = field(default_factory=list)  # (batch, keys) of the calls that did not fit

@@ -31,7 +31,7 @@ def watch_layer(owner: object, family: Family, name: str, module: nn.Module) -> 
         if context is None:
             return
         layer = context.layers.pop()
-        if layer.awaits is None or not layer.computed or output is None:
+        if layer.found or layer.awaits is None or not layer.computed or output is None:
             return
         call = family.leave(layer, module)
         if call is not None:

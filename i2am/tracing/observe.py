@@ -34,7 +34,7 @@ def layout_of(layer: LayerContext, call: AttentionCall) -> TokenLayout | None:
     if layout is None:
         layer.seen.append((call.query.shape[0], call.key.shape[2]))
     else:
-        layer.awaits = None
+        layer.found, layer.awaits = True, None  # what the call itself calls is not asked
     return layout
 
 
@@ -74,6 +74,15 @@ class Observer:
                 layer.awaits = awaited
         if context.settle is not None:
             context.settle(context, layer, layout, call)
+        try:
+            return self._take(context, layer, layout, call)
+        finally:
+            layer.awaits = layer.then
+
+    def _take(
+        self, context: ForwardContext, layer: LayerContext, layout: TokenLayout, call: AttentionCall
+    ) -> Tensor | None:
+        """Add the call that a layer waited for; return its output."""
         if call.value is None:
             return self._observe(context, layer, layout, call)
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))

@@ -98,6 +98,43 @@ def test_the_call_that_is_meant():
     support.check(tracer.maps(), Truth(chosen, keys=slice(TEXT + 24, None), groups=[0, 0, 1, 1], reference_grid=REF), 2)
 
 
+class Twice(torch.nn.Module):
+    """A block that calls attention on its sequence twice, and a model of it."""
+
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            for scale in (0.3, 3.0):
+                x = F.scaled_dot_product_attention(x, x, x, scale=scale)
+            return x
+
+    def __init__(self):
+        super().__init__()
+        self.block = self.Block()
+
+    def forward(self, x, timestep):
+        return self.block(x[:, None])[:, 0]
+
+
+def test_another_call_that_fits_is_refused():
+    """Which of two calls is meant is never guessed; said, either is taken."""
+    model, x = Twice(), torch.randn(1, 32, 16)
+    described = {"layers": "block", "queries": slice(0, 24), "grid": (4, 6), "num_steps": 1}
+    reference = i2am.Reference(grid=(2, 4), tokens=slice(24, 32))
+    with i2am.patch_modules(model, reference=reference, **described), pytest.raises(ValueError, match=r"call=0"):
+        model(x, 0.5)
+    wanted, maps = [], []
+    for call in (0, 1):
+        said = i2am.Reference(grid=(2, 4), tokens=slice(24, 32), call=call)
+        with i2am.patch_modules(model, reference=said, **described) as tracer:
+            out = model(x, 0.5)
+        torch.testing.assert_close(out, model(x, 0.5))
+        maps.append(tracer.maps().ulam("r2g"))
+    first = F.scaled_dot_product_attention(x, x, x, scale=0.3)
+    for y, scale in ((x, 0.3), (first, 3.0)):
+        wanted.append((scale * y[:, :24] @ y[:, 24:].mT).softmax(1).mean(-1).reshape(1, 4, 6))
+    torch.testing.assert_close(torch.stack(maps), torch.stack(wanted), rtol=1e-4, atol=1e-6)
+
+
 def test_flash_attention_is_intercepted_by_its_module(monkeypatch):
     """A stand-in of the package: the same function, ``[B, N, H, d]``."""
     seen = []

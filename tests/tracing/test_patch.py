@@ -311,7 +311,8 @@ def test_guidance_by_identical_latents(unet):
     assert every.shape[0] == 6
     torch.testing.assert_close(ulam(halves, context), every[3:])
     torch.testing.assert_close(ulam(halves, context, guidance=0), every[:3])
-    with pytest.raises(ValueError, match="3"):  # which of three is conditional differs from one pipeline to the next
+    # Which of three is conditional differs from one pipeline to the next.
+    with pytest.raises(ValueError, match=r"guidance=\(1, 3\)"):
         ulam(thirds, context)
     torch.testing.assert_close(ulam(thirds, context, guidance=(0, 3)), ulam(thirds, context, guidance="none")[:2])
     torch.testing.assert_close(ulam(sample, context), ulam(sample, context, guidance="none"))
