@@ -34,8 +34,21 @@ def layout_of(layer: LayerContext, call: AttentionCall) -> TokenLayout | None:
     if layout is None:
         layer.seen.append((call.query.shape[0], call.key.shape[2]))
     else:
-        layer.found, layer.awaits = True, None  # what the call itself calls is not asked
+        layer.found, layer.awaits = True, None
     return layout
+
+
+def take_awaited(
+    layer: LayerContext, call: AttentionCall, take: Callable[[TokenLayout], Tensor | None]
+) -> Tensor | None:
+    """Hand a call's layout to ``take``, if it is the call that its layer waits for; run any other as it is."""
+    awaited = layer.awaits
+    layout = layout_of(layer, call)
+    layer.awaits = None  # what the call itself calls is not asked
+    try:
+        return call.run() if layout is None else take(layout)
+    finally:
+        layer.awaits = awaited if layout is None else layer.then
 
 
 class Observer:
@@ -64,25 +77,14 @@ class Observer:
 
     def attend(self, context: ForwardContext, layer: LayerContext, call: AttentionCall) -> Tensor | None:
         """Add an attention call to the sums; return its output, the fused op's or the model's own."""
-        awaited = layer.awaits
-        layout = layout_of(layer, call)
-        if layout is None:
-            layer.awaits = None  # what the call itself calls is not asked again
-            try:
-                return call.run()
-            finally:
-                layer.awaits = awaited
-        if context.settle is not None:
-            context.settle(context, layer, layout, call)
-        try:
-            return self._take(context, layer, layout, call)
-        finally:
-            layer.awaits = layer.then
+        return take_awaited(layer, call, lambda layout: self._take(context, layer, layout, call))
 
     def _take(
         self, context: ForwardContext, layer: LayerContext, layout: TokenLayout, call: AttentionCall
     ) -> Tensor | None:
         """Add the call that a layer waited for; return its output."""
+        if context.settle is not None:
+            context.settle(context, layer, layout, call)
         if call.value is None:
             return self._observe(context, layer, layout, call)
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))

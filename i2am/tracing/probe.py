@@ -41,7 +41,7 @@ from i2am.tracing.intercept import (
     running_context,
 )
 from i2am.tracing.layers import BlindLayerError, blind_message, watch_layer
-from i2am.tracing.observe import as_autocast, layout_of, padding_is_masked
+from i2am.tracing.observe import as_autocast, padding_is_masked, take_awaited
 
 PROBED = tuple(name for name in READS if name != "columns")
 OnGrids = Callable[[Grid, Grid | None], Tensor]
@@ -204,19 +204,15 @@ class Probe:
         self, context: ForwardContext, layer: LayerContext, call: AttentionCall, *, keep: bool
     ) -> Tensor | None:
         """Read an attention call beside the model's own, whose output is returned."""
-        awaited = layer.awaits
-        layout = layout_of(layer, call)
-        if layout is None:
-            layer.awaits = None  # what the call itself calls is not asked again
-            try:
-                return call.run()
-            finally:
-                layer.awaits = awaited
-        found = self._read(layer, layout, call)
-        if keep:
-            self.reads.extend(found)
-            self._grids[layer.name] = context.grid
-        return None if call.value is None else call.run()
+
+        def read(layout: TokenLayout) -> Tensor | None:
+            found = self._read(layer, layout, call)
+            if keep:
+                self.reads.extend(found)
+                self._grids[layer.name] = context.grid
+            return None if call.value is None else call.run()
+
+        return take_awaited(layer, call, read)
 
     def _read(self, layer: LayerContext, layout: TokenLayout, call: AttentionCall) -> list[LayerRead]:
         if self._records and not torch.is_grad_enabled():
