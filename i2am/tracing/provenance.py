@@ -69,7 +69,15 @@ class Ledger:
                 "scale of "
                 f"0), among them {uneven[0]}: each layer's mean is over its own calls"
             )
+        empty = [g + 1 for g, ran in enumerate(zip(*calls.values(), strict=True)) if not any(ran)]
+        if empty:
+            notes.append(
+                f"no layer ran in time group {', '.join(map(str, empty))} of {len(next(iter(calls.values())))} (a run "
+                "that was interrupted, a cut-off, a scale of 0, a cache): there, maps by time are NaN; the others are "
+                "means of the rest"
+            )
         return {
+            "summary": self._summary(notes),
             "model": self.model,
             "pipeline": self.pipeline,
             "runs": self.runs,
@@ -83,6 +91,18 @@ class Ledger:
             "notes": notes,
             "versions": versions(),
         }
+
+    def _summary(self, notes: list[str]) -> list[str]:
+        """Return what the maps are a mean of, in three lines at most."""
+        whole = f"{self.runs} run{'s' * (self.runs != 1)}" + (f" of {self.steps} steps" if self.steps else "")
+        where = self.model if self.pipeline is None else f"{self.model}, {self.pipeline}"
+        lines = [f"mean of {self.counted} of {self.seen} calls of {where}: {whole}"]
+        if self.guidance:
+            lines.append("conditional samples known by " + "; ".join(self.guidance))
+        if notes:
+            more = f" (and {len(notes) - 1} more in .provenance)" if len(notes) > 1 else ""
+            lines.append(f"note{more}: {notes[0]}")
+        return lines
 
     def nothing(self) -> str:
         """Return why there are no maps, as far as it is known."""

@@ -39,7 +39,9 @@ SHRINK = {"superres": 2, "inpainting": 1}  # by which power of their side pictur
 TOGETHER = {"inpainting": ("exemplar", "tryon")}  # one model for both tasks, to be tuned to each of them
 NOISY = 2.0  # noise levels are drawn from 1 - u², since without noise a model needs no reference
 DETAIL = 4.0  # gain of the details that a super-resolution diffuses: their standard deviation is 0.14 in pictures
-FLOW = (0.1, 0.4)  # weight of the flow supervision at first, and the share of the run at which it has faded out
+# Weight of the flow supervision at first, the share of the run in which it fades, and what stays of it: without any, a
+# super-resolution's finest layers forget again where they looked, since their neighbours serve nearly as well.
+FLOW = {"superres": (0.1, 0.4, 0.03), "inpainting": (0.1, 0.4, 0.0)}
 DRAWS = {"superres": 1, "inpainting": 2}  # noise levels per task: cutting one costs a fifth of a step
 STARTED = {"superres": 0.2, "inpainting": 0.7}  # share of it that a run from another's weights leaves out
 HELD_OUT = 16  # tasks of heldout.csv
@@ -135,7 +137,8 @@ class Run:
         skipped = 0.0 if self.started_from is None else STARTED[self.kind]
         self.done = skipped + (1 - skipped) * done
         sample = self._draw(batch)
-        weight = FLOW[0] * max(0.0, 1 - done / FLOW[1])
+        first, fade, rest = FLOW[self.kind]
+        weight = rest + (first - rest) * max(0.0, 1 - done / fade)
         with self.flow:
             loss = self.loss(sample)
             total = loss + weight * self.flow.loss(sample) if weight > 0 else loss

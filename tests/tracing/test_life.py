@@ -163,3 +163,33 @@ def test_provenance_says_what_the_maps_are_a_mean_of():
     assert told["references"] == {"ip_adapter": "all 17"}
     assert set(map(tuple, told["layers"].values())) == {(2, 2)}
     assert "torch" in told["versions"]
+    assert "mean of 4 of 4 calls of UNet2DConditionModel, StableDiffusionPipeline: 1 run of 4 steps" in repr(
+        tracer.maps()
+    )
+    assert "known by StableDiffusionPipeline: part 1 of 2" in repr(tracer.maps())
+
+
+def test_a_time_group_in_which_nothing_ran_is_told():
+    pipe = pipelines.sd("full")
+
+    def off(pipe, step, timestep, values):
+        if step == 1:
+            pipe.set_ip_adapter_scale(0.0)  # diffusers skips its attention from here on
+        return values
+
+    with i2am.trace(pipe, time_groups=2) as tracer:
+        pipe(
+            "a",
+            ip_adapter_image=pipelines.image((40, 40)),
+            num_inference_steps=4,
+            height=32,
+            width=32,
+            output_type="latent",
+            callback_on_step_end=off,
+        )
+    maps = tracer.maps()
+    over_time = maps.tlam("r2g")
+    assert over_time[:, 1].isnan().all()
+    torch.testing.assert_close(over_time[:, 0], maps.ulam("r2g"))
+    assert "no layer ran in time group 2 of 2" in repr(maps)
+    assert any("no layer ran in time group 2 of 2" in note for note in maps.provenance["notes"])
