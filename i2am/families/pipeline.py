@@ -71,7 +71,8 @@ def _read_transformer(pipe: Any, transformer: nn.Module, request: Request) -> Tr
     request = request._replace(image_grid=patch_grid(getattr(pipe, "image_encoder", None)))
     refused = facts is None or facts.refused is not None
     asked = request.self_attention or request.references or request.sets
-    if refused and not asked and not _adapted(transformer):
+    sometimes = facts is not None and facts.keys is not None
+    if refused and not asked and not sometimes and not _adapted(transformer):
         raise ValueError(no_reference_keys(name, why_not(type(pipe))))
     family = read_model(transformer, request, entry="patch_transformer")
     if refused and not (asked or family.has_adapters()):
@@ -123,7 +124,8 @@ def _of_diffusers(pipe: Any) -> bool:
 
 def _latent_pixels(pipe: Any) -> int:
     """Return pixels of the output image per pixel of its latents."""
-    own = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", None)
+    names = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+    own = next((x for x in (getattr(pipe, name, None) for name in names) if x), None)
     if own:
         return int(own)
     coder = getattr(pipe, "vae", None) or getattr(pipe, "movq", None)  # Kandinsky's

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from i2am.families import CHANNELS, Family, ForwardInputs, PipelineFacts, Request, TokenLayout, no_reference_keys
 from i2am.families.arguments import argument, attribute, named_arguments
 from i2am.families.registry import described_tokens
+from i2am.families.timed_frames import TimedFrames
 from i2am.families.tokens import among, clip_tokens, reference_names
 from i2am.references import Grid, Reference
 from i2am.tracing.intercept import LayerContext
 
 ATTENTIONS = ("WanAttention", "SkyReelsV2Attention")
+FRAMES_GIVEN = ("WanTransformer3DModel", "SkyReelsV2Transformer3DModel")  # to models without image keys, if any
 TEXT = 512  # text tokens, a constant of Wan's attention: what stands before them is the image
 
 
@@ -42,7 +44,7 @@ class Wan(Family):
         PipelineFacts("WanAnimate*", refused=CHANNELS, keys="add_k_proj"),
         PipelineFacts("ChronoEdit*", refused=CHANNELS, keys="add_k_proj"),
         PipelineFacts("SkyReelsV2ImageToVideo*", refused=CHANNELS, keys="add_k_proj"),
-        PipelineFacts("WanVACE*", refused="references enter through a branch whose features are added to the model's"),
+        PipelineFacts("SkyReelsV2DiffusionForcing*"),
         PipelineFacts("WanVideoToVideo*", refused="the video is only what denoising starts from"),
         PipelineFacts("LucyEdit*", refused="the video enters as channels beside the latents"),
     )
@@ -67,7 +69,10 @@ class Wan(Family):
             raise ValueError(
                 "the self-attention of a video transformer goes over frames, where i2am has no grid to draw on"
             )
-        return cls(model, references, request.image_grid)
+        family = cls(model, references, request.image_grid)
+        if references is None and not family.has_adapters() and type(model).__name__ in FRAMES_GIVEN:
+            return TimedFrames.read(model, request)
+        return family
 
     def has_adapters(self) -> bool:
         return bool(self._image_attentions())

@@ -1,0 +1,33 @@
+"""Cosmos: frames given by a mask, ``condition_mask [B, 1, F, H, W]``, among those of the video's own self-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from i2am.families import RESIDUAL, PipelineFacts
+from i2am.families.frames import Frames, VideoFrames, in_a_row, video_grid
+
+
+class Cosmos(VideoFrames):
+    """``CosmosTransformer3DModel``."""
+
+    models = ("CosmosTransformer3DModel",)
+    pipelines = (
+        PipelineFacts("Cosmos2VideoToWorld*"),
+        PipelineFacts("CosmosVideoToWorld*"),
+        PipelineFacts("Cosmos2_5_Predict*"),
+        PipelineFacts("Cosmos2_5_Transfer*", refused=RESIDUAL),
+    )
+
+    def frames_of(self, given: dict[str, Any]) -> Sequence[Frames]:
+        frames, grid = video_grid(self.transformer, given["hidden_states"])
+        mask = given.get("condition_mask")
+        if mask is None:
+            return [Frames(frames, grid, given=False)]
+        each = mask.detach().cpu().flatten(3)[:, 0].bool()  # [B, F, H·W]
+        whole, any_of_it = each.all(-1), each.any(-1)
+        if not whole.equal(any_of_it) or not bool((whole == whole[0]).all()):
+            raise ValueError("condition_mask gives a part of a frame, or other frames to each sample of the batch")
+        per_frame = whole[0].unflatten(0, (frames, -1)).any(-1).tolist()  # of a patch of several latent frames, any
+        return in_a_row(per_frame, grid)

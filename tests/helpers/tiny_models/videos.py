@@ -1,0 +1,172 @@
+"""Small video transformers and pipelines whose own sequence holds the frames that are given."""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+
+from tests.helpers.tiny_models import dit
+from tests.helpers.tiny_models.unet import quiet
+
+WAN = dict(
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=dit.TEXT,
+    freq_dim=16,
+    ffn_dim=16,
+    num_layers=2,
+    rope_max_seq_len=32,
+)
+
+
+def noise(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def build(kind, **config):
+    torch.manual_seed(0)
+    model = getattr(diffusers, kind)(**config).eval()
+    for parameter in model.parameters():  # gates and tables begin at zero in some
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def denoise(model, call, *, guided=True, timesteps=(900.0, 700.0, 400.0, 100.0)):
+    """Return a function that makes four steps: ``call(t, text, seed)`` gives the arguments of a forward.
+
+    guided: with an unconditional call behind each.
+    """
+
+    @torch.no_grad()
+    def go():
+        for t in timesteps:
+            for seed in (0, 3)[: 1 + guided]:
+                out = model(return_dict=False, **call(t, dit.text_tokens(5, seed=seed)))[0]
+        return out
+
+    return go
+
+
+def ltx_transformer():
+    return build(
+        "LTXVideoTransformer3DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=dit.TEXT,
+    )
+
+
+def ltx(kind):
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        timestep_conditioning=False,
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    ).eval()
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    parts = dict(text_encoder=None, tokenizer=None, scheduler=dit.flow(), vae=vae, transformer=ltx_transformer())
+    return quiet(getattr(diffusers, kind)(**parts))
+
+
+def ltx2():
+    return build(
+        "LTX2VideoTransformer3DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=8,
+        audio_cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=dit.TEXT,
+        rope_double_precision=False,
+        perturbed_attn=True,
+    )
+
+
+def framepack():
+    return build(
+        "HunyuanVideoFramepackTransformer3DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        guidance_embeds=False,
+        text_embed_dim=dit.TEXT,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6),
+        has_image_proj=True,
+        image_proj_dim=12,
+        has_clean_x_embedder=True,
+    )
+
+
+def hunyuan_video(condition):
+    return build(
+        "HunyuanVideoTransformer3DModel",
+        in_channels=4 if condition == "token_replace" else 9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        guidance_embeds=False,
+        text_embed_dim=dit.TEXT,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6),
+        image_condition_type=condition,
+    )
+
+
+def helios():
+    config = WAN | {"num_attention_heads": 2, "attention_head_dim": 16}
+    config.pop("rope_max_seq_len")
+    return build("HeliosTransformer3DModel", **config, rope_dim=(4, 6, 6), is_amplify_history=True)
+
+
+def cosmos():
+    return build(
+        "CosmosTransformer3DModel",
+        in_channels=5,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2.0,
+        text_embed_dim=dit.TEXT,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        concat_padding_mask=False,
+        extra_pos_embed_type=None,
+    )
+
+
+def vace():
+    return build("WanVACETransformer3DModel", **WAN, vace_layers=[0, 1], vace_in_channels=12)
