@@ -67,16 +67,37 @@ def detect_box(
     return boxes[0] if x.ndim == 2 else boxes
 
 
+def box_of(mask: Tensor) -> Box:
+    """Find the box of a mask's pixels of at least one half.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows, columns = (mask >= 0.5).any(1).nonzero(), (mask >= 0.5).any(0).nonzero()
+    if not len(rows):
+        raise ValueError("empty mask: no pixel of the region is set")
+    return Box(int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)
+
+
+def check_threshold(threshold: float | str) -> None:
+    """Refuse a threshold that is neither "otsu" nor in (0, 1).
+
+    Raises:
+        ValueError: it is not.
+    """
+    if threshold != "otsu" and (isinstance(threshold, str) or not 0 < threshold < 1):
+        raise ValueError(f'threshold must be "otsu" or lie in (0, 1), got {threshold!r}')
+
+
 def _box_of_one(x: Tensor, size: tuple[int, int] | None, threshold: float | str, smallest: float) -> Box | None:
     """Find the box in one map ``[h, w]`` float64."""
     from scipy import ndimage
 
+    check_threshold(threshold)
     if threshold == "otsu":
         if x.min() < 0:
             raise ValueError(f'threshold="otsu" takes logarithms, but the map has {x.min():g}: pass a share in (0, 1)')
         x = x.clamp_min(max(FLOOR * x.max().item(), 1e-300)).log()
-    elif isinstance(threshold, str) or not 0 < threshold < 1:
-        raise ValueError(f'threshold must be "otsu" or lie in (0, 1), got {threshold!r}')
     if x.max() == x.min():
         return None
     if size is not None:

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from benchmarks.evidence.localise import INPAINTING, r2g_maps
 from benchmarks.evidence.subject import FINE, Setting, paint, tasks, traced, true_places
-from i2am.detect import detect_box
-from i2am.evaluate.scores import box_of
+from i2am.detect import box_of, detect_box
 
 
 def samples(setting: Setting, images: Path, names: Iterable[str]) -> None:

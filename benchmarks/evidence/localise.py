@@ -22,8 +22,7 @@ from benchmarks.evidence.subject import (
     true_places,
 )
 from i2am import metrics, zoo
-from i2am.detect import Box, detect_box
-from i2am.evaluate.scores import box_of
+from i2am.detect import Box, box_of, detect_box
 from i2am.zoo import data
 
 INPAINTING = ("exemplar", "tryon")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from i2am.detect import Box, detect_box
+from i2am.detect import Box, box_of, detect_box
 from i2am.metrics import imacs
 
 MEANING = {  # score → (title, what it says)
@@ -47,15 +47,3 @@ def score(
         found = detect_box(r2g, size=None if mask is None else tuple(mask.shape))
         scores["box_iou"] = 0.0 if found is None else found.iou(box_of(mask) if box is None else box)
     return scores
-
-
-def box_of(mask: Tensor) -> Box:
-    """Find the box of a mask's pixels of at least one half.
-
-    Raises:
-        ValueError: there are none.
-    """
-    rows, columns = (mask >= 0.5).any(1).nonzero(), (mask >= 0.5).any(0).nonzero()
-    if not len(rows):
-        raise ValueError("empty mask: no pixel of the region is set")
-    return Box(int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)

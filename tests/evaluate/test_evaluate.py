@@ -22,11 +22,12 @@ from i2am.cli import evaluate as command
 from i2am.cli.arguments import SOME_FAILED, STOPPED
 from i2am.cli.job import Job
 from i2am.cli.processes import Process
+from i2am.detect import box_of
 from i2am.evaluate import Sample, Store, read_manifest, summarise
 from i2am.evaluate import run as run_module
 from i2am.evaluate.journal import Writer
 from i2am.evaluate.manifest import derived_seed
-from i2am.evaluate.scores import box_of, score
+from i2am.evaluate.scores import score
 from i2am.evaluate.summary import interval
 from i2am.evaluate.thumbnails import read_levels
 

@@ -4,6 +4,7 @@
 module of this folder, ``tests/mutants/<area>.py``, with two names::
 
     TESTS = ["tests/ops/test_streaming.py"]             # what is to see the bugs; paths or pytest node ids
+    TESTS_OF = {"i2am/ops/tokens.py": ["tests/ops/test_tokens.py"]}      # instead, for one file's; may be left out
     MUTANTS = [
         Mutant("i2am/ops/streaming.py", "s.amax(2)", "s.amin(2)"),
         Mutant("i2am/ops/tokens.py", "low < 0", "low < -1", "a negative index is let through"),

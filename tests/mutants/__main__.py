@@ -65,6 +65,15 @@ def verdict(root: Path, mutant: Mutant, tests: list[str], timeout: float) -> str
     return f"killed by {name}" if ran.returncode == FAILED else f"WRONG LIST: the tests do not run: {name}"
 
 
+def plain_run(name: str, root: Path, tests: tuple[str, ...]) -> float:
+    """Return the seconds that tests take without a mutant; end everything where they fail."""
+    begin = time.monotonic()
+    plain = run_tests(root, list(tests))
+    if plain.returncode != PASSED:
+        raise SystemExit(f"{name}: the tests fail without a mutant:\n{plain.stdout[-2000:]}{plain.stderr[-2000:]}")
+    return time.monotonic() - begin
+
+
 def run_area(name: str, only: str, jobs: int) -> tuple[int, int]:
     """Run one area's mutants; return how many were killed, of how many."""
     area = importlib.import_module(f"tests.mutants.{name}")
@@ -72,19 +81,18 @@ def run_area(name: str, only: str, jobs: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copies: SimpleQueue[Path] = SimpleQueue()
         roots = [copy_of_repository(Path(folder) / str(n)) for n in range(jobs)]
-        begin = time.monotonic()
-        plain = run_tests(roots[0], area.TESTS)
-        if plain.returncode != PASSED:
-            raise SystemExit(f"{name}: the tests fail without a mutant:\n{plain.stdout[-2000:]}{plain.stderr[-2000:]}")
-        seconds = time.monotonic() - begin
-        print(f"{name}: {len(chosen)} mutants; the unchanged tests pass in {seconds:.0f} s", flush=True)
+        tests = {m.file: getattr(area, "TESTS_OF", {}).get(m.file, area.TESTS) for m in chosen}
+        seconds = {
+            chosen_tests: plain_run(name, roots[0], chosen_tests) for chosen_tests in set(map(tuple, tests.values()))
+        }
+        print(f"{name}: {len(chosen)} mutants; the unchanged tests pass in {sum(seconds.values()):.0f} s", flush=True)
         for root in roots:
             copies.put(root)
 
         def judge(mutant: Mutant) -> bool:
             root = copies.get()
             try:
-                found = verdict(root, mutant, area.TESTS, 60 + PATIENCE * seconds)
+                found = verdict(root, mutant, tests[mutant.file], 60 + PATIENCE * seconds[tuple(tests[mutant.file])])
             finally:
                 copies.put(root)
             print(f"  {found:60}  {mutant}", flush=True)

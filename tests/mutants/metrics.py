@@ -4,6 +4,8 @@ from tests.mutants import Mutant
 
 TESTS = ["tests/test_metrics.py", "tests/test_images.py"]
 METRICS, DETECT, IMAGES = "i2am/metrics.py", "i2am/detect.py", "i2am/_images.py"
+TORCHMETRICS = "i2am/torchmetrics.py"
+TESTS_OF = {TORCHMETRICS: ["tests/test_torchmetrics.py"]}
 MUTANTS = [
     Mutant(
         METRICS,
@@ -76,4 +78,28 @@ MUTANTS = [
         IMAGES, "upright = ImageOps.exif_transpose(image)", "upright = image.copy()", "photographs lie on their side"
     ),
     Mutant(IMAGES, "formats=known", "formats=None", "EPS is opened"),
+    Mutant(TORCHMETRICS, "self.count += scores.numel()", "self.count += 1", "a mean of batches' means"),
+    Mutant(
+        TORCHMETRICS,
+        'torch.int64), dist_reduce_fx="sum")\n        self.add',
+        'torch.int64), dist_reduce_fx="mean")\n        self.add',
+    ),
+    Mutant(
+        TORCHMETRICS,
+        'self.add_state("total", torch.tensor(0, dtype=torch.int64)',
+        'self.add_state("total", torch.tensor(0.0)',
+        "float32 sums, cast with the model",
+    ),
+    Mutant(TORCHMETRICS, "        return self\n", "        return super().set_dtype(dst_type)\n", "sums are cast"),
+    Mutant(TORCHMETRICS, "full_state_update = False", "full_state_update = None"),
+    Mutant(TORCHMETRICS, "complement=self.complement, premultiply=self.premultiply", "complement=self.complement"),
+    Mutant(TORCHMETRICS, "(inside.shape[1], inside.shape[2])", "(inside.shape[2], inside.shape[1])"),
+    Mutant(
+        TORCHMETRICS, "size=size if inside is None else (inside.shape[1], inside.shape[2])", "size=size", "in map cells"
+    ),
+    Mutant(TORCHMETRICS, "            smallest=self.smallest,\n", ""),
+    Mutant(TORCHMETRICS, "            threshold=self.threshold,\n", ""),
+    Mutant(TORCHMETRICS, "    if others not in (1, maps):", "    if others > maps:"),
+    Mutant(TORCHMETRICS, "        if not self.count:", "        if not self.total:"),
+    Mutant(TORCHMETRICS, 'if error.name != "torchmetrics"', "if False", "a broken one is called missing"),
 ]
