@@ -2,8 +2,8 @@
 
 ``manifest.py`` says what the samples are (``sources.py``: where they come from), ``store.py`` keeps each finished one
 (``journal.py``: its record, ``leases.py``: who works on what, ``identity.py``: what it was made from), ``run.py`` does
-those that are left (``trackers.py`` shows them live), ``summary.py`` and ``sheet.py`` say what came out, ``compare.py``
-what moved between two runs.
+those that are left (``trackers.py`` shows them live), ``summary.py``, ``contact.py`` and ``parquet.py`` say what came
+out, ``compare.py`` what moved between two runs.
 """
 
 from i2am.evaluate.manifest import Manifest, Sample, read_manifest

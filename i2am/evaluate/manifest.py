@@ -9,7 +9,7 @@ import math
 import os
 import pickle
 import re
-from array import array
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,28 +69,36 @@ class Files(Mapping[str, Picture]):
 
 
 class Rows:
-    """Rows of cells, packed one behind the other: about their texts' own size."""
+    """Rows of cells, compressed in blocks of which the last one that was asked for lies open: tens of bytes a row."""
+
+    BLOCK = 256  # rows
 
     def __init__(self) -> None:
-        self._packed = bytearray()
-        self._ends = array("Q", [0])
+        self._packed: list[bytes] = []
+        self._newest: list[tuple[Any, ...]] = []  # rows behind the packed ones
+        self._open: tuple[int, list[tuple[Any, ...]]] = (-1, [])  # number of a block, and its rows
 
     def append(self, row: tuple[Any, ...]) -> None:
         """Add a row."""
-        self._packed += pickle.dumps(row, 5)
-        self._ends.append(len(self._packed))
+        self._newest.append(row)
+        if len(self._newest) == self.BLOCK:
+            self._packed.append(zlib.compress(pickle.dumps(self._newest, 5), 1))
+            self._newest = []
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._packed) * self.BLOCK + len(self._newest)
 
     def __getitem__(self, place: int) -> tuple[Any, ...]:
-        place = range(len(self))[place] if place < 0 else place
-        row: tuple[Any, ...] = pickle.loads(self._packed[self._ends[place] : self._ends[place + 1]])
-        return row
+        block, at = divmod(range(len(self))[place], self.BLOCK)
+        if block == len(self._packed):
+            return self._newest[at]
+        if self._open[0] != block:
+            self._open = block, pickle.loads(zlib.decompress(self._packed[block]))
+        return self._open[1][at]
 
 
 class Manifest(Sequence[Sample]):
-    """The samples of a manifest, each made when it is asked for: a hundred thousand of them take tens of megabytes.
+    """The samples of a manifest, each made when it is asked for: a hundred thousand of them take a few megabytes.
 
     Args:
         path: the manifest; its pictures' paths are relative to its folder.

@@ -16,7 +16,6 @@ from torch import Tensor
 from i2am.evaluate.identity import pictures_identity
 from i2am.evaluate.manifest import Sample
 from i2am.evaluate.scores import score
-from i2am.evaluate.sheet import as_image, preview
 from i2am.evaluate.store import Store, StoreError
 from i2am.evaluate.thumbnails import keep_levels
 from i2am.maps import AttributionMaps
@@ -128,6 +127,8 @@ def _text(error: BaseException) -> str:
 
 def _scored(sample: Sample, traced: Traced, store: Store, save: Sequence[str]) -> dict[str, Any]:
     """Score one sample: all but the record written."""
+    from i2am.evaluate.sheet import as_image, preview  # matplotlib with it: 30 MB that a finished folder needs not
+
     maps = traced.maps
     r2g, g2r = maps.ulam("r2g")[0], ulam_or_none(maps, "g2r")
     scores = score(r2g, g2r, traced.mask, traced.reference_mask, sample.box)

@@ -8,6 +8,8 @@ import importlib.util
 import itertools
 import json
 import math
+import subprocess
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from i2am.evaluate import parquet
+from i2am.evaluate.contact import SHOWN, contact_sheet, sheet_rows
 from i2am.evaluate.manifest import Sample
 from i2am.evaluate.scores import MEANING
-from i2am.evaluate.sheet import SHOWN, contact_sheet
 from i2am.evaluate.store import Store
 
 COLUMNS = ("id", "status", *MEANING, "seconds", "seed", "device", "versions", "error")
@@ -28,7 +31,6 @@ METHOD = (
     f"mean over samples with its 95 % confidence interval: percentile bootstrap, {RESAMPLES:,} resamples, seed 0; "
     f"from {MANY:,} samples on, normal"
 )
-BLOCK = 1 << 20  # bytes of the table that are held at once
 ERRORS = 100  # that the summary lists; results.csv has all
 
 
@@ -47,8 +49,9 @@ def summarise(samples: Sequence[Sample], store: Store) -> dict[str, Any]:
     store.write(store.out / "summary.json", lambda path: path.write_text(text, "utf-8", "backslashreplace"))
     by = next((name for name in MEANING if name in tally.values), None)
     if by is not None:
-        figure = contact_sheet(*tally.ranked[by].ends(), len(tally.values[by]), by, store)
-        store.write(store.out / "contact.png", lambda path: figure.savefig(path, format="png", dpi=150))
+        rows = sheet_rows(*tally.ranked[by].ends(), store)
+        sheet = contact_sheet(rows, len(tally.values[by]), by)
+        store.write(store.out / "contact.png", lambda path: sheet.save(path, "png"))
     return summary
 
 
@@ -162,23 +165,15 @@ def _write_csv(records: Iterable[dict[str, Any]], path: Path) -> None:
 
 
 def _write_parquet(table: Path, path: Path) -> None:
-    """Write the table again, with types, block by block."""
-    import pyarrow
-    import pyarrow.csv
-    import pyarrow.parquet
+    """Write the table again, with types.
 
+    Raises:
+        OSError: it cannot be written.
+    """
     texts = ("id", "status", "device", "versions", "error")
-    kinds = {**dict.fromkeys(texts, pyarrow.string()), "seed": pyarrow.int64()}
-    read = pyarrow.csv.ConvertOptions(
-        column_types={name: kinds.get(name, pyarrow.float64()) for name in COLUMNS}, strings_can_be_null=True
-    )
-    lines, blocks = (
-        pyarrow.csv.ParseOptions(newlines_in_values=True),
-        pyarrow.csv.ReadOptions(use_threads=False, block_size=BLOCK),
-    )
-    with (
-        pyarrow.csv.open_csv(table, blocks, lines, read) as rows,
-        pyarrow.parquet.ParquetWriter(path, rows.schema) as file,
-    ):
-        for batch in rows:
-            file.write_batch(batch)
+    types = dict.fromkeys(COLUMNS, "float64") | dict.fromkeys(texts, "string") | {"seed": "int64"}
+    command = [sys.executable, parquet.__file__, str(table), str(path), json.dumps(types)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        number, _, text = done.stderr.rstrip().rpartition("\n")[2].partition(" ")
+        raise OSError(int(number) if number.isdigit() else 0, text or f"no Parquet: exit status {done.returncode}")

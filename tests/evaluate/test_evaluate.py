@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -434,24 +433,33 @@ def test_nothing_found_counts_zero():
     assert score(torch.ones(8, 8), None, box=i2am.Box(0, 0, 4, 4)) == {"box_iou": 0.0}
 
 
-def test_contact_sheet_names_best_and_worst(tmp_path):
+def test_contact_sheet_shows_best_and_worst(tmp_path, monkeypatch):
     store, samples = Store(tmp_path), [Sample(f"s{i:02d}", 0, digest="x") for i in range(14)]
+    colours = {s.id: (80 + 12 * i, 250 - 15 * i, 40 + 90 * (i % 3)) for i, s in enumerate(samples)}
     store.open({"command": "evaluate"})
     for i, s in enumerate(samples):
-        store.write(store.path("previews", s.id, ".jpg"), lambda p: Image.new("RGB", (90, 20)).save(p, "jpeg"))
+        strip = Image.new("RGB", (90, 20), colours[s.id])
+        store.write(store.path("previews", s.id, ".jpg"), lambda p, strip=strip: strip.save(p, "jpeg", quality=95))
         scores = {"imacs_r2g": -(5 * i % 14) / 10, "box_iou": i / 14}  # best first: 0, 3, 6, …
         store.finish({"id": s.id, "digest": "x", "status": "ok", "seed": 0, "seconds": float(i), **scores})
     from i2am.evaluate import summary as module
 
     drawn = []
     original = module.contact_sheet
-    module.contact_sheet = lambda *args: drawn.append(original(*args)) or drawn[0]
-    try:
-        summarise(samples, store)
-    finally:
-        module.contact_sheet = original
-    titles = [ax.get_title(loc="left") for ax in drawn[0].axes]
+    monkeypatch.setattr(module, "contact_sheet", lambda *args: drawn.append(args) or original(*args))
+    summarise(samples, store)
+    ((rows, count, by),) = drawn
     order = [3 * i % 14 for i in range(14)]
-    assert [t.split(" · ")[:2] for t in titles[:5]] == [["best", f"s{i:02d}"] for i in order[:5]]
-    assert [t.split(" · ")[:2] for t in titles[5:]] == [["worst", f"s{i:02d}"] for i in order[9:]]
-    assert Path(tmp_path, "contact.png").exists()
+    assert [row[:2] for row in rows[:5]] == [("best", f"s{i:02d}") for i in order[:5]]
+    assert [row[:2] for row in rows[5:]] == [("worst", f"s{i:02d}") for i in order[9:]]
+    assert (count, by) == (14, "imacs_r2g")
+    assert rows[9].scores == "IMACS of R2G −1.300   Box IoU 0.786"
+    sheet = np.asarray(Image.open(tmp_path / "contact.png").convert("RGB")).astype(int)
+    last = 0
+    for row in rows:  # each strip once, from top to bottom, under letters
+        colour = np.abs(sheet - np.array(colours[row.name])).max(2) < 12
+        (top, bottom), (left, right) = np.flatnonzero(colour.any(1))[[0, -1]], np.flatnonzero(colour.any(0))[[0, -1]]
+        assert (bottom - top + 1, right - left + 1) == (20, 90)
+        assert (sheet[max(last, top - 18) : top - 2] < 100).any()
+        assert top > last + 15
+        last = bottom

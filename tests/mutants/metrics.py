@@ -91,7 +91,6 @@ MUTANTS = [
         "float32 sums, cast with the model",
     ),
     Mutant(TORCHMETRICS, "        return self\n", "        return super().set_dtype(dst_type)\n", "sums are cast"),
-    Mutant(TORCHMETRICS, "full_state_update = False", "full_state_update = None"),
     Mutant(TORCHMETRICS, "complement=self.complement, premultiply=self.premultiply", "complement=self.complement"),
     Mutant(TORCHMETRICS, "(inside.shape[1], inside.shape[2])", "(inside.shape[2], inside.shape[1])"),
     Mutant(
