@@ -50,6 +50,7 @@ class TokenLayout(NamedTuple):
     keys: int | None = None  # how many the call has; None: any number that the references fit
     weights: tuple[Tensor | None, ...] | None = None  # per reference [1, Q]: an adapter's scale, and mask at each query
     sets: tuple[KeySet, ...] = ()  # other keys that are told apart; they may overlap
+    parts: tuple[int, ...] | None = None  # stretches of the sequence that context parallelism splits one by one
 
 
 class KeySets(NamedTuple):

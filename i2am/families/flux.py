@@ -26,6 +26,7 @@ class Flux(JointTransformer):
 
     models = ("FluxTransformer2DModel",)
     attentions = ("FluxAttention",)
+    shards = True
     texts: ClassVar[tuple[TextPart, ...]] = (TextPart("tokenizer_2", ("prompt_2", "prompt"), "max_sequence_length"),)
     pipelines: ClassVar[tuple[PipelineFacts, ...]] = (
         PipelineFacts("FluxKontext*"),
@@ -92,6 +93,7 @@ class LongCat(Flux):
 
     models = ("LongCatImageTransformer2DModel",)
     attentions = ("LongCatImageAttention",)
+    shards = False
     pipelines = (PipelineFacts("LongCatImageEdit*"),)
 
 
@@ -104,6 +106,7 @@ class Fibo(Flux):
     texts = ()
     models = ("BriaFiboTransformer2DModel",)
     attentions = ("BriaFiboAttention",)
+    shards = False
     pipelines = (PipelineFacts("BriaFiboEdit*"),)
     conditional_call = None
     timestep_scale = 1.0
@@ -115,4 +118,5 @@ class Chroma(Flux):
     """``ChromaTransformer2DModel``: Flux without its guidance; a reference comes by IP-Adapter."""
 
     models = ("ChromaTransformer2DModel",)
+    shards = False
     pipelines = (PipelineFacts("ChromaI*", refused=START),)

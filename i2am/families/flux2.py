@@ -21,6 +21,7 @@ class Flux2(JointTransformer):
     """``Flux2Transformer2DModel``."""
 
     attentions = ("Flux2Attention", "Flux2ParallelSelfAttention")
+    shards = True
 
     models = ("Flux2Transformer2DModel",)
     pipelines = (PipelineFacts("Flux2*", several=True), PipelineFacts("Flux2KleinInpaint*", "image_reference"))
@@ -51,4 +52,4 @@ class Flux2(JointTransformer):
     def _with_cache(self, generated: Segment, text: int) -> TokenLayout:
         """Return keys ``[text ‖ references ‖ generated]``, as ``generated`` says; queries ``[text ‖ generated]``."""
         carried = self.in_context(generated, self._cached, text, slice(0, text), text + generated.stop)
-        return carried._replace(queries=slice(text, text + generated.stop - generated.start))
+        return carried._replace(queries=slice(text, text + generated.stop - generated.start), parts=None)

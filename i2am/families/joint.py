@@ -55,6 +55,7 @@ class JointTransformer(Family):
     timestep_scale: ClassVar[float] = 1000.0  # the model is given t / 1000
     attentions: ClassVar[tuple[str, ...]] = ()  # class names of the attention modules
     sets: ClassVar[tuple[str, ...]] = ("words", "text", "itself")  # of keys that can be told apart, see known_sets
+    shards: ClassVar[bool] = False  # context parallelism splits [text ‖ image] in two parts, as diffusers plans it
 
     def __init__(
         self, transformer: nn.Module, references: Sequence[Reference] | None = None, *, self_attention: bool = False
@@ -115,8 +116,10 @@ class JointTransformer(Family):
         among the text's; ``keys``: of the whole attention.
         """
         queries = slice(offset + generated.start, offset + generated.stop)
+        shards = None if not self.shards or keys is None else (text.stop, keys - text.stop)
         if self.self_attention:
-            return TokenLayout(generated.grid, (Reference(generated.grid, queries, name=SELF),), queries, keys=keys)
+            itself = Reference(generated.grid, queries, name=SELF)
+            return TokenLayout(generated.grid, (itself,), queries, keys=keys, parts=shards)
         parts = [
             Reference(grid=s.grid, tokens=slice(offset + s.start, offset + s.stop), name=name)
             for s, name in zip(references, reference_names(len(references)), strict=True)
@@ -127,7 +130,7 @@ class JointTransformer(Family):
         sets = key_sets(self.key_sets, words, queries, generated.grid)
         if not parts and not sets:
             raise ValueError(NO_REFERENCE.format(model=type(self.transformer).__name__))
-        return TokenLayout(generated.grid, tuple(parts), queries, keys=keys, sets=sets)
+        return TokenLayout(generated.grid, tuple(parts), queries, keys=keys, sets=sets, parts=shards)
 
 
 def _positions(reference: Reference, length: int) -> list[int]:

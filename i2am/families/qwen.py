@@ -16,6 +16,7 @@ class QwenImage(JointTransformer):
 
     models = ("QwenImageTransformer2DModel",)
     attentions = ("Attention",)
+    shards = True
     pipelines = (
         PipelineFacts("QwenImageEdit*"),
         PipelineFacts("QwenImageEditPlus*", several=True),

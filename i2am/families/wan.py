@@ -99,7 +99,8 @@ class Wan(Family):
     def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = argument(args, kwargs, 1, "encoder_hidden_states").shape[1] - TEXT
         if tokens > 0:
-            layer.awaits = TokenLayout(self._grid, self._references(tokens), keys=tokens)
+            video = (self._grid[0] * self._grid[1],)
+            layer.awaits = TokenLayout(self._grid, self._references(tokens), keys=tokens, parts=video)
 
     def _image_attentions(self) -> dict[str, nn.Module]:
         named = self.transformer.named_modules()

@@ -26,6 +26,7 @@ from i2am.families import TokenLayout
 from i2am.ops.stock import STOCK, forward_with_lse
 from i2am.references import Grid
 from i2am.tracing.clock import StepInfo
+from i2am.tracing.shards import Processes, Share
 
 Attention = Callable[..., Any]
 P = ParamSpec("P")
@@ -50,6 +51,7 @@ class AttentionCall:
     enable_gqa: bool = False
     original: Callable[[AttentionCall], Tensor] | None = None
     stock: bool = False
+    share: Share | None = None  # of a call that several processes compute together
 
     def on(self, samples: slice) -> AttentionCall:
         """Return the same call for some samples of the batch."""
@@ -128,6 +130,7 @@ class ForwardContext:
     grid: Grid | None = None  # of the spatial transformer that is executing
     tile: tuple[int, int] | None = None  # where the latents lie on the picture's, when they are a part of it
     parts: int = 1  # of the batch, of which one is conditional
+    processes: Processes | None = None  # among which the tokens are shared out
     layers: list[LayerContext] = field(default_factory=list)
     blind: dict[str, LayerContext] = field(default_factory=dict)  # layers whose reference-carrying call never came
     stack: list[ForwardContext] = field(default_factory=list)  # the opening thread's contexts, innermost last
@@ -243,6 +246,10 @@ def _places() -> Iterator[tuple[dict[Any, Any], Any, Callable[[Attention], Atten
     backends = getattr(getattr(dispatch, "_AttentionBackendRegistry", None), "_backends", {})
     for name in list(backends):
         yield backends, name, functools.partial(_through_registry, name)
+    if hasattr(dispatch, "_templated_context_parallel_attention"):
+        from i2am.tracing.parallel import through_context_parallel
+
+        yield vars(dispatch), "_templated_context_parallel_attention", through_context_parallel
     flash = sys.modules.get("flash_attn")
     if flash is not None and hasattr(flash, "flash_attn_func"):
         from i2am.tracing.flash import through_flash
@@ -308,10 +315,12 @@ def _through_registry(name: object, backend: Attention) -> Attention:
         if waiting is None:
             return backend(*args, **kwargs)
         context, layer = waiting
+        if kwargs.get("_parallel_config") is not None and context.processes is not None:
+            return backend(*args, **kwargs)  # its inner call is seen: i2am.tracing.parallel
         if kwargs.get("_parallel_config") is not None or kwargs.get("return_lse"):
             raise ValueError(
-                f"layer {layer.name}: backend {getattr(name, 'value', name)} runs with context parallelism or "
-                "return_lse, where one call does not see all tokens; trace without it"
+                f"layer {layer.name}: backend {getattr(name, 'value', name)} runs with a parallel_config that is not "
+                "the traced model's, or with return_lse, where one call may not see all tokens; trace without it"
             )
         tensors = {x: kwargs.pop(x) for x in ("query", "key", "value")}
         passed = kwargs.keys() & {"attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}

@@ -18,8 +18,10 @@ from i2am.ops.tokens import TokenSet
 from i2am.tracing.intercept import AttentionCall, ForwardContext, LayerContext
 from i2am.tracing.keysets import KeySetSums
 from i2am.tracing.options import TraceSettings
+from i2am.tracing.parallel import own_call
 from i2am.tracing.qk import QKRecord, mask_between
 from i2am.tracing.regions import RegisteredRegions
+from i2am.tracing.shards import Share
 from i2am.tracing.sums import SumStore
 
 PADDING = -1e4  # an additive mask this low means "no such key"
@@ -83,10 +85,15 @@ class Observer:
         self, context: ForwardContext, layer: LayerContext, layout: TokenLayout, call: AttentionCall
     ) -> Tensor | None:
         """Add the call that a layer waited for; return its output."""
+        if context.processes is not None and call.share is None:
+            call = own_call(context.processes, layer, layout, call)
         if context.settle is not None:
             context.settle(context, layer, layout, call)
         if call.value is None:
             return self._observe(context, layer, layout, call)
+        if call.share is not None:
+            self._observe(context, layer, layout, replace(call, value=None))
+            return call.run()
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
         if self.settings.output == "model" or call.dropout_p != 0 or trained:
             fused = choose_backend(call.query, call.value, self.settings.backend) == "triton"
@@ -118,8 +125,10 @@ class Observer:
             v = None if v is None else v.repeat_interleave(repeats, dim=1)
         group = context.info.group
         regions = self.regions.weights(layout.grid)
-        tracks = self.sums.open(layer.name, layout, q, k, queries, len(self.regions.names), context.tile)
+        share, all_heads = call.share, None if call.share is None else call.share.all_heads
+        tracks = self.sums.open(layer.name, layout, q, k, queries, len(self.regions.names), context.tile, all_heads)
         totals = [track.at(group) for track in tracks]
+        own = totals if share is None else [share.fresh(total, layout.queries) for total in totals]
         if layout.weights is not None and not self.settings.weighted:
             self.note(
                 "R2G is before the IP-Adapter's masks and scales, which the model multiplies its part with: "
@@ -127,30 +136,33 @@ class Observer:
                 "multiplies R2G with them"
             )
         count = len(layout.references)
-        aside = _Aside(layout, context.conditional, k.shape[2], totals[:count], weighted=self.settings.weighted)
-        beside = KeySetSums(layout.sets, totals[count:], k.shape[2])
+        aside = _Aside(layout, context.conditional, k.shape[2], own[:count], weighted=self.settings.weighted)
+        beside = KeySetSums(layout.sets, own[count:], k.shape[2])
+        given: dict[str, Any] = {
+            "sums": [*aside.sums, *beside.sums],
+            "queries": layout.queries,
+            "keys": [*(reference.tokens for reference in layout.references), *beside.keys],
+            "scale": call.scale,
+            "attn_mask": mask,
+            "regions": None if regions is None else regions.to(q.device),
+            "backend": self.settings.backend,
+        }
         with torch.no_grad():
-            out, row_lse, col_lse = accumulate(
-                q,
-                k,
-                v,
-                sums=[*aside.sums, *beside.sums],
-                queries=layout.queries,
-                keys=[*(reference.tokens for reference in layout.references), *beside.keys],
-                scale=call.scale,
-                attn_mask=mask,
-                regions=None if regions is None else regions.to(q.device),
-                row_lse=None if known is None else known[context.conditional],
-                backend=self.settings.backend,
-            )
+            if share is None:
+                row_lse = None if known is None else known[context.conditional]
+                out, row_lse, col_lse = accumulate(q, k, v, row_lse=row_lse, **given)
+            else:
+                out, (row_lse, col_lse) = None, share.accumulate(q, k, **given)
             aside.add()
             beside.add()
+            if share is not None:
+                share.add(totals, own, layout.queries)
         for track in tracks:
             track.count(group)
         if self._finite and q.device.type == "cpu":  # elsewhere it would wait for the device: see check_finite
             self._see_finite(layer.name, context, q, k, row_lse)
         if count and self.record.options.wants(context.info):
-            self._keep(layer.name, layout, q, k, mask, call.scale, row_lse, col_lse[:count], group)
+            self._keep(layer.name, layout, q, k, mask, call.scale, row_lse, col_lse[:count], group, share)
         return out
 
     def _check(self, context: ForwardContext, layer: LayerContext, layout: TokenLayout, call: AttentionCall) -> int:
@@ -164,7 +176,8 @@ class Observer:
             )
         if call.is_causal:
             raise ValueError(f"layer {layer.name}: causal attention is not supported")
-        count = TokenSet.of(layout.queries, call.query.shape[2], "queries").count
+        length = call.query.shape[2] if call.share is None else call.share.length
+        count = TokenSet.of(layout.queries, length, "queries").count
         if layout.grid[0] * layout.grid[1] != count:
             raise ValueError(f"layer {layer.name}: {count} generated queries do not fill its grid {layout.grid}")
         return count
@@ -205,17 +218,25 @@ class Observer:
         row_lse: Tensor,
         col_lse: list[Tensor],
         group: int,
+        share: Share | None,
     ) -> None:
-        """Record one call's generated queries and reference keys."""
-        queries = TokenSet.of(layout.queries, q.shape[2], "queries").index
+        """Record one call's generated queries and reference keys, of all processes that share it."""
+
+        def generated(x: Tensor) -> Tensor:
+            return x[:, :, queries] if share is None else share.whole_queries(x, layout.queries)
+
+        def all_heads(x: Tensor) -> Tensor:
+            return x if share is None else share.whole_keys(x)
+
+        queries = TokenSet.of(layout.queries, q.shape[2] if share is None else share.length, "queries").index
         references: dict[str, dict[str, Tensor]] = {}
         for reference, lse in zip(layout.references, col_lse, strict=True):
             keys = TokenSet.of(reference.tokens, k.shape[2], "keys").index
-            references[reference.name] = {"k": k[:, :, keys], "col_lse": lse}
+            references[reference.name] = {"k": all_heads(k[:, :, keys]), "col_lse": all_heads(lse)}
             if mask is not None:
                 references[reference.name]["mask"] = mask_between(mask, queries, keys, layer)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        self.record.add(layer, group, scale, q[:, :, queries], row_lse[:, :, queries], references)
+        self.record.add(layer, group, scale, generated(q), generated(row_lse), references)
 
 
 class _Aside:

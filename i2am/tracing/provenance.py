@@ -30,6 +30,7 @@ class Ledger:
         self.passed_by: Counter[str] = Counter()
         self.guidance: dict[str, int] = {}  # how the conditional samples are known → calls
         self.tiles: set[Place] = set()
+        self.processes: dict[str, int] | None = None  # among which each call was shared out
         self.notes: dict[str, None] = {}
 
     def pass_by(self, why: str) -> None:
@@ -88,6 +89,7 @@ class Ledger:
             "references": dict(tokens),
             "tiles": sorted([list(place) for place in self.tiles if place is not None]),
             "canvas": None if canvas is None else list(canvas),
+            "processes": self.processes,
             "notes": notes,
             "versions": versions(),
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
 import math
 import sys
@@ -15,10 +17,11 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from i2am._files import parse_size, show_size
+from i2am.families import TokenLayout
 from i2am.ops.tokens import TokenSet
 from i2am.tracing.clock import StepInfo
 from i2am.tracing.intercept import AttentionCall, ForwardContext, LayerContext, close_context, open_context
-from i2am.tracing.observe import as_autocast, layout_of
+from i2am.tracing.observe import as_autocast, take_awaited
 from i2am.tracing.options import RecordOptions
 
 logger = logging.getLogger("i2am")
@@ -29,13 +32,24 @@ WORTH_SAYING = 0.1  # of the limit: a smaller record is not announced as loudly
 def record_size(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: ForwardContext, options: RecordOptions
 ) -> int | None:
-    """Return the bytes that one forward will record, from a run on shapes alone; None where it can't be run so."""
+    """Return the bytes that one forward will record, from a run on shapes alone; None where it can't be run so.
+
+    Raises:
+        ValueError: an attention call does not fit the description, or several do.
+    """
     sizes: dict[object, int] = {}
+    refused: list[ValueError] = []
 
     def attend(context: ForwardContext, layer: LayerContext, call: AttentionCall) -> Tensor | None:
-        layout = layout_of(layer, call)
-        if layout is None:
-            return call.run()
+        try:
+            return take_awaited(layer, call, lambda layout: measure(context, layer, call, layout))
+        except ValueError as error:  # the description does not fit: so it will be in the forward itself
+            refused.append(error)
+            raise
+
+    def measure(
+        context: ForwardContext, layer: LayerContext, call: AttentionCall, layout: TokenLayout
+    ) -> Tensor | None:
         part = call.on(context.conditional)
         B, H, Nq, d = part.query.shape
         width = d * (options.record_dtype or as_autocast(part.query).dtype).itemsize
@@ -56,6 +70,8 @@ def record_size(
     try:
         run_on_shapes(model, args, kwargs)
     except Exception as error:
+        if error in refused:
+            raise
         logger.warning("the record's size is not known beforehand (%s); its limit is watched as it grows", error)
         return None
     finally:
@@ -113,8 +129,23 @@ def run_on_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return mode.from_tensor(x) if isinstance(x, Tensor) else x
 
     state = {name: fake(x) for name, x in (*model.named_parameters(), *model.named_buffers())}
-    with torch.no_grad(), mode:
-        functional_call(model, state, tree_map(fake, args), tree_map(fake, kwargs))
+    try:
+        with torch.no_grad(), mode:
+            functional_call(model, state, tree_map(fake, args), tree_map(fake, kwargs))
+    finally:
+        _forget_fakes(model)
+
+
+def _forget_fakes(model: nn.Module) -> None:
+    """Empty the ``lru_cache``s of the files that a model's classes are written in: a run on shapes fills them, too.
+
+    (Rotary embeddings are kept so: Qwen-Image's would be fake tensors in the forward itself.)
+    """
+    files = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
+    files = {name for name in files if name.partition(".")[0] not in ("torch", "builtins")}
+    for found in gc.get_objects():
+        if type(found) is functools._lru_cache_wrapper and found.__module__ in files:
+            found.cache_clear()
 
 
 def _keeps_state(model: nn.Module) -> bool:

@@ -34,7 +34,15 @@ class SumStore:
         self.time_groups = time_groups
 
     def open(
-        self, layer: str, layout: TokenLayout, q: Tensor, k: Tensor, queries: int, regions: int = 0, place: Place = None
+        self,
+        layer: str,
+        layout: TokenLayout,
+        q: Tensor,
+        k: Tensor,
+        queries: int,
+        regions: int = 0,
+        place: Place = None,
+        heads: int | None = None,
     ) -> list[LayerSums]:
         """Return the tracks that one attention call adds to, made on the first call.
 
@@ -46,6 +54,7 @@ class SumStore:
             queries: number of generated ones among the queries.
             regions: how many are registered.
             place: where the tile lies.
+            heads: of the whole call, where q has some of them.
 
         Raises:
             ValueError: the call does not look like the earlier ones of this layer (batch, heads, grids).
@@ -54,7 +63,7 @@ class SumStore:
         share = any(reference.count(k.shape[2]) < k.shape[2] for reference in every)
         rolls = [*(layout.rollout or [None] * len(layout.references)), *[None] * len(layout.sets)]
         return [
-            self._track(layer, layout.grid, r, q, k, queries, share, regions, roll, place)
+            self._track(layer, layout.grid, r, q, k, heads or q.shape[1], queries, share, regions, roll, place)
             for r, roll in zip(every, rolls, strict=True)
         ]
 
@@ -65,13 +74,14 @@ class SumStore:
         reference: Reference,
         q: Tensor,
         k: Tensor,
+        H: int,
         queries: int,
         share: bool,
         regions: int,
         roll: Tensor | None,
         place: Place,
     ) -> LayerSums:
-        T, (B, H), K, keys = self.time_groups, q.shape[:2], reference.count(k.shape[2]), k.shape[2]
+        T, B, K, keys = self.time_groups, q.shape[0], reference.count(k.shape[2]), k.shape[2]
         if roll is not None:
             keys, K = round(keys * roll.shape[-1] / K), roll.shape[-1]
         key = (layer, reference.name, place)

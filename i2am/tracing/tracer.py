@@ -34,6 +34,7 @@ from i2am.tracing.provenance import Ledger
 from i2am.tracing.qk import QKRecord
 from i2am.tracing.qk_size import check_limit, record_size
 from i2am.tracing.regions import RegisteredRegions
+from i2am.tracing.shards import Processes
 from i2am.tracing.sums import Place, SumStore
 from i2am.tracing.tiles import check_place, extent, on_canvas
 from i2am.tracing.who import Caller, PipelineCaller, ThreadCaller
@@ -289,7 +290,9 @@ class Tracer:
             frame=frame_of_forward(),
             tile=place,
             parts=verdict.parts,
+            processes=Processes.of(model),
         )
+        ledger.processes = None if context.processes is None else context.processes.told
         if verdict.provisional:
             context.settle = settle_by_keys(guidance, verdict, forward, told, ledger.note, self._spoil)
         if self._record.options.record and info.first:
