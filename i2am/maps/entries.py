@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from i2am._files import write_atomically
+from i2am.maps.placed import Tile
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class QKEntry:
     tensor_names: dict[str, str] = field(default_factory=dict)  # tensor → its name in the file
     cut: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None  # takes a part out of what is read
     stamp: str | None = None  # of the file; None: of a version that wrote none
+    tile: Tile | None = None  # where its queries lie on the picture's grid; None: they are all of it
 
     def read(self) -> dict[str, Tensor]:
         """Return the tensors, as they were kept; or the part of them that :attr:`cut` takes out.

@@ -23,6 +23,7 @@ from i2am.maps.aggregate import STORED, LayerSums, check_sums
 from i2am.maps.entries import STAMP, QKEntry, check_stamp, pack, stamp_of
 from i2am.maps.frames import ALONG, PICTURE, Video, check_video
 from i2am.maps.header import Field
+from i2am.maps.placed import Tile
 from i2am.maps.provenance import plain
 from i2am.references import KINDS, Grid, Kind
 
@@ -115,7 +116,8 @@ def _pack_record(
             files[file] = e.file.stat().st_size
             stamps |= {} if e.stamp is None else {file: e.stamp}
         names = next(of_memory) if file is None else e.tensor_names
-        listing.append([e.layer, e.reference, e.group, e.scale, file, names])
+        tile = [] if e.tile is None else [[e.tile.top, e.tile.left, *e.tile.grid]]
+        listing.append([e.layer, e.reference, e.group, e.scale, file, names, *tile])
     outside = next((name for name in files if name.startswith("../")), None)
     if outside is not None:
         logger.warning(
@@ -296,7 +298,8 @@ def _read_entry(
     stored: dict[str | None, dict[str, Stored]],
     paths: dict[str | None, Path],
 ) -> QKEntry:
-    layer, reference, group, scale, file, names = entry.items(exactly=6)
+    placed = isinstance(entry.value, list) and len(entry.value) == 7
+    layer, reference, group, scale, file, names, *tiles = entry.items(exactly=6 + placed)
     s = layers.get((layer.text(), reference.text()))
     if s is None:
         entry.refuse("is of a layer and reference that the header does not list")
@@ -310,13 +313,24 @@ def _read_entry(
     if missing is not None:
         names.refuse(f"refers to tensor {missing!r}, which {paths[where].name} does not have")
     shapes = {name: stored[where][n] for name, n in tensor_names.items()}
-    _check_entry(names, shapes, s)
-    return QKEntry(s.layer, s.reference, group.value, scale.number(), file=paths[where], tensor_names=tensor_names)
+    tile = _read_tile(tiles[0], s) if tiles else None
+    _check_entry(names, shapes, s, s.r2g.shape[-1] if tile is None else tile.grid[0] * tile.grid[1])
+    where_from = {"file": paths[where], "tensor_names": tensor_names}
+    return QKEntry(s.layer, s.reference, group.value, scale.number(), **where_from, tile=tile)
 
 
-def _check_entry(names: Field, found: dict[str, Stored], s: LayerSums) -> None:
-    """Refuse recorded tensors whose shapes are not those of their layer's sums."""
-    (B, H, Q), K, d = s.r2g.shape[1:], s.g2r.shape[-1], found["q"].shape[-1] if found["q"].shape else 0
+def _read_tile(field: Field, s: LayerSums) -> Tile:
+    """Return where an entry's queries lie on its layer's grid."""
+    top, left, height, width = field.items(exactly=4)
+    tile = Tile(top.number(), left.number(), (height.integer(1), width.integer(1)))
+    if any(not 0 <= start < cells for start, cells in zip(tile[:2], s.grid, strict=True)):
+        field.refuse(f"must begin on the layer's grid {s.grid}")
+    return tile
+
+
+def _check_entry(names: Field, found: dict[str, Stored], s: LayerSums, Q: int) -> None:
+    """Refuse recorded tensors whose shapes are not those of their layer's sums, or of a tile of Q tokens."""
+    (B, H), K, d = s.r2g.shape[1:3], s.g2r.shape[-1], found["q"].shape[-1] if found["q"].shape else 0
     expected = {"q": (B, H, Q, d), "k": (B, H, K, d), "row_lse": (B, H, Q), "col_lse": (B, H, K)}
     for name, shape in expected.items():
         if found[name].shape != shape or not d:

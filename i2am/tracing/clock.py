@@ -26,6 +26,7 @@ class StepInfo(NamedTuple):
     evaluations: int | None = None  # of the run
     first: bool = False  # the run's first evaluation
     stepped: bool | None = None  # whether the scheduler has stepped since the last evaluation; None: nobody tells
+    taken: int | None = None  # steps that the scheduler has taken; each tile of a picture tells by it what is new
 
 
 class Clock:
@@ -185,7 +186,8 @@ class SchedulerClock(Clock):
         evaluations = self._evaluations() or len(timesteps) - start
         step, steps = self._user_step(len(timesteps), evaluations)
         stepped, self._counted = self._counted != self._count, self._count
-        return StepInfo(min(step * time_groups // steps, time_groups - 1), step, steps, evaluations, first, stepped)
+        group = min(step * time_groups // steps, time_groups - 1)
+        return StepInfo(group, step, steps, evaluations, first, stepped, self._count)
 
     def _follow(self) -> None:
         """Watch the pipeline's new scheduler, if it was replaced."""
@@ -259,6 +261,13 @@ class ViewsClock(SchedulerClock):
         pass
 
     def read(self, timestep: float, time_groups: int) -> StepInfo:
+        self._follow()
+        if getattr(self.scheduler, "order", 1) > 1:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} evaluates a step twice, and this pipeline steps it once for every "
+                "view of the picture, so that the second evaluation can't be told from another view's: trace with a "
+                "scheduler of order 1, such as DDIMScheduler"
+            )
         self._count += self._at is not None and self._at != timestep
         self._at = timestep
         return super().read(timestep, time_groups)

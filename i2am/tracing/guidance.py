@@ -66,6 +66,7 @@ class Guidance:
         self._layout: dict[tuple[int, Told], Verdict] = {}  # per batch size, looked up once a run: a GPU waits for it
         self._doubted: set[tuple[int, Told]] = set()  # those of which the second evaluation is looked at, too
         self._last: tuple[Tensor, float, tuple[Tensor, ...]] | None = None  # latents, timestep, conditioning
+        self._taken: int | None = None  # steps of the scheduler at the last call
         self.call = 0  # index of the running call among those of its evaluation
         self.calls = 0  # the most that one evaluation has had
         self.by_calls = False  # the index names a call
@@ -97,6 +98,8 @@ class Guidance:
         """
         if info.first:
             self.restart()
+        if info.taken is not None:  # other tiles may have been evaluated since
+            info, self._taken = info._replace(stepped=info.taken != self._taken), info.taken
         again = self._again(latents, conditioning, timestep, info, told)
         self._last = latents, timestep, tuple(conditioning)
         if again == "other latents" and self.mode != "none":

@@ -129,6 +129,7 @@ class ForwardContext:
     )
     grid: Grid | None = None  # of the spatial transformer that is executing
     tile: tuple[int, int] | None = None  # where the latents lie on the picture's, when they are a part of it
+    size: Grid | None = None  # of the tile's latents
     parts: int = 1  # of the batch, of which one is conditional
     processes: Processes | None = None  # among which the tokens are shared out
     layers: list[LayerContext] = field(default_factory=list)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from i2am.maps.aggregate import LayerSums
 from i2am.ops import Sums, accumulate
 from i2am.ops.checks import choose_backend
 from i2am.ops.tokens import TokenSet
+from i2am.references import Grid
 from i2am.tracing.intercept import AttentionCall, ForwardContext, LayerContext
 from i2am.tracing.keysets import KeySetSums
 from i2am.tracing.options import TraceSettings
@@ -22,7 +23,8 @@ from i2am.tracing.parallel import own_call
 from i2am.tracing.qk import QKRecord, mask_between
 from i2am.tracing.regions import RegisteredRegions
 from i2am.tracing.shards import Share
-from i2am.tracing.sums import SumStore
+from i2am.tracing.sums import Place, SumStore
+from i2am.tracing.tiles import cell_of, placed_at
 
 PADDING = -1e4  # an additive mask this low means "no such key"
 
@@ -73,6 +75,7 @@ class Observer:
         self.settings = settings
         self.note = note
         self._finite = True
+        self._waiting: list[tuple[str, Place, _Seen, list[Sums]]] = []  # calls on tiles, until all are known
         self.sums = sums
         self.record = record
         self.regions = regions
@@ -124,11 +127,8 @@ class Observer:
             k = k.repeat_interleave(repeats, dim=1)
             v = None if v is None else v.repeat_interleave(repeats, dim=1)
         group = context.info.group
-        regions = self.regions.weights(layout.grid)
         share, all_heads = call.share, None if call.share is None else call.share.all_heads
         tracks = self.sums.open(layer.name, layout, q, k, queries, len(self.regions.names), context.tile, all_heads)
-        totals = [track.at(group) for track in tracks]
-        own = totals if share is None else [share.fresh(total, layout.queries) for total in totals]
         if layout.weights is not None and not self.settings.weighted:
             self.note(
                 "R2G is before the IP-Adapter's masks and scales, which the model multiplies its part with: "
@@ -136,34 +136,81 @@ class Observer:
                 "multiplies R2G with them"
             )
         count = len(layout.references)
-        aside = _Aside(layout, context.conditional, k.shape[2], own[:count], weighted=self.settings.weighted)
-        beside = KeySetSums(layout.sets, own[count:], k.shape[2])
-        given: dict[str, Any] = {
-            "sums": [*aside.sums, *beside.sums],
-            "queries": layout.queries,
-            "keys": [*(reference.tokens for reference in layout.references), *beside.keys],
-            "scale": call.scale,
-            "attn_mask": mask,
-            "regions": None if regions is None else regions.to(q.device),
-            "backend": self.settings.backend,
-        }
-        with torch.no_grad():
-            if share is None:
-                row_lse = None if known is None else known[context.conditional]
-                out, row_lse, col_lse = accumulate(q, k, v, row_lse=row_lse, **given)
-            else:
-                out, (row_lse, col_lse) = None, share.accumulate(q, k, **given)
-            aside.add()
-            beside.add()
-            if share is not None:
-                share.add(totals, own, layout.queries)
+        seen = _Seen(layout, q, k, mask, call.scale, context.conditional, share)
+        regions, totals = self.regions.weights(layout.grid), [track.at(group) for track in tracks]
+        if context.tile is not None and self.regions.names:
+            regions = self.regions.on_tile(layer.name, context.tile, layout.grid)
+            if regions is None:  # not all tiles are known
+                self._waiting.append((layer.name, context.tile, seen, totals))
+                totals = [total._replace(sram=None) for total in totals]
+        row_lse = None if known is None else known[context.conditional]
+        out, row_lse, col_lse = self._add(seen, totals, regions, v, row_lse)
         for track in tracks:
             track.count(group)
         if self._finite and q.device.type == "cpu":  # elsewhere it would wait for the device: see check_finite
             self._see_finite(layer.name, context, q, k, row_lse)
         if count and self.record.options.wants(context.info):
-            self._keep(layer.name, layout, q, k, mask, call.scale, row_lse, col_lse[:count], group, share)
+            self._keep(context, layer.name, seen, row_lse, col_lse[:count])
         return out
+
+    def _add(
+        self,
+        seen: _Seen,
+        totals: Sequence[Sums],
+        regions: Tensor | None,
+        v: Tensor | None = None,
+        row_lse: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+        """Add a call to the totals; return its output, ``row_lse`` and every reference's ``col_lse``.
+
+        Args:
+            seen: its conditional samples.
+            totals: one a reference and set.
+            regions: registered ones, on the grid of the generated queries.
+            v: values, where the output is asked for.
+            row_lse: where another kernel has computed it.
+        """
+        layout, share, count = seen.layout, seen.share, len(seen.layout.references)
+        own = totals if share is None else [share.fresh(total, layout.queries) for total in totals]
+        keys = seen.k.shape[2]
+        aside = _Aside(layout, seen.samples, keys, own[:count], weighted=self.settings.weighted)
+        beside = KeySetSums(layout.sets, own[count:], keys)
+        given: dict[str, Any] = {
+            "sums": [*aside.sums, *beside.sums],
+            "queries": layout.queries,
+            "keys": [*(reference.tokens for reference in layout.references), *beside.keys],
+            "scale": seen.scale,
+            "attn_mask": seen.mask,
+            "regions": None if regions is None else regions.to(seen.q.device),
+            "backend": self.settings.backend,
+        }
+        out: Tensor | None = None
+        with torch.no_grad():
+            if share is None:
+                out, rows, columns = accumulate(seen.q, seen.k, v, row_lse=row_lse, **given)
+            else:
+                rows, columns = share.accumulate(seen.q, seen.k, **given)
+            aside.add()
+            beside.add()
+            if share is not None:
+                share.add(totals, own, layout.queries)
+        return out, rows, columns
+
+    def settle_tiles(self, tiles: Mapping[Place, Grid], canvas: Grid) -> None:
+        """Add the rows of regions of the calls that came before all tiles were known.
+
+        Args:
+            tiles: place → size in latents.
+            canvas: size of the picture's latents.
+        """
+        waiting, self._waiting = self._waiting, []
+        self.regions.settle(tiles, canvas)
+        for layer, place, seen, totals in waiting:
+            scratch = [Sums(*(None if x is None else torch.zeros_like(x) for x in total)) for total in totals]
+            self._add(seen, scratch, self.regions.on_tile(layer, place, seen.layout.grid))
+            for total, one in zip(totals, scratch, strict=True):
+                if total.sram is not None and one.sram is not None:
+                    total.sram.add_(one.sram)
 
     def _check(self, context: ForwardContext, layer: LayerContext, layout: TokenLayout, call: AttentionCall) -> int:
         """Return the number of generated queries. Raises ValueError for a call that is not the one described."""
@@ -208,19 +255,10 @@ class Observer:
         warnings.warn(f"i2am: {text} Maps that it is part of are not finite", RuntimeWarning, stacklevel=2)
 
     def _keep(
-        self,
-        layer: str,
-        layout: TokenLayout,
-        q: Tensor,
-        k: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        row_lse: Tensor,
-        col_lse: list[Tensor],
-        group: int,
-        share: Share | None,
+        self, context: ForwardContext, layer: str, seen: _Seen, row_lse: Tensor, col_lse: Sequence[Tensor]
     ) -> None:
         """Record one call's generated queries and reference keys, of all processes that share it."""
+        layout, q, k, share = seen.layout, seen.q, seen.k, seen.share
 
         def generated(x: Tensor) -> Tensor:
             return x[:, :, queries] if share is None else share.whole_queries(x, layout.queries)
@@ -233,10 +271,25 @@ class Observer:
         for reference, lse in zip(layout.references, col_lse, strict=True):
             keys = TokenSet.of(reference.tokens, k.shape[2], "keys").index
             references[reference.name] = {"k": all_heads(k[:, :, keys]), "col_lse": all_heads(lse)}
-            if mask is not None:
-                references[reference.name]["mask"] = mask_between(mask, queries, keys, layer)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        self.record.add(layer, group, scale, generated(q), generated(row_lse), references)
+            if seen.mask is not None:
+                references[reference.name]["mask"] = mask_between(seen.mask, queries, keys, layer)
+        scale = q.shape[-1] ** -0.5 if seen.scale is None else seen.scale
+        tile = None
+        if context.tile is not None and context.size is not None:
+            tile = placed_at(context.tile, cell_of(context.size, layout.grid), layout.grid)
+        self.record.add(layer, context.info.group, scale, generated(q), generated(row_lse), references, tile)
+
+
+class _Seen(NamedTuple):
+    """The conditional samples of a call, as attribution reads them."""
+
+    layout: TokenLayout
+    q: Tensor  # [B, H, Nq, d]
+    k: Tensor  # [B, H, Nk, d]
+    mask: Tensor | None
+    scale: float | None
+    samples: slice  # of the model's batch
+    share: Share | None
 
 
 class _Aside:

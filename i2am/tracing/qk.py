@@ -14,6 +14,7 @@ from torch import Tensor
 
 from i2am._files import parse_size, show_size
 from i2am.maps.entries import Entry, write_entries
+from i2am.maps.placed import Tile
 from i2am.tracing.options import RecordOptions
 
 
@@ -30,13 +31,21 @@ class QKRecord:
         self._query: tuple[object, Tensor] | None = None  # the last one kept: an IP-Adapter layer asks several times
 
     def add(
-        self, layer: str, group: int, scale: float, q: Tensor, row_lse: Tensor, references: dict[str, dict[str, Tensor]]
+        self,
+        layer: str,
+        group: int,
+        scale: float,
+        q: Tensor,
+        row_lse: Tensor,
+        references: dict[str, dict[str, Tensor]],
+        tile: Tile | None = None,
     ) -> None:
         """Keep a copy of one call until :meth:`flush`.
 
         Args:
             q: ``[B, H, Q, d]`` generated queries; row_lse: ``[B, H, Q]``.
             references: name → ``k``, ``col_lse`` and perhaps ``mask``.
+            tile: where the queries lie on the layer's grid of the whole picture.
 
         Raises:
             ValueError: the record would pass its limit.
@@ -47,7 +56,7 @@ class QKRecord:
         shared = {"q": self._query[1], "row_lse": self._keep(row_lse)}
         for name, own in references.items():
             kept = {n: self._keep(x, self.options.record_dtype if n == "k" else None) for n, x in own.items()}
-            self._pending.append(Entry(layer, name, group, scale, tensors=shared | kept))
+            self._pending.append(Entry(layer, name, group, scale, tensors=shared | kept, tile=tile))
         if self.nbytes + self._pending_bytes() > self._limit:
             raise ValueError(
                 f"the record grows past record_limit={show_size(self._limit)}: the run makes more model calls than its "

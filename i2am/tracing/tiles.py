@@ -1,7 +1,7 @@
 """Tiles: calls on a part of the picture, placed where they belong; maps on the whole canvas.
 
 A tile's own maps are laid on the grid of the whole picture. Where tiles overlap, their mean stands, as tiled samplers
-average their predictions. On the reference (G2R, SRAM) every call of the model weighs the same.
+average their predictions; so it is with the rows of a region (SRAM). In G2R every call of the model weighs the same.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from i2am.maps.aggregate import LayerSums
+from i2am.maps.placed import Tile
 from i2am.references import Grid
 from i2am.tracing.sums import Place
 
@@ -38,27 +39,25 @@ def _assemble(parts: list[tuple[Place, LayerSums]], tiles: dict[Place, Grid], ca
     first = parts[0][1]
     if len(parts) == 1 and parts[0][0] is None:
         return first
-    cell = tuple(size / n for size, n in zip(tiles[parts[0][0]], first.grid, strict=True))  # latents per token
-    grid = (math.ceil(canvas[0] / cell[0]), math.ceil(canvas[1] / cell[1]))
+    cell = cell_of(tiles[parts[0][0]], first.grid)
+    grid = grid_of(canvas, cell)
     counts = [sum(track.counts[g] for _, track in parts) for g in range(len(first.counts))]
-    placed = {place: _weights(place or (0, 0), tiles[place], track.grid, cell, grid) for place, track in parts}
+    placed = {place: placed_at(place, cell, track.grid) for place, track in parts}
 
     def spread(name: str) -> Tensor | None:
         """Return ``[T, B, H, grid]`` sums whose mean over ``counts`` is the mean of the tiles that cover a token."""
         values = getattr(first, name)
         if values is None:
             return None
-        total = values.new_zeros(*values.shape[:3], *grid)
-        cover = values.new_zeros(values.shape[0], 1, 1, *grid)
+        total = values.new_zeros(*values.shape[:3], grid[0] * grid[1])
+        cover = values.new_zeros(values.shape[0], 1, 1, grid[0] * grid[1])
         for place, track in parts:
-            rows, columns = (w.to(values.device) for w in placed[place])
             for group, count in enumerate(track.counts):
                 if count:
-                    own = getattr(track, name)[group].unflatten(-1, track.grid)  # [B, H, h, w]
-                    total[group] += rows @ own @ columns.mT
-                    cover[group] += count * (rows.sum(1)[:, None] * columns.sum(1))
+                    total[group] += placed[place].onto(getattr(track, name)[group], grid)
+                    cover[group] += count * placed[place].cover(grid).to(cover)
         mean = torch.where(cover > 0, total / cover.clamp_min(torch.finfo(cover.dtype).tiny), 0.0)
-        return (mean * mean.new_tensor(counts)[:, None, None, None, None]).flatten(-2)
+        return mean * mean.new_tensor(counts)[:, None, None, None]
 
     def added(name: str) -> Tensor | None:
         values = [getattr(track, name) for _, track in parts]
@@ -69,18 +68,38 @@ def _assemble(parts: list[tuple[Place, LayerSums]], tiles: dict[Place, Grid], ca
     assert r2g is not None
     assert g2r is not None
     mass, sram, queries = spread("mass"), added("sram"), first.r2g.shape[-1]
+    if sram is not None:  # each tile has added its part of every evaluation's mean
+        _refuse_uneven(parts)
+        sram = sram * len(parts)
     return replace(first, grid=grid, r2g=r2g, mass=mass, g2r=g2r, sram=sram, counts=counts, queries=queries)
 
 
-def _weights(place: Grid, size: Grid, tokens: Grid, cell: tuple[float, ...], grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return, of rows and of columns, ``[grid, tokens]``: the share of each cell of the picture that a token covers."""
-    out = []
-    for axis in (0, 1):
-        ours = torch.arange(grid[axis], dtype=torch.float64)[:, None] * cell[axis]  # [grid, 1] top or left edges
-        its = place[axis] + torch.arange(tokens[axis], dtype=torch.float64) * cell[axis]  # [tokens]
-        overlap = torch.minimum(ours + cell[axis], its + cell[axis]) - torch.maximum(ours, its)
-        out.append((overlap.clamp_min(0) / cell[axis]).float())
-    return out[0], out[1]
+def _refuse_uneven(parts: list[tuple[Place, LayerSums]]) -> None:
+    """Raise ValueError where tiles ran differently often in a time group: a region's parts would not fit together."""
+    for group in range(len(parts[0][1].counts)):
+        counts = {place: track.counts[group] for place, track in parts}
+        if len(set(counts.values())) > 1:
+            raise ValueError(
+                f"layer {parts[0][1].layer}: tiles ran differently often in time group {group}, {counts}, so the "
+                "registered regions (sram=) of the whole picture are not their mean: reset() after a run that was "
+                'interrupted, or trace with record="qk" instead'
+            )
+
+
+def cell_of(tile: Grid, tokens: Grid) -> tuple[float, float]:
+    """Return how many latents a token of a layer is high and wide."""
+    return tile[0] / tokens[0], tile[1] / tokens[1]
+
+
+def grid_of(canvas: Grid, cell: tuple[float, float]) -> Grid:
+    """Return the grid of the whole picture in a layer's tokens."""
+    return math.ceil(canvas[0] / cell[0]), math.ceil(canvas[1] / cell[1])
+
+
+def placed_at(place: Place, cell: tuple[float, float], tokens: Grid) -> Tile:
+    """Return where a tile's tokens lie on a layer's grid of the whole picture."""
+    top, left = place or (0, 0)
+    return Tile(top / cell[0], left / cell[1], tokens)
 
 
 def check_place(place: Grid, size: Grid, canvas: Grid) -> None:

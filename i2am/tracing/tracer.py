@@ -182,6 +182,8 @@ class Tracer:
         tracks, canvas = list(self._sums.tracks.values()), None
         if self._ledger.tiles:
             canvas = self._canvas_latents()
+            if self._regions.unsettled:
+                self._observer.settle_tiles(self._tiles, canvas)
             tracks = on_canvas(self._sums.tracks, self._tiles, canvas)
         self._observer.check_finite(tracks)
         pixels = self._regions.canvas
@@ -260,7 +262,7 @@ class Tracer:
         info = self._read_clock(timestep)
         told = self._told()
         try:
-            place = self._place(forward, caller)
+            place = self._place(forward, caller, timestep)
             if info.first:
                 self._guidance.clear()
             ledger.runs += info.first or ledger.runs == 0
@@ -280,7 +282,8 @@ class Tracer:
         if verdict.samples is None:
             ledger.pass_by(f"calls beside the denoising: {verdict.how}")
             return
-        self._regions.see(forward.grid or _size(forward))
+        if place is None:
+            self._regions.see(_size(forward))
         context = ForwardContext(
             owner=self,
             attend=observer.attend,
@@ -289,6 +292,7 @@ class Tracer:
             info=info,
             frame=frame_of_forward(),
             tile=place,
+            size=None if place is None else _size(forward),
             parts=verdict.parts,
             processes=Processes.of(model),
         )
@@ -311,7 +315,7 @@ class Tracer:
         self._sums.settle(self._settings.groups(info.steps))
         return info if not each or info.step is None else info._replace(group=info.step)
 
-    def _place(self, forward: ForwardInputs, caller: Caller) -> Place:
+    def _place(self, forward: ForwardInputs, caller: Caller, timestep: float) -> Place:
         """Return where a call lies on the picture; None: it is the whole of it.
 
         Raises:
@@ -334,14 +338,14 @@ class Tracer:
                     "a call without a place came after tiles with one: place every call with tracer.tile(…)"
                 )
             return None
-        if self._settings.record is not None or self._settings.sram:
-            raise ValueError("tiles keep sums only: trace without record= and sram=, or without tiles")
         if not forward.stepped:
             raise ValueError(f"tiles of a {self._ledger.model} can't be placed: its latents are not the picture alone")
         if whole is not None:
             check_place(place, size, whole)
         if None in {place for _, _, place in self._sums.tracks}:
             raise ValueError("a tile with a place came after calls without one: place every call, or reset() first")
+        if self._regions.follow(timestep, place):
+            self._observer.settle_tiles(self._tiles, self._canvas_latents())
         if self._tiles.setdefault(place, size) != size:
             raise ValueError(f"the tile at {place} was {self._tiles[place]} latents and is now {size}: reset() between")
         return place

@@ -83,6 +83,16 @@ def test_qwen_edit(small_qwen, several, guided):
     assert start == calls[0].k.shape[2]
 
 
+def test_a_record_leaves_the_model_its_own_rotary_embeddings(small_qwen):
+    """Which are kept in an lru_cache: a run on shapes alone would leave its fake tensors there."""
+    pipe = dit.qwen()
+    go = qwen(pipe, pipelines.image((64, 32)), num_inference_steps=1)
+    plain = go()
+    with i2am.trace(dit.qwen(), record="qk", output="model") as tracer:
+        assert (qwen(tracer.pipe, pipelines.image((64, 32)), num_inference_steps=1)() == plain).all()
+    assert tracer.maps().sram((3, 4)).shape == (1, 6, 11)
+
+
 QWEN_SHAPES = {
     "layers": ([[(2, 2, 3), (1, 2, 2)]], r"\(2, 2, 3\).*2 layers have no one grid"),
     "tokens": ([[(1, 2, 3), (1, 2, 3)]], "make 12 tokens, but hidden_states has 10"),

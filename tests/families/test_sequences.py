@@ -190,3 +190,14 @@ def test_spans_that_do_not_fit_are_refused():
         loop(model)()
     with pytest.raises(ValueError, match=r"or with queries= \(height, width\)"):
         i2am.patch_modules(model, reference=i2am.Reference(), grid=GEN)
+
+
+def test_another_call_that_fits_is_refused_before_anything_ran():
+    """By the run on shapes alone that says what a record will take."""
+    model, real = Twice(), []
+    model.block.register_forward_pre_hook(lambda m, args: real.append(type(args[0]).__name__))
+    fits = dict(layers="block", queries=slice(0, 4), reference=i2am.Reference(grid=(2, 2), tokens=slice(4, 8)))
+    with i2am.patch_modules(model, **fits, grid=(2, 2), num_steps=1, record="qk"):
+        with pytest.raises(ValueError, match="several attention calls that the description fits"):
+            model(torch.randn(1, 8, 16), 500)
+    assert real == ["FakeTensor"]

@@ -17,7 +17,7 @@ import i2am
 from tests.helpers.tiny_models import dit, prompts
 from tests.helpers.tiny_models import unet as pipelines
 
-SRAM = {"point": (5, 9), "area": torch.arange(24.0).reshape(4, 6)}
+SRAM = {"point": (5, 9), "area": torch.arange(48.0).reshape(4, 12)}
 KONTEXT = dict(sram=SRAM, text=True, itself=True, record="qk", time_groups=2)
 EVENLY, UNEVENLY = 8, 5  # text tokens, over two processes or four
 
@@ -27,13 +27,13 @@ def generator():
 
 
 def kontext(text=EVENLY, **config):
-    """Flux Kontext: 4×6 generated tokens, 4×8 of the reference, behind ``text``."""
+    """Flux Kontext: 4×12 generated tokens, which no one process holds, 4×8 of the reference, behind ``text``."""
     pipe = dit.flux(**config)
     return pipe, lambda: pipe(
         image=pipelines.image((32, 16)),
-        width=24,
+        width=48,
         height=16,
-        max_area=24 * 16,
+        max_area=48 * 16,
         num_inference_steps=2,
         generator=generator(),
         output_type="np",

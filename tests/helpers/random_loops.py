@@ -161,7 +161,7 @@ class Seen:
     layer: str
     r2g: torch.Tensor  # [B, H, h, w]
     g2r: torch.Tensor  # [B, H, K]
-    part: torch.Tensor  # [B, H, K]: the region's mean row
+    rows: torch.Tensor  # [B, H, h, w, K]
 
 
 class Recorder:
@@ -183,10 +183,9 @@ class Recorder:
             keys, grid = REFERENCE, side
         logits = q @ k.mT * q.shape[-1] ** -0.5
         rows, columns = logits.softmax(-1)[..., keys], logits[..., keys].softmax(-2)
-        weights = torch.zeros(grid, dtype=torch.float64)
-        weights[: grid[0] // 2, : grid[1] // 2] = 1 / (grid[0] * grid[1] / 4)
-        part = (weights.flatten()[:, None] * rows).sum(-2)
-        self.seen.append(Seen(label, layer, columns.mean(-1).unflatten(-1, grid), rows.mean(-2), part))
+        self.seen.append(
+            Seen(label, layer, columns.mean(-1).unflatten(-1, grid), rows.mean(-2), rows.unflatten(-2, grid))
+        )
 
     @contextlib.contextmanager
     def recording(self):
@@ -391,7 +390,7 @@ class Player:
         def again(*_):
             handle.remove()
             local = self.recorder.local
-            label, layer, local.label = local.label, local.layer, None
+            label, layer, local.label = local.label, getattr(local, "layer", None), None
             self.forward_quietly(self.model, x, t, context)
             local.label, local.layer = label, layer
 
@@ -422,20 +421,27 @@ def truth(loop: Loop, seen: list[Seen], layer: str) -> dict[str, list[torch.Tens
                 values.append(None)
             continue
         out["g2r"].append(torch.stack([s.g2r.mean(1) for s in mine]).mean(0))
-        out["part"].append(torch.stack([s.part.mean(1) for s in mine]).mean(0))
-        if not loop.tiles:
-            out["r2g"].append(torch.stack([s.r2g.mean(1) for s in mine]).mean(0))
-            continue
-        cell = 8 // mine[0].r2g.shape[-1]
-        total = torch.zeros(mine[0].r2g.shape[0], *(n // cell for n in canvas(loop)), dtype=torch.float64)
-        cover = torch.zeros_like(total)
-        for s in mine:
-            top, left = (n // cell for n in s.label.place)
-            h, w = s.r2g.shape[-2:]
-            total[:, top : top + h, left : left + w] += s.r2g.mean(1)
-            cover[:, top : top + h, left : left + w] += 1
-        out["r2g"].append(total / cover.clamp_min(1))
+        whole = canvas(loop) if loop.tiles else mine[0].r2g.shape[-2:]
+        cell = 8 // mine[0].r2g.shape[-1] if loop.tiles else 1
+        r2g, cover = mean_on_picture([(s.r2g.mean(1), s.label.place) for s in mine], whole, cell)
+        out["r2g"].append(r2g)
+        rows, _ = mean_on_picture([(s.rows.mean(1), s.label.place) for s in mine], whole, cell)
+        quarter = (slice(None), slice(0, cover.shape[0] // 2), slice(0, cover.shape[1] // 2))
+        out["part"].append(rows[quarter].sum((1, 2)) / (cover[quarter[1:]] > 0).sum())
     return out
+
+
+def mean_on_picture(parts, whole, cell):
+    """Return the mean ``[B, h, w, …]`` of parts over those that cover each cell, and how many do."""
+    size = [n // cell for n in whole]
+    total = torch.zeros(parts[0][0].shape[0], *size, *parts[0][0].shape[3:], dtype=torch.float64)
+    cover = torch.zeros(*size, dtype=torch.float64)
+    for values, place in parts:
+        top, left = (n // cell for n in place)
+        h, w = values.shape[1:3]
+        total[:, top : top + h, left : left + w] += values
+        cover[top : top + h, left : left + w] += 1
+    return total / cover.clamp_min(1).reshape(*size, *[1] * (total.ndim - 3)), cover
 
 
 def plain(loop: Loop) -> Loop:

@@ -191,7 +191,7 @@ def test_moments_tell_how_long_a_run_is():
     clock = watching(scheduler)
     scheduler.set_timesteps(4)
     assert clock.read(float(scheduler.timesteps[0]), 2) == StepInfo(
-        0, step=0, steps=4, evaluations=7, first=True, stepped=True
+        0, step=0, steps=4, evaluations=7, first=True, stepped=True, taken=0
     )
     assert not clock.read(float(scheduler.timesteps[0]), 2).first
     counting = CountingClock(3)

@@ -1,5 +1,6 @@
 """Tiles: refused without a place, laid on the picture with one."""
 
+import diffusers
 import pytest
 import torch
 
@@ -111,14 +112,83 @@ def test_places_that_can_not_be(setting, places, message):
                     unet(torch.randn(1, 4, 16, 16).repeat(2, 1, 1, 1), t, context)
 
 
+FINEST, COARSEST = (f"{x}.attentions.0.transformer_blocks.0.attn2" for x in ("up_blocks.2", "mid_block"))
+CORNER = torch.zeros(16, 28)
+CORNER[2:9, 8:22] = torch.rand(7, 14, generator=torch.Generator().manual_seed(2))  # tiles overlap in some of it
+
+
+def by_hand(calls, lefts, layer, cell):
+    """Mean row and column ``[h, w, K]`` of every cell of the picture: over heads, and over the tiles that cover it."""
+    rows, columns, cover = [], [], []
+    for c in (c for c in calls if c.layer == layer):
+        start = lefts[c.evaluation % len(lefts)] / cell
+        place = [[max(0.0, 1 - abs(start + token - x)) for token in range(16 // cell)] for x in range(28 // cell)]
+        place = torch.tensor(place, dtype=torch.float64)  # [cells, tokens] of a row
+        s = (c.q[1:].double() @ c.k[1:].double().mT / c.q.shape[-1] ** 0.5)[0]  # [H, h·w, K]
+        for kept, softmax in ((rows, s.softmax(-1)), (columns, s.softmax(-2))):
+            kept.append(torch.einsum("hwk,cw->hck", softmax.mean(0).unflatten(0, c.grid), place))
+        cover.append(place.sum(1))
+    cover = torch.stack(cover).sum(0)[None, :, None]
+    return torch.stack(rows).sum(0) / cover, torch.stack(columns).sum(0) / cover
+
+
+@pytest.mark.parametrize(("layer", "cell"), [(FINEST, 1), (COARSEST, 4)], ids=["finest", "between two tokens"])
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "HeunDiscreteScheduler"])
+def test_regions_of_tiles(setting, layer, cell, kind, tmp_path):
+    """A region's row is the mean over the tiles of each of its cells, registered or asked afterwards."""
+    unet, _, context = setting
+    scheduler, lefts = getattr(diffusers, kind)(), (12, 0, 10)
+    calls = capture(unet, lambda: tiled(unet, scheduler, context, lefts))
+    ran = len({c.evaluation for c in calls})
+    assert ran == (6 if kind == "DDIMScheduler" else 9)  # Heun: 3 evaluations for 2 steps
+    rows, columns = by_hand(calls, lefts, layer, cell)
+    weights = torch.nn.functional.avg_pool2d(CORNER[None].double(), cell)[0, ..., None]
+    wanted = {
+        "mask": (rows * weights).sum((0, 1)) / weights.sum(),
+        "overlap": rows[3 // cell, 13 // cell],
+        "alone": rows[15 // cell, 27 // cell],
+    }
+    sram = {"mask": CORNER, "overlap": (3, 13), "alone": (15, 27)}
+    given = dict(reference=REFERENCE, scheduler=scheduler, time_groups=1, layers=layer)
+    with i2am.patch_unet(unet, **given, sram=sram, record="qk") as tracer:
+        tiled(unet, scheduler, context, lefts, place=tracer.tile)
+    maps = tracer.maps()
+    assert maps.counts()[layer] == [ran]
+    saved = i2am.AttributionMaps.load(maps.save(tmp_path / "maps.safetensors"))
+    for name, region in sram.items():
+        want = wanted[name][1:].reshape(1, 4, 4)  # the first of 17 is a class token
+        assert_peak(maps.sram(name), want)
+        assert_peak(maps.sram(region), want)
+        assert saved.sram(region).equal(maps.sram(region))
+    went = columns[..., 1 + 4 * 2 + 1][None]  # token (2, 1) of the reference
+    assert_peak(maps.where_did_it_go((2.5, 1.5)), went)
+    assert saved.where_did_it_go((2.5, 1.5)).equal(maps.where_did_it_go((2.5, 1.5)))
+    assert_peak(maps.ulam("r2g"), columns[..., :].mean(-1)[None])
+
+
+def test_registered_regions_need_the_same_tiles_in_each_step(setting):
+    unet, scheduler, context = setting
+    given = dict(reference=REFERENCE, scheduler=scheduler, sram={"eye": (3, 13)}, time_groups=1)
+    with i2am.patch_unet(unet, **given) as tracer:
+        tiled(unet, scheduler, context, (0, 12), place=tracer.tile, steps=1)
+        one = tracer.maps().sram("eye")  # a single step: the tiles are all that there were
+        tiled(unet, scheduler, context, (0, 12), place=tracer.tile, steps=1)
+        assert_peak(tracer.maps().sram("eye"), one.double())
+        tiled(unet, scheduler, context, (0,), place=tracer.tile, steps=1)
+        with pytest.raises(ValueError, match=r"tiles ran differently often in time group 0.*record=.qk."):
+            tracer.maps()
+    with i2am.patch_unet(unet, **given) as tracer:
+        tiled(unet, scheduler, context, (0, 12), place=tracer.tile)
+        with pytest.raises(ValueError, match=r"a tile at \(0, 8\) came that the first step did not have"):
+            tiled(unet, scheduler, context, (0, 8), place=tracer.tile)
+
+
 def test_a_place_is_a_row_and_a_column(setting):
     with i2am.patch_unet(setting[0], reference=REFERENCE) as tracer, pytest.raises(ValueError, match="row and column"):
         tracer.tile(-1, 0).__enter__()
 
 
 def test_a_panorama_places_its_own_views():
-    import diffusers
-
     parts = pipelines._sd_parts(4, ("full",))
     pipe = pipelines.quiet(diffusers.StableDiffusionPanoramaPipeline(**parts))
     pipe.get_views = lambda height, width, **_: [(0, 16, 0, 16), (0, 16, 12, 28)]
@@ -142,6 +212,16 @@ def test_a_panorama_places_its_own_views():
     assert_peak(maps.ulam("r2g", layers=finest), want)
     assert maps.counts()[finest] == [2, 2]  # two views in each of two steps
     assert maps.canvas == (32, 56)
+
+
+def test_a_panorama_of_a_solver_of_order_2_is_refused():
+    """It steps its scheduler for every view, so nothing tells the second evaluation from another view's."""
+    parts = pipelines._sd_parts(4, ("full",)) | {"scheduler": diffusers.HeunDiscreteScheduler()}
+    pipe = pipelines.quiet(diffusers.StableDiffusionPanoramaPipeline(**parts))
+    pipe.get_views = lambda height, width, **_: [(0, 16, 0, 16), (0, 16, 12, 28)]
+    given = dict(height=32, width=56, num_inference_steps=3, output_type="latent", guidance_scale=1.0)
+    with i2am.trace(pipe), pytest.raises(ValueError, match="HeunDiscreteScheduler evaluates a step twice"):
+        pipe("a", ip_adapter_image=pipelines.image((40, 40)), **given)
 
 
 @pytest.mark.parametrize(
