@@ -315,8 +315,8 @@ def _read_entry(
     shapes = {name: stored[where][n] for name, n in tensor_names.items()}
     tile = _read_tile(tiles[0], s) if tiles else None
     _check_entry(names, shapes, s, s.r2g.shape[-1] if tile is None else tile.grid[0] * tile.grid[1])
-    where_from = {"file": paths[where], "tensor_names": tensor_names}
-    return QKEntry(s.layer, s.reference, group.value, scale.number(), **where_from, tile=tile)
+    entry_of = QKEntry(s.layer, s.reference, group.value, scale.number(), tile=tile)
+    return replace(entry_of, file=paths[where], tensor_names=tensor_names)
 
 
 def _read_tile(field: Field, s: LayerSums) -> Tile:

@@ -27,12 +27,14 @@ class Tile(NamedTuple):
     def onto(self, x: Tensor, canvas: Grid) -> Tensor:
         """Lay token values ``[..., tokens]`` on the picture, ``[..., h·w]``: each cell takes its share of a token."""
         rows, columns = (w.to(x) for w in _shares(self, canvas))
-        return (rows @ x.unflatten(-1, self.grid) @ columns.mT).flatten(-2)
+        laid: Tensor = rows @ x.unflatten(-1, self.grid) @ columns.mT
+        return laid.flatten(-2)
 
     def of(self, weights: Tensor, canvas: Grid) -> Tensor:
         """Return what weights of cells ``[..., h·w]`` come to on the tile's tokens, ``[..., tokens]``."""
         rows, columns = (w.to(weights) for w in _shares(self, canvas))
-        return (rows.mT @ weights.unflatten(-1, canvas) @ columns).flatten(-2)
+        own: Tensor = rows.mT @ weights.unflatten(-1, canvas) @ columns
+        return own.flatten(-2)
 
 
 @lru_cache(maxsize=1024)

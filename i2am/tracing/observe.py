@@ -206,7 +206,7 @@ class Observer:
         waiting, self._waiting = self._waiting, []
         self.regions.settle(tiles, canvas)
         for layer, place, seen, totals in waiting:
-            scratch = [Sums(*(None if x is None else torch.zeros_like(x) for x in total)) for total in totals]
+            scratch = [_zeros_like(total) for total in totals]
             self._add(seen, scratch, self.regions.on_tile(layer, place, seen.layout.grid))
             for total, one in zip(totals, scratch, strict=True):
                 if total.sram is not None and one.sram is not None:
@@ -335,6 +335,12 @@ class _Aside:
                 total.g2r.add_(torch.einsum("bhk,bkx->bhx", one.g2r, roll.to(one.g2r)))
                 if total.sram is not None and one.sram is not None:
                     total.sram.add_(torch.einsum("bhrk,bkx->bhrx", one.sram, roll.to(one.sram)))
+
+
+def _zeros_like(total: Sums) -> Sums:
+    """Return sums of the same shapes that begin at zero."""
+    mass, sram = (None if x is None else torch.zeros_like(x) for x in (total.mass, total.sram))
+    return Sums(torch.zeros_like(total.r2g), torch.zeros_like(total.g2r), mass, sram)
 
 
 def among_others(out: Tensor | None, call: AttentionCall, samples: slice) -> Tensor:

@@ -486,7 +486,8 @@ def test_not_finite_is_said_where_it_is_first_seen():
     assert any("not finite" in note for note in tracer.maps().provenance["notes"])
 
 
-def test_frames_of_animatediff_are_images_of_the_batch():
+def animated(kind, conv_in=None):
+    """A video pipeline around a small UNet with an IP-Adapter; ``conv_in``: channels that its latents come with."""
     source = pipelines.sd("full")
     adapter = diffusers.MotionAdapter(
         block_out_channels=(32, 64, 64),
@@ -494,20 +495,43 @@ def test_frames_of_animatediff_are_images_of_the_batch():
         motion_num_attention_heads=2,
         motion_norm_num_groups=8,
         use_motion_mid_block=False,
+        conv_in_channels=conv_in,
     )
     names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "feature_extractor", "image_encoder")
-    parts = {n: source.components[n] for n in names}
-    pipe = pipelines.quiet(diffusers.AnimateDiffPipeline(**parts, motion_adapter=adapter))
+    return pipelines.quiet(kind(**{n: source.components[n] for n in names}, motion_adapter=adapter))
+
+
+@pytest.mark.parametrize("kind", ["AnimateDiff", "PIA"])
+def test_frames_of_a_video_are_images_of_the_batch(kind):
+    """PIA's own image enters as channels beside the latents; its IP-Adapter's is looked at."""
+    pia = kind == "PIA"
+    pipe = animated(getattr(diffusers, f"{kind}Pipeline"), 9 if pia else None)
+    if pia:
+        assert pipe.unet.config.in_channels == 9
+    own = {"image": PICTURE} if pia else {}
 
     def go():
         given = dict(num_frames=3, width=16, height=16, num_inference_steps=2, output_type="latent")
-        pipe("a b", ip_adapter_image=PICTURE, generator=seeded(7), **given)
+        return pipe(prompt="a b", ip_adapter_image=PICTURE, generator=seeded(7), **given, **own).frames
 
     calls = [c for c in capture(pipe.unet, go) if "motion_modules" not in c.layer]
-    truth = Truth(calls, groups=[0, 0], samples=slice(3, 6), nth=1, reference_grid=(4, 4), skip=1)
-    with i2am.trace(pipe, time_groups=1) as tracer:
-        go()
+    truth = Truth(calls, groups=[0, 1], samples=slice(3, 6), nth=1, reference_grid=(4, 4), skip=1)
+    plain = go()
+    with i2am.trace(pipe, time_groups=2, output="model", sram={"eye": (5, 7)}) as tracer:
+        assert go().equal(plain)
     maps = tracer.maps()
-    assert maps.batch == 3
-    assert_peak(maps.ulam("r2g"), truth.ulam("r2g"))
-    assert_peak(maps.ulam("g2r"), truth.ulam("g2r"))
+    assert maps.batch == maps.frames == 3
+    assert not any("motion_modules" in layer for layer in maps.recorded_layers)
+    for direction in ("r2g", "g2r"):
+        assert_peak(maps.ulam(direction), truth.ulam(direction))
+        assert_peak(maps.tlam(direction), truth.tlam(direction, 2))
+    assert maps.video("r2g")[0].equal(maps.ulam("r2g"))
+    assert maps.frame(1).ulam("r2g").equal(maps.ulam("r2g")[1:2])
+    assert maps.frame(1).sram("eye").equal(maps.sram("eye")[1:2])
+
+
+def test_pia_without_an_adapter_is_refused():
+    pipe = animated(diffusers.PIAPipeline, 9)
+    pipe.unload_ip_adapter()
+    with pytest.raises(ValueError, match=r"PIAPipeline.*channels beside the latents"):
+        i2am.trace(pipe)
