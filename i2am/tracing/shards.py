@@ -42,7 +42,7 @@ class Processes(NamedTuple):
 
     @property
     def piece(self) -> int:
-        """Which piece of the sequence this process was given."""
+        """Return which piece of the sequence this process was given."""
         return self.at[0] * self.ulysses + self.at[1]
 
     @classmethod
@@ -94,7 +94,7 @@ class Processes(NamedTuple):
 
     @property
     def told(self) -> dict[str, int]:
-        """What the provenance says."""
+        """Return what the provenance says."""
         return {"ring": self.ring, "ulysses": self.ulysses}
 
 
