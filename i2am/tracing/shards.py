@@ -111,7 +111,7 @@ def _piece(parts: tuple[int, ...], count: int, index: int) -> Positions:
 
 
 class Share(NamedTuple):
-    """What this process holds of an attention call: some of its heads, all keys, and all of its queries or some."""
+    """Part of an attention call that this process holds: some heads, all keys, all of the queries or some."""
 
     heads: slice  # of all_heads
     all_heads: int
