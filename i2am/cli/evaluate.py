@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompt, negative_prompt (as the pipeline needs them), reference_mask, box, seed, id.\n"
         "Run it again to go on where it stopped; samples that failed are tried again. Several processes may share\n"
         "DIR: start the command several times, as a SLURM array, or with\n"
-        "accelerate launch --num_processes N -m i2am evaluate ..."
+        "accelerate launch --multi_gpu --num_processes N -m i2am evaluate ..."
     )
     parser.epilog = EXIT_CODES
     parser.add_argument(
@@ -165,7 +165,10 @@ def _do(
         )
     if not process.speaks:
         return 0  # a launcher would end the others if this one failed
-    summary = summarise(samples, store)
+    summary, seen = None, -1
+    while summary is None or store.refresh() > seen:  # what others have finished meanwhile is in the last one's, too
+        seen = store.refresh()
+        summary = summarise(samples, store)
     trackers.end(summary)
     say(format_table(summary))
     say(f"wrote results.csv, summary.json and previews to {args.out}")

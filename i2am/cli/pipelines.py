@@ -138,11 +138,19 @@ def find_class(pipeline: str, revision: str | None = None) -> type[DiffusionPipe
         pipeline_class = getattr(diffusers, name, None)
     except (ImportError, RuntimeError) as error:  # imported on first use, and a package that it needs is missing
         raise UserError(f"PIPELINE: {name} cannot be imported: {_first_line(error)}") from error
+    pipeline_class = _of_zoo(name) if pipeline_class is None else pipeline_class
     if pipeline_class is None:
         raise UserError(f"PIPELINE: {pipeline} is a {name}, which diffusers {diffusers.__version__} does not have")
     if not isinstance(pipeline_class, type) or not issubclass(pipeline_class, diffusers.DiffusionPipeline):
         raise UserError(f"PIPELINE: {pipeline} is a {name}, which is no pipeline")
     return _loadable(pipeline_class, config)
+
+
+def _of_zoo(name: str) -> type[DiffusionPipeline] | None:
+    """Return the zoo's pipeline class of this name: ``zoo.load(...).save_pretrained(folder)`` is a pipeline, too."""
+    from i2am import zoo
+
+    return {kind.__name__: kind for kind in zoo.ZooPipeline.__subclasses__()}.get(name)
 
 
 def _first_line(error: Exception) -> str:

@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 
     from i2am.evaluate import Store
 
-PARTS = (  # (own number, how many, first number)
-    ("RANK", "WORLD_SIZE", ""),
-    ("SLURM_PROCID", "SLURM_NTASKS", ""),
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-)
 PATIENCE = 600.0  # seconds to wait for the first process to restart a folder
 
 
@@ -36,15 +31,15 @@ class Process:
 
     @classmethod
     def of_environment(cls) -> Process:
-        """Read who this process is from the environment."""
-        for own, all_of_them, first in PARTS:
-            count = _number(all_of_them, 1)
-            if count > 1 and own in os.environ:
-                launched = own == "RANK"
-                name = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}" if launched else ""
-                index = (_number(own, 0) - _number(first, 0)) % count
-                return cls(index, count, name, _number("LOCAL_RANK" if launched else "SLURM_LOCALID", 0))
-        return cls()
+        """Read who this process is from the environment: each task of a SLURM array may itself be several."""
+        index, count = _part("RANK", "WORLD_SIZE")
+        if count > 1:
+            name = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+            return cls(index, count, name, _number("LOCAL_RANK", 0))
+        index, count = _part("SLURM_PROCID", "SLURM_NTASKS")
+        array = "SLURM_ARRAY_TASK_"
+        task, tasks = _part(f"{array}ID", f"{array}COUNT", _number(f"{array}MIN", 0), _number(f"{array}STEP", 1))
+        return cls(task * count + index, tasks * count, local=_number("SLURM_LOCALID", 0))
 
     @property
     def speaks(self) -> bool:
@@ -79,6 +74,14 @@ class Process:
             if time.monotonic() > end:
                 raise TimeoutError("the first process has not restarted the folder")
             time.sleep(0.2)
+
+
+def _part(own: str, all_of_them: str, first: int = 0, step: int = 1) -> tuple[int, int]:
+    """Return ``(own number, how many)`` of numbers that begin with ``first`` and go in steps; (0, 1): just this one."""
+    count = _number(all_of_them, 1)
+    if count < 2 or own not in os.environ:
+        return 0, 1
+    return (_number(own, 0) - first) // max(step, 1) % count, count
 
 
 def _number(name: str, otherwise: int) -> int:

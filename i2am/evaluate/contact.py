@@ -48,7 +48,7 @@ def contact_sheet(rows: Sequence[Row], count: int, by: str) -> Image:
     """Draw the best and worst of ``count`` samples by one score."""
     from PIL import Image, ImageDraw
 
-    strips = [Image.open(row.preview) for row in rows]
+    strips = [_strip(row.preview) for row in rows]
     width = min(max(*(strip.width for strip in strips), NARROWEST), WIDEST)
     sizes = [(min(s.width, width), max(round(s.height * min(1, width / s.width)), 1)) for s in strips]
     note = textwrap.wrap(NOTE_TEXT, width // 7)
@@ -60,13 +60,26 @@ def contact_sheet(rows: Sequence[Row], count: int, by: str) -> Image:
     for row, strip, size in zip(rows, strips, sizes, strict=True):
         draw.text((MARGIN, y), _fitting(draw, row, width), fill="black", font=_font(CAPTION))
         y += CAPTION + 4
-        sheet.paste(strip.convert("RGB").resize(size, Image.Resampling.LANCZOS), (MARGIN, y))
+        sheet.paste(strip.resize(size, Image.Resampling.LANCZOS), (MARGIN, y))
         y += size[1] + GAP
-        strip.close()
     for line in note:
         _centred(draw, sheet.width, y, line, NOTE, "#404040")
         y += NOTE + 3
     return sheet
+
+
+def _strip(preview: Path) -> Image:
+    """Read a sample's strip; one that is gone or damaged is drawn as an empty one that says so."""
+    import PIL.Image
+    from PIL import ImageDraw
+
+    try:
+        with PIL.Image.open(preview) as strip:
+            return strip.convert("RGB")
+    except OSError:
+        empty = PIL.Image.new("RGB", (NARROWEST, 2 * HEADING), "#e0e0e0")
+        ImageDraw.Draw(empty).text((GAP, GAP), f"previews/{preview.name} is gone or damaged", "black", _font(CAPTION))
+        return empty
 
 
 def _centred(draw: ImageDraw.ImageDraw, width: int, y: int, text: str, size: int, colour: str) -> None:

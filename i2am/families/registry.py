@@ -124,6 +124,8 @@ def reference_argument(kind: type[Any], *, adapter: bool = False) -> str:
         if adapter:
             return "ip_adapter_image"
         raise ValueError(f"{kind.__name__} takes a reference through an IP-Adapter only")
+    if facts is None and "reference" in parameters:  # the zoo's, and others that call it by its name
+        return "reference"
     if "image" in parameters and not parameters & {"prompt", "mask_image"}:
         return "image"
     raise ValueError(f"{kind.__name__} takes no reference image that i2am could trace: {why_not(kind)}")

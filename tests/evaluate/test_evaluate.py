@@ -288,12 +288,13 @@ def test_two_processes_agree_with_one(inpaint, dataset, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     one, two = tmp_path / "one", tmp_path / "two"
     alone = [sys.executable, "-m", "i2am", *arguments(inpaint, dataset, one)]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "i2am"]
     launch += arguments(inpaint, dataset, two)
     assert subprocess.run(alone, env=environment, capture_output=True).returncode == SOME_FAILED
     result = subprocess.run(launch, env=environment, capture_output=True, text=True)
     assert result.returncode != 0, result.stderr  # two samples fail
+    assert len(list((two / "samples").glob("*.jsonl"))) == 2  # with --cpu, accelerate starts one process
     assert scores_of(one) == scores_of(two)
     assert json.loads((two / "summary.json").read_text())["ok"] == 4, result.stderr
 

@@ -298,11 +298,24 @@ def test_writers_of_one_file_leave_one_of_them_whole(tmp_path):
         ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, (1, 4, "h:1/1", False)),
         ({"SLURM_ARRAY_TASK_ID": "12", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "10"}, (2, 4, "", True)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, "", True)),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_LOCALID": "1"}, (2, 3, "", True)),
+        (  # --array=1-7:2, the third task of it, each of two processes
+            {
+                "SLURM_ARRAY_TASK_ID": "5",
+                "SLURM_ARRAY_TASK_COUNT": "4",
+                "SLURM_ARRAY_TASK_MIN": "1",
+                "SLURM_ARRAY_TASK_STEP": "2",
+                "SLURM_PROCID": "1",
+                "SLURM_NTASKS": "2",
+            },
+            (5, 8, "", True),
+        ),
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "1"}, (0, 1, "", True)),  # one that is left
     ],
 )
 def test_who_this_process_is(monkeypatch, environment, expected):
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_ARRAY_TASK_ID"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE")]:
+        monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     process = Process.of_environment()

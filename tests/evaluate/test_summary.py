@@ -158,6 +158,18 @@ def test_a_sheet_of_wide_and_of_small_strips(tmp_path):
     assert sheet.shape[1] == 1350 + 30
 
 
+def test_a_preview_that_is_gone_does_not_take_the_tables_with_it(tmp_path):
+    store, samples = store_of(tmp_path, [{"id": f"s{i}", "status": "ok", "imacs_r2g": i / 2} for i in range(3)])
+    (tmp_path / "previews").mkdir()
+    (tmp_path / "previews" / "s1.jpg").write_bytes(b"no picture")
+    Image.new("RGB", (90, 30), "blue").save(tmp_path / "previews" / "s0.jpg", quality=95)
+    assert summarise(samples, store)["ok"] == 3
+    sheet = np.asarray(Image.open(tmp_path / "contact.png")).astype(int)
+    grey = (sheet == 0xE0).all(2)
+    assert 1.5 < grey.sum() / (750 * 42) < 2  # two of them, with letters on each
+    assert (np.abs(sheet - (0, 0, 255)).max(2) < 12).sum() == 90 * 30
+
+
 def test_long_ids_are_cut_and_scores_are_not():
     draw = ImageDraw.Draw(Image.new("RGB", (9, 9)))
     scores = "IMACS of R2G 0.123   Box IoU 0.456"
