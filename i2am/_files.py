@@ -16,21 +16,21 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 UMASK = os.umask(0)
 os.umask(UMASK)
 UNFINISHED = re.compile(r"\.i2am-(?P<machine>[\w-]+)\.(?P<pid>[0-9]+)\.(?P<started>[0-9]+)\.[0-9a-f]+\.part")
 
 
 def parse_size(size: str | int) -> int:
-    """Read "2GB", "500 MB" or a number of bytes (decimal units) as bytes."""
+    """Read "2GB", "500 MB", "1.5 GiB" or a number of bytes as bytes."""
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
-    match = (
-        re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?B)\s*", size, re.IGNORECASE) if isinstance(size, str) else None
-    )
-    if match is None or not 1 <= float(match[1]) * UNITS[match[2].upper()] < 2**63:
-        raise ValueError(f'a size is a number of bytes or like "2GB", got {size!r}')
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    written = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?i?B)\s*", str(size), re.IGNORECASE)
+    unit = (UNITS | BINARY).get(written[2].upper()) if written and isinstance(size, str) else None
+    if unit is None or not 1 <= float(written[1]) * unit < 2**63:
+        raise ValueError(f'a size is a number of bytes or like "2GB" or "2GiB", got {size!r}')
+    return int(float(written[1]) * unit)
 
 
 def show_size(nbytes: float) -> str:

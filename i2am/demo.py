@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["NOTE", "SIZE", "MissingPhotographs", "findings", "one_thread", "run", "story", "task"]
 
 MODEL = "tryon"
-LAYERS = "up_blocks.1.*"
 NOTE = (
     "A small try-on model (i2am.zoo, 64 px; finest decoder layers) paints a shirt, cut from a photograph, into a scene."
 )
@@ -65,7 +64,8 @@ def run(steps: int = 20, seed: int = 0, time_groups: int = 5) -> tuple[Attributi
 
     sample = task()
     pipe = zoo.load(MODEL)
-    with i2am.trace(pipe, time_groups=time_groups, layers=LAYERS, record="qk") as tracer:
+    layers = zoo.finest_layers(pipe.unet.attn_processors)
+    with i2am.trace(pipe, time_groups=time_groups, layers=layers, record="qk") as tracer:
         generated = pipe(
             image=sample.picture,
             mask_image=sample.mask,

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.evidence.localise import INPAINTING, r2g_maps
-from benchmarks.evidence.subject import FINE, Setting, paint, tasks, traced, true_places
+from benchmarks.evidence.subject import Setting, finest, paint, patch_pixels, tasks, traced, true_places
 from i2am.detect import box_of, detect_box
+from i2am.zoo import data
 
 
 def samples(setting: Setting, images: Path, names: Iterable[str]) -> None:
@@ -75,18 +76,19 @@ def correspondence(setting: Setting, images: Path) -> None:
     lines = []
     for name in INPAINTING:
         sample = next(tasks(name, setting))
-        pictures, maps = traced(setting.load(name), sample, setting.steps, record="qk")
-        match = maps.match(layers=FINE)
-        lines += [(sample, pictures, match, i) for i in (0, 5)]
+        pipe = setting.load(name)
+        pictures, maps = traced(pipe, sample, setting.steps, record="qk")
+        found = maps.match(layers=finest(maps)).best * patch_pixels(pipe, sample) / data.SIZE
+        lines += [(sample, pictures, found, i) for i in (0, 5)]
     figure = Figure(figsize=(10.5, 2.2 * len(lines)), layout="constrained")
     axes = figure.subplots(len(lines), 5)
     titles = ("reference", "generated", "colour of each place", "true source", "SRAM's best patch")
-    for line, (sample, pictures, match, i) in zip(axes, lines, strict=True):
-        truth = true_places(sample, tuple(match.best.shape[1:3]))[i] / 64
+    for line, (sample, pictures, best, i) in zip(axes, lines, strict=True):
+        truth = true_places(sample, tuple(best.shape[1:3]))[i] / data.SIZE
         known = ~truth.isnan().any(-1, keepdim=True)
-        steps = (torch.arange(16) + 0.5) / 16
+        steps = (torch.arange(data.SIZE) + 0.5) / data.SIZE
         wheel = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1)
-        found = torch.where(known, match.best[i] / 16, torch.nan)
+        found = torch.where(known, best[i], torch.nan)
         shown = (_image(sample.reference[i]), _image(pictures[i]), _colours(wheel), _colours(truth), _colours(found))
         for ax, x, title in zip(line, shown, titles, strict=True):
             ax.imshow(x)

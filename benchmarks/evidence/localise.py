@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.evidence.subject import (
-    FINE,
     SEED,
     Setting,
+    finest,
     interval,
     masked_error,
     masked_ssim,
     paint,
+    patch_pixels,
     tasks,
     traced,
     true_places,
@@ -53,7 +54,7 @@ def model(name: str, setting: Setting) -> dict:
             shown["bicubic enlargement"] = F.interpolate(sample.reference, scale_factor=4, mode="bicubic")
         for row, x in shown.items():
             found["used"].add(row, error=masked_error(x, sample), ssim=masked_ssim(x, sample))
-        add_correspondence(found["correspondence"], maps, sample, sample.reference.shape[-1] / token_grid(pipe, sample))
+        add_correspondence(found["correspondence"], maps, sample, patch_pixels(pipe, sample))
         if name in INPAINTING:
             add_localisation(found["localisation"], maps, sample)
             add_detection(found["detection"], maps, sample, rng)
@@ -68,10 +69,10 @@ def r2g_maps(maps) -> dict[str, Tensor]:
     return {
         "R2G (column softmax), all layers": maps.ulam("r2g"),
         "R2G, all layers, lift": maps.ulam("r2g", normalize="lift"),
-        "R2G (column softmax), finest decoder layers": maps.ulam("r2g", layers=FINE),
-        "row softmax, mean over every key": torch.full_like(maps.ulam("mass"), 1 / 257),  # by definition
+        "R2G (column softmax), finest decoder layers": maps.ulam("r2g", layers=finest(maps)),
+        "row softmax, mean over every key": torch.ones_like(maps.ulam("mass")),  # a constant by definition
         "DAAM's sum (row softmax), all layers": maps.ulam("mass"),
-        "DAAM's sum (row softmax), finest decoder layers": maps.ulam("mass", layers=FINE),
+        "DAAM's sum (row softmax), finest decoder layers": maps.ulam("mass", layers=finest(maps)),
     }
 
 
@@ -115,16 +116,12 @@ def moved(box: Box, rng: np.random.Generator, size: int = data.SIZE) -> Box:
 
 def add_correspondence(table: Columns, maps, sample: zoo.Sample, scale: float) -> None:
     """SRAM's best and mean place against the true source, by layer and time."""
-    choices = {"default layers": {}, "finest decoder layers": dict(layers=FINE)}
+    choices = {"default layers": {}, "finest decoder layers": dict(layers=finest(maps))}
     choices |= {layer: dict(layers=layer) for layer in maps.recorded_layers}
-    choices |= {f"finest decoder layers, time {t}": dict(layers=FINE, times=t) for t in range(maps.time_groups)}
+    choices |= {f"finest decoder layers, time {t}": dict(layers=finest(maps), times=t) for t in range(maps.time_groups)}
     for row, options in choices.items():
         add_errors(table, row, maps.match(**options), sample, scale)
     add_chance(table, sample)
-
-
-def token_grid(pipe, sample) -> int:
-    return pipe.image_encoder.grid(*sample.reference.shape[-2:])[0]
 
 
 def add_errors(table: Columns, row: str, match, sample: zoo.Sample, scale: float) -> None:
@@ -164,8 +161,8 @@ def stereo(setting: Setting) -> dict:
         swapped = paint(pipe, sample, setting.steps, sample.reference.roll(1, 0))
         table.add("right", error=masked_error(picture, sample))
         table.add("swapped", error=masked_error(swapped, sample))
-        for row, options in {"default layers": {}, "finest decoder layers": dict(layers=FINE)}.items():
-            add_errors(table, row, maps.match(**options), sample, scale=4)
+        for row, options in {"default layers": {}, "finest decoder layers": dict(layers=finest(maps))}.items():
+            add_errors(table, row, maps.match(**options), sample, patch_pixels(pipe, sample))
         told = true_places(sample._replace(source=sample.pose.masked_fill(sample.source.isnan(), torch.nan)), (16, 16))
         truth = true_places(sample, (16, 16))
         error = metrics.correspondence_error(told.nan_to_num(0), truth)

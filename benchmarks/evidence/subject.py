@@ -17,8 +17,6 @@ import i2am
 from i2am import zoo
 from i2am.zoo.storage import read
 
-PATCHES = i2am.Reference(grid=(16, 16), tokens=slice(1, None))  # every token but the one that means "nothing"
-FINE = "up_blocks.1.*"  # the finest decoder layers
 SEED = 20_000  # of the first held-out batch
 
 
@@ -58,10 +56,25 @@ def paint(pipe, sample: zoo.Sample, steps: int, reference: Tensor | None = None,
     return pipe(sample.picture, sample.mask, reference, pose=sample.pose, **options).images * 2 - 1
 
 
+def patches(pipe, sample: zoo.Sample) -> i2am.Reference:
+    """Return the reference's tokens but the one that means "nothing"."""
+    return i2am.Reference(grid=pipe.image_encoder.grid(*sample.reference.shape[-2:]), tokens=slice(1, None))
+
+
+def patch_pixels(pipe, sample: zoo.Sample) -> float:
+    """Return how many pixels of the reference a side of one of its tokens is apart from the next."""
+    return sample.reference.shape[-1] / pipe.image_encoder.grid(*sample.reference.shape[-2:])[0]
+
+
+def finest(maps: i2am.AttributionMaps) -> str:
+    """Return the pattern of the finest decoder layers that were traced."""
+    return zoo.finest_layers(maps.layers)
+
+
 def traced(pipe, sample: zoo.Sample, steps: int, **options) -> tuple[Tensor, i2am.AttributionMaps]:
     """Pictures and their maps."""
     if not isinstance(pipe, zoo.SuperResolutionPipeline):
-        options.setdefault("reference", PATCHES)
+        options.setdefault("reference", patches(pipe, sample))
     with i2am.trace(pipe, time_groups=steps, **options) as tracer:
         pictures = paint(pipe, sample, steps)
     return pictures, tracer.maps()

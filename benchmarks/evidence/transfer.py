@@ -7,15 +7,16 @@ from torch import Tensor
 
 from benchmarks.evidence.localise import INPAINTING, Columns
 from benchmarks.evidence.subject import (
-    FINE,
     SEED,
     Setting,
+    finest,
     interval,
     masked_change,
     masked_error,
     masked_ssim,
     muted,
     paint,
+    patch_pixels,
     rank_correlation,
     tasks,
     traced,
@@ -36,15 +37,17 @@ QUALITIES = ("error", "ssim")
 SCORES = {
     "IMACS of R2G": lambda maps, sample: metrics.imacs(maps.ulam("r2g"), sample.mask[:, 0]),
     "IMACS of G2R": lambda maps, sample: metrics.imacs(maps.ulam("g2r"), sample.reference_object[:, 0]),
-    "IMACS of R2G, finest": lambda maps, sample: metrics.imacs(maps.ulam("r2g", layers=FINE), sample.mask[:, 0]),
+    "IMACS of R2G, finest": lambda maps, sample: metrics.imacs(
+        maps.ulam("r2g", layers=finest(maps)), sample.mask[:, 0]
+    ),
     "IMACS of G2R, finest": lambda maps, sample: metrics.imacs(
-        maps.ulam("g2r", layers=FINE), sample.reference_object[:, 0]
+        maps.ulam("g2r", layers=finest(maps)), sample.reference_object[:, 0]
     ),
     "inside / outside of R2G, finest": lambda maps, sample: metrics.contrast(
-        maps.ulam("r2g", layers=FINE), sample.mask[:, 0]
+        maps.ulam("r2g", layers=finest(maps)), sample.mask[:, 0]
     ),
     "inside / outside of G2R, finest": lambda maps, sample: metrics.contrast(
-        maps.ulam("g2r", layers=FINE), sample.reference_object[:, 0]
+        maps.ulam("g2r", layers=finest(maps)), sample.reference_object[:, 0]
     ),
 }
 
@@ -206,7 +209,7 @@ def _orders(maps, direction: str) -> dict[str, tuple[Tensor, str]]:
     orders = {
         "ULAM": (ulam(), "map"),
         "ULAM, lift": (ulam(normalize="lift"), "map"),
-        "finest decoder layers": (ulam(layers=FINE), "map"),
+        "finest decoder layers": (ulam(layers=finest(maps)), "map"),
         "first encoder layer": (ulam(layers=maps.layers[0]), "map"),
         "opposite of ULAM": (ulam(), "opposite"),
         "random": (ulam(), "random"),
@@ -284,10 +287,12 @@ def ablation(setting: Setting) -> dict:
             pictures, maps = traced(pipe, sample, setting.steps, record="qk")
             swapped = paint(pipe, sample, setting.steps, sample.reference.roll(1, 0))
             table.add(row, error=masked_error(pictures, sample), swapped=masked_error(swapped, sample))
-            table.add(row, r2g_auc=metrics.ranking_auc(maps.ulam("r2g", layers=FINE), sample.object[:, 0]))
-            table.add(row, g2r_auc=metrics.ranking_auc(maps.ulam("g2r", layers=FINE), sample.reference_object[:, 0]))
-            match = maps.match(layers=FINE)
-            error = metrics.correspondence_error(match.best, true_places(sample, (GRID, GRID)), 4)
+            r2g, g2r = (maps.ulam(direction, layers=finest(maps)) for direction in ("r2g", "g2r"))
+            table.add(row, r2g_auc=metrics.ranking_auc(r2g, sample.object[:, 0]))
+            table.add(row, g2r_auc=metrics.ranking_auc(g2r, sample.reference_object[:, 0]))
+            match = maps.match(layers=finest(maps))
+            truth = true_places(sample, tuple(match.best.shape[1:3]))
+            error = metrics.correspondence_error(match.best, truth, patch_pixels(pipe, sample))
             table.add(row, sram=[e[e.isfinite()].median() for e in error])
         found |= table.intervals()
     return found

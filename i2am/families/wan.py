@@ -20,7 +20,7 @@ from i2am.families.tokens import among, clip_tokens, reference_names
 from i2am.references import Grid, Reference
 from i2am.tracing.intercept import LayerContext
 
-ATTENTIONS = ("WanAttention", "SkyReelsV2Attention")
+ATTENTIONS = ("WanAttention", "SkyReelsV2Attention", "Attention")  # the last: SkyReels before diffusers 0.36
 FRAMES_GIVEN = ("WanTransformer3DModel", "SkyReelsV2Transformer3DModel")  # to models without image keys, if any
 TEXT = 512  # text tokens, a constant of Wan's attention: what stands before them is the image
 
@@ -104,7 +104,7 @@ class Wan(Family):
 
     def _image_attentions(self) -> dict[str, nn.Module]:
         named = self.transformer.named_modules()
-        return {n: m for n, m in named if type(m).__name__ in ATTENTIONS and m.add_k_proj is not None}
+        return {n: m for n, m in named if type(m).__name__ in ATTENTIONS and getattr(m, "add_k_proj", None) is not None}
 
     def _references(self, tokens: int) -> tuple[Reference, ...]:
         if self.references is not None:

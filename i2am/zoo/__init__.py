@@ -24,6 +24,7 @@ Its commands, for weights to come (single-threaded; each goes on where it was st
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from i2am.zoo.data import MissingPhotographs, Sample, samples
@@ -40,6 +41,7 @@ __all__ = [
     "Sample",
     "SuperResolutionPipeline",
     "ZooPipeline",
+    "finest_layers",
     "load",
     "samples",
 ]
@@ -58,3 +60,8 @@ def load(name: str) -> ZooPipeline:
     if name not in NAMES:
         raise ValueError(f"the zoo has {', '.join(NAMES)}, not {name!r}")
     return read(WEIGHTS / f"{name}.safetensors")[0]
+
+
+def finest_layers(names: Iterable[str]) -> str:
+    """Return the pattern of the finest decoder layers among ``names`` of attention layers, for ``layers=``."""
+    return f"up_blocks.{max(int(name.split('.')[1]) for name in names if name.startswith('up_blocks.'))}.*"

@@ -205,4 +205,5 @@ def test_one_that_cannot_start_is_wrong_input(inpaint, dataset, tmp_path, capsys
 
 
 def test_targets():
+    pytest.importorskip("tensorboard")
     assert read_target("tensorboard:a:b") == Target("tensorboard", "a:b")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import i2am
+from i2am._files import parse_size
 from i2am.maps.entries import QKEntry
 from i2am.maps.sram import grid_cells, match, region_rows, region_weights
 from tests.helpers.families import GUIDED, PROMPT, denoise
@@ -409,11 +410,24 @@ def test_a_failed_forward_records_nothing():
 
 
 @pytest.mark.parametrize(
+    ("written", "size"), [("2GB", 2e9), ("1.5 GiB", 1.5 * 2**30), ("2kib", 2048), (7, 7), (" 12 b ", 12)]
+)
+def test_sizes_as_people_write_them(written, size):
+    assert parse_size(written) == size
+
+
+@pytest.mark.parametrize("written", ["iB", "GiB", "0B", True, -1, None, "1e3B", "99999999TiB", 2.5, "12"])
+def test_what_is_no_size(written):
+    with pytest.raises(ValueError, match="a size is a number of bytes"):
+        parse_size(written)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"record": "all"}, 'record must be "qk"'),
         ({"record": "qk", "record_every": 0}, "record_every must be"),
-        ({"record": "qk", "record_limit": "2 apples"}, 'like "2GB", got'),
+        ({"record": "qk", "record_limit": "2 apples"}, 'like "2GB" or "2GiB", got'),
         ({"record": "qk", "record_dtype": torch.int8}, "floating point"),
         ({"record": "qk"}, "needs num_steps= or scheduler="),
         ({"sram": {"a": torch.zeros(4, 4)}}, "empty mask"),
