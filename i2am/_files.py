@@ -26,11 +26,11 @@ def parse_size(size: str | int) -> int:
     """Read "2GB", "500 MB", "1.5 GiB" or a number of bytes as bytes."""
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
-    written = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?i?B)\s*", str(size), re.IGNORECASE)
-    unit = (UNITS | BINARY).get(written[2].upper()) if written and isinstance(size, str) else None
-    if unit is None or not 1 <= float(written[1]) * unit < 2**63:
+    written = isinstance(size, str) and re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?i?B)\s*", size, re.IGNORECASE)
+    count = float(written[1]) * (UNITS | BINARY).get(written[2].upper(), 0) if written else 0
+    if not 1 <= count < 2**63:
         raise ValueError(f'a size is a number of bytes or like "2GB" or "2GiB", got {size!r}')
-    return int(float(written[1]) * unit)
+    return int(count)
 
 
 def show_size(nbytes: float) -> str:
