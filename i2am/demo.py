@@ -1,9 +1,9 @@
 """What ``i2am demo`` runs: a small trained try-on model of the zoo on held-out photographs, offline, in seconds.
 
 The garment of the reference is cut from a photograph the model never saw; the true source of every pixel is known, so
-the maps can be checked by eye: R2G should lie on the garment in the picture, G2R on the garment of the reference. Only
-the finest decoder layers are traced: in this model they do the transfer, and the coarser ones do not localise it
-(docs/evidence.md).
+the maps can be checked by eye: R2G should lie on the garment in the picture, and what the painted part took on the
+garment of the reference. G2R over the whole picture is another matter: cells that need no reference still have to look
+somewhere, and look at its corners (docs/reading.md, sinks).
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["NOTE", "SIZE", "MissingPhotographs", "findings", "one_thread", "run", "story", "task"]
 
 MODEL = "tryon"
-NOTE = (
-    "A small try-on model (i2am.zoo, 64 px; finest decoder layers) paints a shirt, cut from a photograph, into a scene."
-)
+NOTE = "A small try-on model (i2am.zoo, 64 px) paints a shirt, cut from a photograph, into a scene."
 TASK = 18  # which held-out garment and scene: a shirt with a cat's eye on one sleeve, laid on gravel
 SPOT = (20, 54)  # (y, x) of the 64-px picture: in that eye
 SIZE = 256  # pixels that the 64-px pictures are enlarged to, to be looked at
@@ -64,8 +62,7 @@ def run(steps: int = 20, seed: int = 0, time_groups: int = 5) -> tuple[Attributi
 
     sample = task()
     pipe = zoo.load(MODEL)
-    layers = zoo.finest_layers(pipe.unet.attn_processors)
-    with i2am.trace(pipe, time_groups=time_groups, layers=layers, record="qk") as tracer:
+    with i2am.trace(pipe, time_groups=time_groups, record="qk") as tracer:
         generated = pipe(
             image=sample.picture,
             mask_image=sample.mask,
@@ -111,11 +108,10 @@ def findings(maps: AttributionMaps) -> list[str]:
     """Return what the maps say of this run, in sentences, each beside the truth that the demo knows."""
     import i2am
 
-    sample, r2g = task(), maps.ulam("r2g")
-    scores = [
-        i2am.imacs(r2g[0], sample.mask[0, 0]).item(),
-        i2am.imacs(maps.ulam("g2r")[0], sample.reference_object[0, 0]).item(),
-    ]
+    sample, r2g, g2r = task(), maps.ulam("r2g"), maps.ulam("g2r")
+    taken, shirt = maps.sram(sample.mask[0, 0]), sample.reference_object[0, 0]
+    scores = [i2am.imacs(r2g[0], sample.mask[0, 0]).item(), i2am.imacs(taken[0], shirt).item()]
+    on_shirt = [share_inside(x[0], shirt) for x in (taken, g2r)]
     y, x = np.unravel_index(int(r2g[0].argmax()), r2g.shape[1:])
     cell = sample.object.shape[-1] // r2g.shape[-1]
     on_it = bool(sample.object[0, 0, y * cell : (y + 1) * cell, x * cell : (x + 1) * cell].any())
@@ -123,10 +119,19 @@ def findings(maps: AttributionMaps) -> list[str]:
     off = float(np.hypot(*np.subtract(found, true)))
     return [
         f"R2G is strongest {'on' if on_it else 'beside'} the painted garment.",
-        f"IMACS {scores[0]:+.2f} (R2G, painted part), {scores[1]:+.2f} (G2R, shirt): above 0, strong values lie inside",
-        "      more than outside; 0 does not care, 1 is the most, -3 lies wholly outside.",
+        f"Of what the painted part took, {on_shirt[0]:.0%} lies on the shirt (G2R over the whole picture: "
+        f"{on_shirt[1]:.0%},",
+        "      since cells that need no reference look elsewhere).",
+        f"IMACS {scores[0]:+.2f} (R2G, painted part), {scores[1]:+.2f} (what that part took, shirt): above 0, strong",
+        "      values lie inside more than outside; 0 does not care, 1 is the most, -3 lies wholly outside.",
         f"SRAM of the eye on the sleeve: strongest {off:.1f} px off the true source; a patch has {patch} px.",
     ]
+
+
+def share_inside(map: Tensor, mask: Tensor) -> float:
+    """Return the share of ``map [h, w]`` that lies inside ``mask [H, W]``."""
+    inside = torch.nn.functional.adaptive_avg_pool2d(mask[None], tuple(map.shape))[0]
+    return ((map * inside).sum() / map.sum()).item()
 
 
 def source(maps: AttributionMaps) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -139,7 +144,7 @@ def source(maps: AttributionMaps) -> tuple[tuple[float, float], tuple[float, flo
 
 
 def story(maps: AttributionMaps, generated: Image, reference: Image) -> Figure:
-    """Draw the demo in six panels: reference, scene, picture; then G2R, R2G and SRAM."""
+    """Draw the demo in six panels: reference, scene, picture; then G2R of the painted part, R2G and SRAM."""
     from matplotlib.figure import Figure
 
     from i2am.plot.arrays import as_picture
@@ -154,8 +159,8 @@ def story(maps: AttributionMaps, generated: Image, reference: Image) -> Figure:
         bare(ax).imshow(image)
         ax.set_title(title, fontsize=9)
     shown = (
-        ("g2r", reference, maps.ulam("g2r", normalize="lift"), "G2R: which parts of the shirt were used"),
-        ("r2g", generated, maps.ulam("r2g", normalize="lift"), "R2G: where in the picture they were used"),
+        ("g2r", reference, maps.sram(sample.mask[0, 0], normalize="lift"), "G2R of the white part: what was used"),
+        ("r2g", generated, maps.ulam("r2g", normalize="lift"), "R2G: where the shirt was used"),
         ("sram", reference, maps.sram(SPOT, normalize="lift"), "SRAM: where the circled patch came from"),
     )
     for ax, (_, image, map, title) in zip(axes[1], shown, strict=True):

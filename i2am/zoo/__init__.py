@@ -7,19 +7,19 @@
     with i2am.trace(pipe) as tracer:
         picture = pipe(task.picture, task.mask, task.reference).images[0]
 
-The shipped weights were made by the trainer of version 0.1, ``python -m i2am.zoo.train NAME --minutes 46 --seed 0``,
-beside other work on two cores, in 1,575 and 1,601 steps; superres with ``--minutes 62``, 6,789 steps, of which the last
-17 minutes were resumed with more tokens from elsewhere than planned at first. A run is bounded by time, so another
-machine ends a little elsewhere.
+How the shipped weights were made, on one thread of a CPU (a run goes on where it was stopped; it is bounded by processor
+time, so another machine ends a little elsewhere)::
 
-The trainer has learned since: superres diffuses what a plain enlargement lacks; exemplar and tryon attend from 2-px
-cells to 2-px patches, start on 32-px pictures and are told where to look in the first part of the run (:mod:`.flow`).
-Its commands, for weights to come (single-threaded; each goes on where it was stopped)::
+    python -m i2am.zoo.train inpainting --minutes 70 --rate 2e-3    # one model for both tasks: exemplar and tryon
+    python -m i2am.zoo.train superres --minutes 62                  # by version 0.1's trainer, 6,789 steps
+    python -m i2am.zoo.train superres --minutes 45 --rate 7e-4 --start FIRST
+    python -m i2am.zoo.train superres --minutes 16 --rate 5e-4 --start SECOND --snapshots 6    # the third of these
 
-    python -m i2am.zoo.train superres --minutes 180 --rate 7e-4 --start i2am/zoo/weights/superres.safetensors
-    python -m i2am.zoo.train inpainting --minutes 180 --rate 2e-3
-    python -m i2am.zoo.train tryon --minutes 30 --start zoo-training/inpainting/inpainting.safetensors
-    python -m i2am.zoo.train exemplar --minutes 30 --start zoo-training/inpainting/inpainting.safetensors
+exemplar and tryon attend from 2-px cells to 2-px patches and start on 32-px pictures; superres diffuses what a plain
+enlargement lacks. In the first part of a run all are told where the object's cells should look (:mod:`.flow`), superres
+a little to the end; where the other cells look is left to them: at corners of the reference, which are sinks. Of the
+last superres run a snapshot is shipped: what follows in it, with large pictures and many tokens from elsewhere, cost
+more quality on held-out photographs than it brought.
 """
 
 from __future__ import annotations

@@ -97,6 +97,8 @@ def train(run: Run, minutes: float, batch: int, snapshots: int) -> Path:
                 saved = now
     run.checkpoint()
     run.draw()
+    for task in TOGETHER.get(name, ()):
+        run.save(out / f"{task}.safetensors", task)
     return run.save(out / f"{name}.safetensors")
 
 
@@ -282,8 +284,8 @@ class Run:
         self.noise.set_state(state["noise"])
         self.losses, self.elapsed, self.cpu = state["losses"], state["elapsed"], state["cpu"]
 
-    def save(self, file: Path) -> Path:
-        """Save the averaged weights, as :func:`i2am.zoo.load` reads them."""
+    def save(self, file: Path, name: str | None = None) -> Path:
+        """Save the averaged weights, as :func:`i2am.zoo.load` reads them; of a joint run under one task's ``name``."""
         facts = {
             "seed": self.seed,
             "steps": len(self.losses),
@@ -294,7 +296,7 @@ class Run:
         facts |= self.shape
         if self.started_from is not None:
             facts["started from"] = self.started_from
-        return save(self.name, self.average, file, facts)
+        return save(name or self.name, self.average, file, facts)
 
     def draw(self) -> None:
         """Draw loss.csv and loss.png."""
