@@ -101,8 +101,7 @@ def zoo_session(name: str, time_groups: int = 5, layers: list[str] | None = None
     pipe, size = zoo.load(name), zoo.data.SIZE
     inpaints = name != "superres"
     if layers is None:
-        finest = max(i for i, block in enumerate(pipe.unet.up_blocks) if hasattr(block, "attentions"))
-        layers = [f"up_blocks.{finest}.*"]
+        layers = [zoo.finest_layers(pipe.unet.attn_processors)]
 
     def run(images: dict[str, Image | None], seed: int, values: dict[str, Any]) -> Made:
         given = {option: picture.convert("RGB") for option, picture in images.items() if picture is not None}

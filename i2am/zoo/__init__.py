@@ -7,8 +7,8 @@
     with i2am.trace(pipe) as tracer:
         picture = pipe(task.picture, task.mask, task.reference).images[0]
 
-How the shipped weights were made, on one thread of a CPU (a run goes on where it was stopped; it is bounded by processor
-time, so another machine ends a little elsewhere)::
+How the shipped weights were made, on one thread of a CPU (a run goes on where it was stopped; it is bounded by
+processor time, so another machine ends a little elsewhere)::
 
     python -m i2am.zoo.train inpainting --minutes 70 --rate 2e-3    # one model for both tasks: exemplar and tryon
     python -m i2am.zoo.train superres --minutes 62                  # by version 0.1's trainer, 6,789 steps
