@@ -64,25 +64,27 @@ def short_layer_names(names: Sequence[str], width: int = 20) -> list[str]:
     """Return names for under a panel: diffusers' block names abbreviated, anything longer wrapped at its dots.
 
     ``up_blocks.3.attentions.2.transformer_blocks.0.attn2`` becomes ``up 3 · attn 2``, with `` · block 0`` where a
-    transformer of that model has several blocks.
+    transformer of that model has several blocks, and `` · attn1`` where it is the first of a block's two attentions.
     """
     parts = [_block_parts(name) for name in names]
-    several = any(p is not None and p[-1] != "0" for p in parts)
+    several = any(p is not None and p[2] != "0" for p in parts)
     return [
-        _wrap_dots(name, width) if p is None else f"{p[0]} · attn {p[1]}" + (f" · block {p[2]}" if several else "")
+        _wrap_dots(name, width)
+        if p is None
+        else f"{p[0]} · attn {p[1]}" + (f" · block {p[2]}" if several else "") + (" · attn1" if p[3] == "attn1" else "")
         for name, p in zip(names, parts, strict=True)
     ]
 
 
-def _block_parts(name: str) -> tuple[str, str, str] | None:
-    """Return (block, attention, transformer block) of a diffusers UNet layer name."""
+def _block_parts(name: str) -> tuple[str, str, str, str] | None:
+    """Return (block, attention, transformer block, which of its two attentions) of a diffusers UNet layer name."""
     words = name.split(".")
-    if words[-1:] != ["attn2"] or words[-3:-2] != ["transformer_blocks"] or words[-5:-4] != ["attentions"]:
+    if words[-1] not in ("attn1", "attn2") or words[-3:-2] != ["transformer_blocks"] or words[-5:-4] != ["attentions"]:
         return None
     block = words[:-5]
     if not block or not block[0].endswith(("_blocks", "_block")):
         return None
-    return " ".join([block[0].split("_")[0], *block[1:]]), words[-4], words[-2]
+    return " ".join([block[0].split("_")[0], *block[1:]]), words[-4], words[-2], words[-1]
 
 
 def _wrap_dots(name: str, width: int) -> str:

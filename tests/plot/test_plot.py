@@ -304,6 +304,8 @@ def test_layer_names():
     assert len(set(names)) == len(names)
     assert all(len(line) <= 27 for name in names for line in name.split("\n"))
     assert plot.short_layer_names(LONG_NAMES[:1]) == ["down 0 · attn 1"]
+    both = [f"down_blocks.0.attentions.0.transformer_blocks.0.attn{i}" for i in (1, 2)]
+    assert plot.short_layer_names(both) == ["down 0 · attn 0 · attn1", "down 0 · attn 0"]
 
 
 # ---------------------------------------------------------------------------------------------------------- summary
