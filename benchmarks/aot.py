@@ -40,7 +40,8 @@ DTYPES = ("fp16", "bf16", "fp32")
 HEAD_DIMS = (40, 64, 72, 80, 128, 160, 256)
 VARIANTS = {  # what changes the code, beside head dim and dtype: keyword → how the kernels are asked for
     "plain": {},
-    "edge": {"keys": 257},
+    "edge": {"keys": 1025},
+    "image tokens": {"keys": 257},
     "one tile": {"keys": 49},
     "few keys": {"keys": 16},
     "bool mask": {"mask": "i1", "kind": "rows"},

@@ -12,7 +12,7 @@ import torch
 
 from i2am import ops
 from i2am.kernels.tiles import KIB, Device
-from i2am.ops import checks, launch
+from i2am.ops import checks, few, launch
 from i2am.ops import triton as host
 
 H100 = Device(227 * KIB, "mma", True)
@@ -36,6 +36,8 @@ def idle(monkeypatch):
         (host.column_lse, "column_lse_kernel"),
         (host.attribution, "attribution_kernel"),
         (launch.accumulate, "accumulate_kernel"),
+        (few.few_forward, "few_forward_kernel"),
+        (few.few_attribution, "few_attribution_kernel"),
     ):
         monkeypatch.setattr(module, name, Nothing())
 

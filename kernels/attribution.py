@@ -10,11 +10,11 @@ import triton.language as tl
 
 from i2am.kernels.primitives import DEAD, LOG2E, dot_qk, load_head, logits
 from i2am.kernels.tiles import (
+    FEW_KEYS,
     Call,
     Configuration,
     Device,
     Tiles,
-    attention_tiles,
     attribution_tiles,
     configuration,
     head_constants,
@@ -39,7 +39,7 @@ def attribution_kernel(
     column_lse, column_stride,           # [B·H, K] natural, of this reference's columns; stride of B·H
     row_lse_max,                         # [B·H, query tiles] log2
     r2g_partial,                         # [B·H, key groups, Q] Σ_j C_ij
-    g2r_partial,                         # [B·H, query splits, K] Σ_i P_ij, or None where pass 1 has it already
+    g2r_partial,                         # [B·H, query splits, K] Σ_i P_ij
     mass_partial,                        # [B·H, key groups, Q] Σ_j P_ij, or None
     sram_partial,                        # [B·H, query splits, R, K] Σ_i w_ri P_ij, or None
     scale, sizes, query_span, key_span,  # log2(e) included; (H, Nq, Nk); [start, stop)
@@ -72,8 +72,7 @@ def attribution_kernel(
     o_row_slot = (i_bh * tl.num_programs(1) + i_group) * Q
     i_column_slot = i_bh * tl.num_programs(2) + i_split
     r2g_partial += o_row_slot
-    if g2r_partial is not None:
-        g2r_partial += i_column_slot * K
+    g2r_partial += i_column_slot * K
     if mass_partial is not None:
         mass_partial += o_row_slot
     if sram_partial is not None:
@@ -93,8 +92,7 @@ def attribution_kernel(
         b_column = tl.where(b_column > DEAD, b_column, float("inf"))  # nothing is divided by a masked column's sum
         c = tl.min(b_column, 0)
         b_cf = tl.where(b_column == float("inf"), 0.0, tl.exp2(c - b_column))  # [BN]
-        if g2r_partial is not None:
-            b_g = tl.zeros([BM // 16, 8, BN], tl.float32)  # partial over rows
+        b_g = tl.zeros([BM // 16, 8, BN], tl.float32)  # partial over rows
         if sram_partial is not None:
             b_z = tl.zeros([BR, BN], tl.float32)
 
@@ -130,17 +128,15 @@ def attribution_kernel(
                 b_mass = tl.sum(b_p if EVEN_N else tl.where(m_n[None, :], b_p, 0.0), 1)
                 tl.store(mass_partial + o_i, b_mass + tl.load(mass_partial + o_i, mask=m_later, other=0.0), mask=m_m)
 
-            if g2r_partial is not None:
-                # In the layout of the product a thread holds two rows of each 16, so this sum stays within the thread,
-                # and no thread waits for another before the loop is over.
-                b_g += tl.sum(tl.reshape(b_p, [BM // 16, 2, 8, BN]), 1)
+            # In the layout of the product a thread holds two rows of each 16, so this sum stays within the thread, and
+            # no thread waits for another before the loop is over.
+            b_g += tl.sum(tl.reshape(b_p, [BM // 16, 2, 8, BN]), 1)
             if sram_partial is not None:
                 p_w = regions + o_r[:, None] * region_strides[1] + o_i[None, :] * region_strides[2]
                 b_w = tl.load(p_w, mask=(o_r < R)[:, None] & m_m[None, :], other=0.0)  # [BR, BM]
                 b_z = tl.dot(b_w, b_p, b_z, input_precision=PRECISION)  # [BR, BM] @ [BM, BN]
 
-        if g2r_partial is not None:
-            tl.store(g2r_partial + o_j, tl.sum(tl.reshape(b_g, [BM // 2, BN]), 0), mask=m_n)
+        tl.store(g2r_partial + o_j, tl.sum(tl.reshape(b_g, [BM // 2, BN]), 0), mask=m_n)
         if sram_partial is not None:
             tl.store(sram_partial + o_r[:, None] * K + o_j[None, :], b_z, mask=(o_r < R)[:, None] & m_n[None, :])
 
@@ -160,15 +156,12 @@ def precision(device: Device) -> str:
 
 
 def configurations(call: Call) -> Iterator[Configuration]:
-    """Yield what a launcher asks for in an attention call that pass 1 has computed the output of."""
-    if not call.output:
+    """Yield what a launcher asks for in an attention call with many keys."""
+    if not call.output or call.keys <= FEW_KEYS:
         return
-    one_tile = call.keys <= attention_tiles(call.d, call.itemsize, call.device, call.kind, call.keys, call.level).n
     tiles = attribution_tiles(call.d, call.itemsize, call.device, call.kind, call.regions, call.level).fit(call.keys)
     types = head_types(call, tiles, {"q": tiles.m, "k": tiles.n}) | mask_types(call)
-    types |= dict.fromkeys(("row_lse", "column_lse", "row_lse_max", "r2g_partial"), "*fp32")
-    if not one_tile:
-        types["g2r_partial"] = "*fp32"
+    types |= dict.fromkeys(("row_lse", "column_lse", "row_lse_max", "r2g_partial", "g2r_partial"), "*fp32")
     if call.mass:
         types["mass_partial"] = "*fp32"
     if call.regions:

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from i2am.kernels.primitives import LN2, LOG2E, dot_qk, load_head, log2_add, logits
 from i2am.kernels.tiles import (
+    FEW_KEYS,
     Call,
     Configuration,
     attribution_tiles,
@@ -102,7 +103,7 @@ def column_lse_kernel(
 
 def configurations(call: Call) -> Iterator[Configuration]:
     """Yield what a launcher asks for in an attention call."""
-    if not call.output or call.mass or call.regions:
+    if not call.output or call.mass or call.regions or call.keys <= FEW_KEYS:
         return
     tiles = attribution_tiles(call.d, call.itemsize, call.device, call.kind, 0, call.level).fit(call.keys)
     tiles = column_tiles(tiles)

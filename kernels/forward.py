@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from i2am.kernels.primitives import (
-    DEAD,
     LN2,
     dot_pv,
     dot_qk,
@@ -23,6 +22,7 @@ from i2am.kernels.primitives import (
     zero_head,
 )
 from i2am.kernels.tiles import (
+    FEW_KEYS,
     Call,
     Configuration,
     Tiles,
@@ -51,7 +51,6 @@ def attention_fwd_kernel(
     row_lse,                             # [B, H, Nq] natural
     column_sum,                          # [B·H, splits, whole key tiles] in units of 2^pivot, or None
     pivots,                              # [B·H, splits] log2
-    g2r_partial,                         # [B·H, splits, BN] Σ_i P_ij where all keys fit one tile, else None
     scale, sizes, query_span, key_span,  # log2(e) included; (H, Nq, Nk); [start, stop)
     tiles_per_split,
     D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
@@ -60,7 +59,7 @@ def attention_fwd_kernel(
 ):  # fmt: skip
     """Compute ``O = softmax(S) V``, ``row_i = log Σ_j exp(S_ij)``, and ``sum_j = Σ_i exp2(s_ij − pivot)`` per split.
 
-    Grid: (B·H, splits). A program walks the query tiles of its split, and owns one slot of the last three.
+    Grid: (B·H, splits). A program walks the query tiles of its split, and owns one slot of the last two.
     """
     i_bh, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     H, Nq, Nk = sizes[0], sizes[1], sizes[2]
@@ -76,8 +75,6 @@ def attention_fwd_kernel(
     first = i_split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(Nq, BM))
     fresh = tl.maximum(first, query_span[0] // BM)  # the first query tile that writes to the slot
-    if g2r_partial is not None:
-        b_g = tl.zeros([BN], tl.float32)
     pivot = 0.0
     if column_sum is not None:
         column_sum += i_slot * tl.cdiv(key_span[1] - key_first, BN) * BN
@@ -129,9 +126,6 @@ def attention_fwd_kernel(
                     p_slot = column_sum + (o_n - key_first)
                     b_before = tl.load(p_slot, mask=(o_n >= 0) & (i_m > fresh), other=0.0)
                     tl.store(p_slot, b_before + sum_columns(b_p * b_u[:, None], BM, BN, LANE_ROWS))
-                    if g2r_partial is not None:
-                        b_share = tl.where(m_generated & (b_m > DEAD), 1.0 / b_l, 0.0)  # [BM]
-                        b_g += sum_columns(b_p * b_share[:, None], BM, BN, LANE_ROWS)
 
             if v is not None:
                 b_v = load_head(v, v_strides, i_b, i_h, i_n, Nk, BN, D, D_MAIN, D_TAIL, UNIT)
@@ -141,9 +135,6 @@ def attention_fwd_kernel(
         if v is not None:
             b_o = scale_head(b_o, 1.0 / tl.where(b_l == 0.0, 1.0, b_l), D_TAIL)
             store_head(out, out_strides, b_o, i_b, i_h, i_m * BM, Nq, BM, D, D_MAIN, D_TAIL, OUT_UNIT)
-
-    if g2r_partial is not None:
-        tl.store(g2r_partial + i_slot * BN + tl.arange(0, BN), b_g)
 
 
 def constants(call: Call, tiles: Tiles, unit: int, out_unit: int, upcast: bool = False) -> dict[str, Any]:
@@ -157,12 +148,12 @@ def constants(call: Call, tiles: Tiles, unit: int, out_unit: int, upcast: bool =
 
 def configurations(call: Call) -> Iterator[Configuration]:
     """Yield what a launcher asks for in an attention call."""
+    if call.keys <= FEW_KEYS:
+        return
     tiles = attention_tiles(call.d, call.itemsize, call.device, call.kind, call.keys, call.level)
     types = head_types(call, tiles, {"q": tiles.m, "k": tiles.n}) | mask_types(call)
     if call.output:
         types |= head_types(call, tiles, {"v": tiles.n}) | {"out": f"*{call.dtype}"}
-    if call.keys <= tiles.n:
-        types["g2r_partial"] = "*fp32"
     types |= {"row_lse": "*fp32", "column_sum": "*fp32", "pivots": "*fp32"}
     types |= {"v_strides": ("i32",) * 3, "out_strides": ("i32",) * 3}
     types |= {"scale": "fp32", "sizes": ("i32",) * 3, "query_span": ("i32",) * 2, "key_span": ("i32",) * 2}

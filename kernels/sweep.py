@@ -11,6 +11,7 @@ import triton.language as tl
 from i2am.kernels.attribution import precision
 from i2am.kernels.primitives import DEAD, LOG2E, dot_qk, load_head, logits
 from i2am.kernels.tiles import (
+    FEW_KEYS,
     Call,
     Configuration,
     Tiles,
@@ -136,7 +137,7 @@ def constants(call: Call, tiles: Tiles, unit: int, upcast: bool = False) -> dict
 
 def configurations(call: Call) -> Iterator[Configuration]:
     """Yield what a launcher asks for behind somebody else's attention: the sweep for G2R, and the one for R2G."""
-    if call.output:
+    if call.output or call.keys <= FEW_KEYS:
         return
     tiles = sweep_tiles(call.d, call.itemsize, call.device, call.kind, call.regions, call.level).fit(call.keys)
     types = head_types(call, tiles, {"x": tiles.n, "y": tiles.m}) | mask_types(call)

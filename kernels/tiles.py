@@ -17,6 +17,8 @@ WORKSPACE = 64 * KIB**2  # bytes for one kind of partials, unless a single slot 
 CPU_PROGRAMS = 8  # what the interpreter is given in place of a GPU's processors
 PROGRAMS_PER_PROCESSOR = 2
 MAX_REGIONS = 64
+MOST_SPLITS = 64  # of the queries where keys are few: each program of the second launch merges what they leave
+FEW_KEYS = 320  # up to here a call takes two launches (few_forward, few_attribution): starting more costs too much
 FALLBACKS = 3  # smaller tiles that are tried where the table's do not compile or fit
 
 MaskKind = Literal["keys", "rows"] | None
@@ -80,8 +82,8 @@ def split_head_dim(d: int) -> tuple[int, int]:
 def attention_tiles(d: int, itemsize: int, device: Device, mask: MaskKind, keys: int, level: int = 0) -> Tiles:
     """Return pass 1's tiles: a query tile and its output stay, keys and values pass by.
 
-    The largest that spill no register up to ``d = 128`` (16-bit, no mask); a mask costs registers. So does G2R, which
-    joins where the keys are one tile. ``level`` > 0: smaller, for where the table's do not compile.
+    The largest that spill no register up to ``d = 128`` (16-bit, no mask); a mask costs registers. ``level`` > 0:
+    smaller, for where the table's do not compile.
     """
     tiles = _attention_tiles(d, itemsize, device, mask, keys)
     return _reduced(tiles, level).fit(keys)
@@ -102,8 +104,6 @@ def _attention_tiles(d: int, itemsize: int, device: Device, mask: MaskKind, keys
         return Tiles(64, 32, 4, 2)
     if mask == "rows":
         return Tiles(128, 32, 8, 2)
-    if keys <= 64 and mask is None:
-        return Tiles(64, 64, 4, 1)
     if loads_tiles(d, device) and mask is None and keys > 512:
         return Tiles(128, 128, 8, 2, tma=True)
     if device.shared >= 200 * KIB and device.units == "mma" and width <= 64 and mask is None:
@@ -138,6 +138,25 @@ def _attribution_tiles(d: int, itemsize: int, device: Device, mask: MaskKind, re
     if loads_tiles(d, device):
         return Tiles(64, 128, 4, 3, tma=True)
     return Tiles(64, 128, 4, 3 if width <= 64 else 2)
+
+
+def few_tiles(d: int, itemsize: int, device: Device, mask: MaskKind = None, regions: int = 0, level: int = 0) -> Tiles:
+    """Return the tiles of both launches where keys are few. ``m`` is a multiple of 16."""
+    return _reduced(_few_tiles(d, itemsize, device, mask, regions), level)
+
+
+def _few_tiles(d: int, itemsize: int, device: Device, mask: MaskKind, regions: int) -> Tiles:
+    match device.units:
+        case "none":
+            return Tiles(64, 32, 4, 1)
+        case "cdna":
+            return Tiles(64, 32, 4, 1)
+        case "rdna":
+            return Tiles(64, 32, 8, 1)
+    if itemsize == 4 or device.units == "fma":
+        return Tiles(32, 16, 4, 1)
+    wide = sum(split_head_dim(d)) > 128
+    return Tiles(64, 32, 4, 2) if wide or regions or mask == "rows" else Tiles(64, 64, 4, 2)
 
 
 def sweep_tiles(

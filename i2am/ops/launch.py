@@ -63,6 +63,20 @@ class Launch(NamedTuple):
     tiles: Tiles
 
 
+class Shape(NamedTuple):
+    """Shapes and kinds that a plan depends on."""
+
+    call: Call  # keys: all of the call; regions, mass, output
+    B: int
+    H: int
+    Nq: int
+    queries: Span
+    keys: tuple[Span, ...]
+    at_once: int
+    unit: int
+    out_unit: int
+
+
 class Workspace:
     """Hands out places; a place may be given back all at once to what comes later."""
 

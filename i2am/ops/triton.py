@@ -1,8 +1,9 @@
 """Host side of the Triton kernels: what to launch for a call, one workspace, the launches. The twin of ``streaming``.
 
-What depends on shapes alone (tiles, grids, constants, where each partial lies) is a :class:`Plan`, made once and kept;
-a call allocates its results and one workspace and launches. Where a configuration does not compile or fit, the call
-runs with smaller tiles and at last in torch ops, and says so once.
+Where keys are few, :mod:`i2am.ops.few` does it in two launches. What depends on shapes alone (tiles, grids, constants,
+where each partial lies) is a :class:`Plan`, made once and kept; a call allocates its results and one workspace and
+launches. Where a configuration does not compile or fit, the call runs with smaller tiles and at last in torch ops, and
+says so once.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from i2am.kernels import attribution, column_lse, forward, tiles
 from i2am.kernels.tiles import FALLBACKS, MAX_REGIONS, Call, Tiles, cdiv
-from i2am.ops import streaming
+from i2am.ops import few, streaming
 from i2am.ops.launch import (
     LOG2E,
     NAMES,
     NONE3,
     NONE4,
     Launch,
+    Shape,
     Workspace,
     device_of,
     head,
@@ -52,7 +54,7 @@ class ReferencePlan(NamedTuple):
     tiles_per_group: int
     tiles_per_split: int
     r2g: Span
-    g2r: Span | None  # None: pass 1 has it
+    g2r: Span
     mass: Span | None
     sram: Span | None
     counts: tuple[int, int, int]  # of key groups, query splits, splits of G2R
@@ -68,24 +70,9 @@ class Plan(NamedTuple):
     columns: int  # of a split's slot: whole key tiles
     column_sum: Span
     pivots: Span
-    g2r: Span | None
     column_lse: Launch
     row_lse_max: Span
     references: tuple[ReferencePlan, ...]
-
-
-class Shape(NamedTuple):
-    """Shapes and kinds that a plan depends on."""
-
-    call: Call  # keys: all of the call; regions, mass, output
-    B: int
-    H: int
-    Nq: int
-    queries: Span
-    keys: tuple[Span, ...]
-    at_once: int
-    unit: int
-    out_unit: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -101,9 +88,7 @@ def plan(shape: Shape) -> Plan:
     each = tiles.tiles_per_program(query_tiles, heads, at_once, 4 * heads * columns)
     splits = cdiv(query_tiles, each)
     first = Launch((heads, splits), forward.constants(call, t, unit, out_unit, upcast(call)), t)
-    one_tile = call.keys <= t.n
     pivots = workspace.place(heads * splits)
-    g2r = workspace.place(heads * splits * t.n) if one_tile else None
 
     t2 = attribution.attribution_tiles(call.d, call.itemsize, call.device, call.kind, call.regions, call.level)
     between = tiles.column_tiles(t2)
@@ -116,15 +101,15 @@ def plan(shape: Shape) -> Plan:
     references = []
     for span in keys:
         workspace.at = freed
-        references.append(_reference(shape, span, t2, splits if one_tile else None, workspace))
+        references.append(_reference(shape, span, t2, workspace))
     return Plan(
-        workspace.size, first, each, splits, columns, column_sum, pivots, g2r,
+        workspace.size, first, each, splits, columns, column_sum, pivots,
         Launch(grid, head, between), row_lse_max, tuple(references),
     )  # fmt: skip
 
 
-def _reference(shape: Shape, span: Span, t: Tiles, spent: int | None, workspace: Workspace) -> ReferencePlan:
-    """Plan pass 2 of one reference; ``spent``: splits of the G2R that pass 1 left."""
+def _reference(shape: Shape, span: Span, t: Tiles, workspace: Workspace) -> ReferencePlan:
+    """Plan pass 2 of one reference."""
     call, heads = shape.call, shape.B * shape.H
     Q, K, R = shape.queries[1] - shape.queries[0], span[1] - span[0], call.regions
     t = t.fit(K)
@@ -140,10 +125,10 @@ def _reference(shape: Shape, span: Span, t: Tiles, spent: int | None, workspace:
         group,
         split,
         r2g=workspace.place(heads * groups * Q),
-        g2r=workspace.place(heads * splits * K) if spent is None else None,
+        g2r=workspace.place(heads * splits * K),
         mass=workspace.place(heads * groups * Q) if call.mass else None,
         sram=workspace.place(heads * splits * R * K) if R else None,
-        counts=(groups, splits, splits if spent is None else spent),
+        counts=(groups, splits, splits),
     )
 
 
@@ -233,6 +218,9 @@ def _run(
     regions: Tensor | None,
     sums: Sequence[Sums],
 ) -> tuple[Tensor | None, Tensor, Tensor]:
+    if shape.call.keys <= tiles.FEW_KEYS:
+        progress.results = few.run(shape, q, k, v, None, scale, mask, regions, sums)
+        return progress.results
     p = plan(shape)
     call, B, H, Nq, queries, keys, _, unit, out_unit = shape
     start, stop = min(a for a, _ in keys), max(b for _, b in keys)
@@ -241,7 +229,6 @@ def _run(
     col_lse = torch.empty(B, H, stop - start, dtype=torch.float32, device=q.device)
     memory = torch.empty(p.workspace, dtype=torch.float32, device=q.device)
     column_sum, pivots, row_lse_max = (memory[slice(*x)] for x in (p.column_sum, p.pivots, p.row_lse_max))
-    g2r = None if p.g2r is None else memory[slice(*p.g2r)]
 
     factor = max(scale, 1e-30) * LOG2E  # a masked score stays -inf even when the scale is 0
     sizes = (H, Nq, k.shape[2])
@@ -254,7 +241,7 @@ def _run(
         head(q, f, f.tiles.m), q_strides, head(k, f, f.tiles.n), k_strides,
         None if v is None else head(v, f, f.tiles.n), NONE3 if v is None else strides(v, unit),
         mask, mask_strides, out, NONE3 if out is None else strides(out, out_unit), row_lse,
-        column_sum, pivots, g2r, factor, sizes, queries, (start, stop), p.tiles_per_split,
+        column_sum, pivots, factor, sizes, queries, (start, stop), p.tiles_per_split,
     )  # fmt: skip
     first = start - start // f.tiles.n * f.tiles.n  # the hull's first column within the slot
     c = p.column_lse
@@ -278,12 +265,8 @@ def _run(
             r2g_partial, g2r_partial, mass_partial, sram_partial,
             factor, sizes, queries, span, r.tiles_per_group, r.tiles_per_split, call.regions,
         )  # fmt: skip
-        if g2r is not None:
-            g2r_partial, stride = g2r[span[0] :], f.tiles.n
-        else:
-            stride = r.sizes[2]
         partials = r2g_partial, g2r_partial, mass_partial, sram_partial
-        start_accumulate(total, partials, stride, r.sizes, r.counts, B * H)
+        start_accumulate(total, partials, r.sizes[2], r.sizes, r.counts, B * H)
         progress.done = i + 1
     return results
 

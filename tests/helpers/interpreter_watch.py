@@ -68,7 +68,8 @@ def watched(order: int | None = None):
 
     def init_args(self, args, kwargs):
         on_host = init(self, args, kwargs)
-        given = [getattr(x, "base", x) for x in (*on_host[0], *on_host[1].values())]  # descriptors hold a tensor
+        given = [y for x in (*on_host[0], *on_host[1].values()) for y in (x if isinstance(x, tuple) else (x,))]
+        given = [getattr(x, "base", x) for x in given]  # descriptors hold a tensor
         launches.append(Launch([x for x in given if isinstance(x, torch.Tensor) and x.numel()]))
         return on_host
 

@@ -25,6 +25,12 @@ TOLERANCE = {  # of the output, relative to its RMS and its peak; the statistics
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
 
 
+@pytest.fixture(autouse=True)
+def many_keys(monkeypatch):
+    """However few the keys are here: what few keys take is the subject of test_few_keys.py."""
+    monkeypatch.setattr(tiles, "FEW_KEYS", 0)
+
+
 def qkv(Nq, Nk, d=40, B=1, H=2, dtype=torch.float32, sharpness=1.0):
     q, k, v = (torch.randn(B, H, n, d, device=DEVICE) for n in (Nq, Nk, Nk))
     return (q * sharpness).to(dtype), k.to(dtype), v.to(dtype)
@@ -84,7 +90,7 @@ def test_larger():
 
 @pytest.mark.parametrize("Nk", [16, 17, 32, 33])
 def test_keys_of_one_tile(Nk, monkeypatch):
-    """G2R comes with pass 1 then, whichever queries are generated and however the queries are split."""
+    """Whichever queries are generated, and however the queries are split."""
     for programs in (1, 64):
         monkeypatch.setattr(tiles, "CPU_PROGRAMS", programs)
         check(*qkv(200, Nk), queries=slice(70, 190), keys=slice(2, Nk - 1))

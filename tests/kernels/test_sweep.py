@@ -14,6 +14,12 @@ from tests.kernels.test_attention import DEVICE, assert_close, leveled, qkv, reg
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's log2(0) is meant
 
 
+@pytest.fixture(autouse=True)
+def many_keys(monkeypatch):
+    """However few the keys are here: what few keys take is the subject of test_few_keys.py."""
+    monkeypatch.setattr(tiles, "FEW_KEYS", 0)
+
+
 def check(q, k, references, weights=None, mass=True, queries=slice(None), attn_mask=None, scale=None, tolerance=2e-5):
     """``sweeps`` adds to sums that are not empty what the twin adds to empty ones."""
     (B, H, Nq, d), Nk = q.shape, k.shape[2]

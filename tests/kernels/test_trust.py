@@ -97,8 +97,8 @@ def calls(draw):
     regions = torch.rand(1, R, Q).softmax(-1) if R else None
     mass = draw(st.booleans())
     programs = draw(st.sampled_from([1, 3, 8, 64]))
-    with_values = draw(st.booleans())
-    return (q, k, v if with_values else None), queries, keys, attn_mask, regions, mass, programs
+    with_values, few_keys = draw(st.booleans()), draw(st.sampled_from([0, 320]))
+    return (q, k, v if with_values else None), queries, keys, attn_mask, regions, mass, programs, few_keys
 
 
 def run(tensors, queries, keys, attn_mask, regions, mass, backend="triton"):
@@ -121,17 +121,18 @@ def run(tensors, queries, keys, attn_mask, regions, mass, backend="triton"):
 @given(calls())
 def test_any_call_is_sound(call):
     """Writes have one owner, reads stay inside and apart, any order gives the same bits, and they are right."""
-    *arguments, programs = call
-    before = tiles.CPU_PROGRAMS
-    tiles.CPU_PROGRAMS = programs
+    *arguments, programs, few_keys = call
+    before = tiles.CPU_PROGRAMS, tiles.FEW_KEYS
+    tiles.CPU_PROGRAMS, tiles.FEW_KEYS = programs, few_keys
     try:
         with watched() as launches:
             first = run(*arguments)
         with watched(order=7):
             second = run(*arguments)
     finally:
-        tiles.CPU_PROGRAMS = before
-    assert len(launches) == 2 + 2 * len(arguments[2])  # both passes and what lies between; each reference's two
+        tiles.CPU_PROGRAMS, tiles.FEW_KEYS = before
+    # Few keys: two. Else pass 1 and what lies between, and two of each reference.
+    assert len(launches) == (2 if few_keys else 2 + 2 * len(arguments[2]))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     truth = run(*arguments, backend="reference")
     tolerance = 5e-3 if arguments[0][0].dtype == torch.float16 else 5e-5
