@@ -91,29 +91,30 @@ def test_behind_somebody_elses_attention():
 def test_two_launches_of_single_owners(given, monkeypatch):
     """However many references, regions and masses; any order of programs gives the same bits."""
     monkeypatch.setattr(tiles, "CPU_PROGRAMS", 5)
-    q, k, v = qkv(130, 77, B=2)
-    mask, weights, found = torch.rand(130, 77) < 0.8, regions(2, 3, 120), []
-    row = accumulate(q, k, None, sums=zeros(SPANS), keys=SPANS, backend="reference", attn_mask=mask)[1].float()
+    q, k, v = qkv(70, 40, d=16)
+    spans = [slice(30, 40), slice(0, 33), slice(10, 20)]
+    mask, weights, found = torch.rand(70, 40) < 0.8, regions(1, 2, 63), []
+    row = accumulate(q, k, None, sums=zeros(spans), keys=spans, backend="reference", attn_mask=mask)[1].float()
     for order in (None, 7):
-        sums = zeros(SPANS, R=3, Q=120)
+        sums = zeros(spans, R=2, Q=63)
         with watched(order=order) as launches:
             if given:
                 beside.sweeps(
-                    q, k, row, scale=40**-0.5, mask=mask.expand(2, 2, 130, 77), regions=weights, queries=(5, 125),
-                    keys=[(s.start, s.stop) for s in SPANS], sums=sums,
+                    q, k, row, scale=0.25, mask=mask.expand(1, 2, 70, 40), regions=weights, queries=(5, 68),
+                    keys=[(s.start, s.stop) for s in spans], sums=sums,
                 )  # fmt: skip
             else:
-                selected = {"queries": slice(5, 125), "keys": SPANS, "attn_mask": mask, "regions": weights}
+                selected = {"queries": slice(5, 68), "keys": spans, "attn_mask": mask, "regions": weights}
                 accumulate(q, k, v, sums=sums, backend="triton", **selected)
         assert len(launches) == 2
         found.append([x for s in sums for x in s])
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
-def zeros(spans, R=0, Q=130):
-    """Return running sums of two images and heads."""
+def zeros(spans, R=0, Q=70):
+    """Return running sums of one image and two heads."""
     shapes = [[(Q,), (s.stop - s.start,), (Q,), (R, s.stop - s.start)] for s in spans]
-    return [fused.Sums(*(torch.zeros(2, 2, *n) if n[0] else None for n in each)) for each in shapes]
+    return [fused.Sums(*(torch.zeros(1, 2, *n) if n[0] else None for n in each)) for each in shapes]
 
 
 @pytest.mark.parametrize("kernel", [few_forward.few_forward_kernel, few_attribution.few_attribution_kernel])
