@@ -94,7 +94,9 @@ class PipelineFacts(NamedTuple):
     adapter: bool = False  # only through an adapter
     refused: str | None = None  # why no attention keys encode a reference
     keys: str | None = None  # weights of an attention module; models that have them do have such keys
-    described: Described = None  # where it is, if nobody says otherwise
+    described: Described | Callable[[Any], Described] = None  # where it is, or how a pipeline says; else somebody must
+    model: str | None = None  # attribute with the denoiser, where it is neither unet nor transformer
+    scheduler: str = "scheduler"  # attribute with that denoiser's
     told: Callable[[Any], Told] | None = None  # how the running call lays out guidance; None: as most pipelines do
     views: Callable[[dict[str, Any]], View] | None = None  # local variables of its call → where it looks; None: whole
 

@@ -17,6 +17,9 @@ from torch import nn
 from i2am.families import CHANNELS, RESIDUAL, START, Hooked, PipelineFacts, TextPart, TokenLayout
 from i2am.families.arguments import attribute
 from i2am.families.joint import JointTransformer, Positions, Segment, apart
+from i2am.families.keysets import key_sets
+from i2am.families.tokens import among
+from i2am.families.visualcloze import cloze, is_cloze
 from i2am.references import Reference
 from i2am.tracing.intercept import LayerContext, running_context
 
@@ -42,7 +45,8 @@ class Flux(JointTransformer):
             "to, with "
             "reference=i2am.Reference(grid=(27, 27), tokens=slice(-729, None))",
         ),
-        PipelineFacts("VisualCloze*", refused="i2am does not take apart pictures that share the rows of one grid"),
+        PipelineFacts("VisualCloze*", refused="it runs two pipelines: trace the first, its generation_pipe"),
+        PipelineFacts("VisualClozeGeneration*"),
     )
 
     def __init__(
@@ -54,12 +58,30 @@ class Flux(JointTransformer):
 
     def layout(self, given: dict[str, Any]) -> TokenLayout:
         text = given["encoder_hidden_states"].shape[1]
+        own = getattr(attribute(self.transformer, "config"), "out_channels", None) or given["hidden_states"].shape[-1]
+        if is_cloze(given["img_ids"], given["hidden_states"].shape[-1], own):
+            return self._cloze(given, text, own)
         generated, references = apart(self._positions.segments(given["img_ids"]))
         self._generated = generated
         asked = references or self.references or self.self_attention or self.key_sets.asked
         if not asked and self.has_adapters():
             return TokenLayout(generated.grid, ())
         return self.in_context(generated, references, text, slice(0, text), text + given["hidden_states"].shape[1])
+
+    def _cloze(self, given: dict[str, Any], text: int, own: int) -> TokenLayout:
+        """Return the layout of a grid of pictures, whose last channels say what is to be generated."""
+        if self.self_attention:
+            raise ValueError("pictures that share a grid are each other's keys: their self-attention is not traced")
+        masks = given["hidden_states"][..., 2 * own :].detach().cpu() > 0.5
+        generate = masks.any(-1)
+        if not masks.all(-1).equal(generate) or not bool((generate == generate[0]).all()):
+            raise ValueError("a part of a token, or another picture of each sample, is to be generated")
+        rows = [segment for _, segment in self._positions.segments(given["img_ids"])]
+        stop = text + rows[-1].stop
+        grid, queries, references = cloze(rows, generate[0])
+        parts = [among(slice(text, stop), r) for r in references] + [among(slice(0, text), r) for r in self.references]
+        sets = key_sets(self.key_sets, range(text), queries + text, grid)
+        return TokenLayout(grid, tuple(parts), queries + text, keys=stop, sets=sets)
 
     def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.carried is not None and (self.carried.references or self.carried.sets):

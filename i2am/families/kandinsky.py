@@ -1,6 +1,6 @@
-"""UNets with added keys (Kandinsky 2): one softmax over ``[context ‖ the layer's own tokens]``.
+"""UNets with added keys (Kandinsky 2, UnCLIP): one softmax over ``[context ‖ the layer's own tokens]``.
 
-Kandinsky 2.2's context is an image embedding as several tokens, 2.1's has the image's tokens before the text's. They
+Kandinsky 2.2's context is an image embedding as several tokens, 2.1's and UnCLIP's have them before the text's. They
 come from one pooled vector, so they have no grid.
 """
 
@@ -30,6 +30,14 @@ class AddedKeys(UNetFamily):
 
     pipelines = (
         PipelineFacts("KandinskyV22*", "image_embeds"),
+        PipelineFacts(
+            "UnCLIPImageVariation*",
+            model="decoder",
+            scheduler="decoder_scheduler",
+            described=lambda pipe: [
+                Reference(tokens=slice(0, int(pipe.text_proj.clip_extra_context_tokens)), name="image")
+            ],
+        ),
         *(PipelineFacts(f"Kandinsky{kind}*", "image_embeds") for kind in ("Pipeline", "Combined", "I")),
     )
 

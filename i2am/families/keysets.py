@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from i2am.families import Family, KeySets, Request
 from i2am.references import SELF, TEXT, Grid, KeySet
 
 
 def key_sets(
-    sets: KeySets, text: Sequence[int], own: slice | None = None, grid: Grid | None = None
+    sets: KeySets, text: Sequence[int], own: slice | Tensor | None = None, grid: Grid | None = None
 ) -> tuple[KeySet, ...]:
     """Return what is told apart among the keys of one attention.
 

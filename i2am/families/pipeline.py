@@ -38,9 +38,11 @@ def read_pipeline(pipe: Any, request: Request) -> TracedPipeline:
     unet = getattr(pipe, "unet", None) or getattr(pipe, "image_unet", None)
     if hasattr(pipe, "scheduler") and isinstance(transformer, nn.Module):
         return _read_transformer(pipe, transformer, request)
-    if hasattr(pipe, "scheduler") and isinstance(unet, nn.Module):
-        return _read_unet(pipe, unet, request)
     facts = facts_of(type(pipe))
+    if facts is not None and facts.model is not None:
+        unet = getattr(pipe, facts.model)
+    if hasattr(pipe, scheduler_of(type(pipe))) and isinstance(unet, nn.Module):
+        return _read_unet(pipe, unet, request)
     if facts is not None and facts.refused is not None:
         raise ValueError(no_reference_keys(type(pipe).__name__, facts.refused))
     raise ValueError(
@@ -49,14 +51,22 @@ def read_pipeline(pipe: Any, request: Request) -> TracedPipeline:
     )
 
 
+def scheduler_of(kind: type[Any]) -> str:
+    """Return the attribute of a pipeline that holds the scheduler of what is traced."""
+    facts = facts_of(kind)
+    return "scheduler" if facts is None else facts.scheduler
+
+
 def _read_unet(pipe: Any, unet: nn.Module, request: Request) -> TracedPipeline:
     facts = facts_of(type(pipe))
     if facts is not None and facts.described is not None and request.references is None:
-        request = request._replace(references=facts.described)
+        described = facts.described
+        request = request._replace(references=described(pipe) if callable(described) else described)
     encoder = getattr(pipe, "image_encoder", None)
     text = any(getattr(pipe, part, None) is not None for part in ("text_encoder", "text_encoder_2", "tokenizer"))
-    described = request.references or has_ip_adapter(unet) or added_key_attentions(unet)
-    if not (request.self_attention or described or request.sets) and (encoder is None or text):
+    known = facts is not None and facts.refused is None and not facts.adapter
+    has_keys = known or request.references or has_ip_adapter(unet) or added_key_attentions(unet)
+    if not (request.self_attention or has_keys or request.sets) and (encoder is None or text):
         raise ValueError(no_reference_keys(type(pipe).__name__, _why_not(pipe, unet)))
     request = request._replace(image_only=encoder is not None and not text, image_grid=patch_grid(encoder))
     family = read_model(unet, request, entry="patch_unet")

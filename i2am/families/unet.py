@@ -67,6 +67,12 @@ def _safe(pipe: Any) -> Told:
     return Told(1 + guided + safe, 1 if guided else 0, how="the pipeline's safety guidance")
 
 
+def _subject(pipe: Any) -> list[Reference]:
+    """Return BLIP-Diffusion's tokens of the subject, which stand among the prompt's."""
+    start, count = int(pipe.config.ctx_begin_pos), int(pipe.qformer.config.num_query_tokens)
+    return [Reference(tokens=slice(start, start + count), name="subject")]
+
+
 class UNetFamily(Family):
     """Base of all UNets: cross-attention modules, and grids read from the spatial transformers around them."""
 
@@ -121,6 +127,7 @@ class CrossAttention(UNetFamily):
         PipelineFacts("StableDiffusion*ControlNet*", refused=RESIDUAL),
         PipelineFacts("StableDiffusion*Adapter*", refused=RESIDUAL),
         PipelineFacts("StableUnCLIPImg2Img*", refused="the image enters as a class embedding"),
+        PipelineFacts("BlipDiffusion*", "reference_image", described=_subject),
         PipelineFacts("StableDiffusionSAG*", adapter=True, told=_self_attention_guidance),
         PipelineFacts("StableDiffusionPanorama*", adapter=True, views=_panorama),
         PipelineFacts("StableDiffusionPipelineSafe*", adapter=True, told=_safe),
@@ -196,6 +203,7 @@ def read_unet(unet: nn.Module, request: Request) -> Family:
     Raises:
         ValueError: no attention key encodes a reference, or it can't be told which do; says what to write.
     """
+    from i2am.families.gligen import Gligen, has_picture_boxes
     from i2am.families.ip_adapter import IPAdapter, has_ip_adapter
     from i2am.families.kandinsky import AddedKeys, added_key_attentions
     from i2am.families.selfattention import read_self_attention
@@ -212,6 +220,8 @@ def read_unet(unet: nn.Module, request: Request) -> Family:
         raise ValueError(f"rollout=True needs an adapter with a resampler, but this {name} has no IP-Adapter")
     if added_key_attentions(unet):
         return AddedKeys(unet, references)
+    if references is None and has_picture_boxes(unet):
+        return Gligen(unet)
     if not attentions(unet):
         raise ValueError(no_reference_keys(name, "it has no cross-attention that i2am can trace"))
     if references is None and not request.image_only and request.sets:
@@ -241,6 +251,7 @@ def attentions(unet: nn.Module, cross: bool = True) -> dict[str, nn.Module]:
         and getattr(m, "added_kv_proj_dim", None) is None
         and not name.startswith("encoder_hid_proj")
         and "motion_modules" not in name
+        and not name.endswith(".fuser.attn")  # GLIGEN's, of which gligen.py knows
     }
 
 

@@ -14,7 +14,7 @@ FRAMES = "i2am does not take apart the frames given from those generated: they a
 FIRST_AS_CHANNELS = "the first frame enters as channels beside the latents, so that every token mixes both"
 UPSAMPLES = "it enlarges latents without a denoiser"
 FEATURES = "the image embedding enters as a feature map beside the latents"
-PARTS = "i2am traces the pipeline that draws, and this one runs several: trace its parts"
+PARTS = "it runs two pipelines, of which the prior draws from pictures: trace its prior_pipe"
 
 REASONS = {
     START: (
@@ -69,24 +69,10 @@ REASONS = {
     "i2am does not read the tokens of its image encoder; the first frame enters as channels besides": (
         "MotifVideoImage2Video*",
     ),
-    "i2am does not read its context, which the model itself makes of text, first frame and image embedding": (
-        "I2VGenXL*",
-    ),
-    "i2am does not read gated self-attention, whose keys are the layer's own tokens and one for each box": (
-        "StableDiffusionGLIGENTextImage*",
-    ),
     "i2am does not read the attention of the face's tokens; the picture enters as channels besides": ("ConsisID*",),
     "i2am does not read layers that look at two contexts in turn": ("VersatileDiffusionDualGuided*",),
-    "i2am takes its query tokens among the words by description: "
-    "reference=i2am.Reference(tokens=slice(2, 18)), where they begin at the third word and are 16": ("BlipDiffusion*",),
-    "i2am traces its decoder alone: i2am.patch_unet(pipe.decoder, reference=i2am.Reference(tokens=slice(0, 4)))": (
-        "UnCLIPImageVariation*",
-    ),
-    "i2am does not trace the prior of Stable Cascade, whose keys hold the words, their pooled token and the image's": (
-        "StableCascadePrior*",
-    ),
-    PARTS: ("StableCascadeCombined*", "WuerstchenCombined*"),
-    FEATURES: ("StableCascadeDecoder*", "WuerstchenDecoder*"),
+    PARTS: ("StableCascadeCombined*",),
+    FEATURES: ("StableCascadeDecoder*", "WuerstchenCombined*", "WuerstchenDecoder*"),
     "it makes an image embedding and runs no attention of a denoiser of pictures": (
         "KandinskyPrior*",
         "KandinskyV22Prior*",

@@ -85,12 +85,13 @@ def trace(
         TypeError: an option that there is not.
         ValueError: the pipeline has no reference keys or is traced already; an argument does not fit. Nothing changed.
     """
-    from i2am.families.pipeline import read_pipeline
+    from i2am.families.pipeline import read_pipeline, scheduler_of
 
     settings = TraceSettings(time_groups=time_groups, layers=layers, **options)
     traced = read_pipeline(pipe, _request(reference, settings))
     kind = SchedulerClock if traced.views is None else ViewsClock
-    clock = kind(lambda: pipe.scheduler, evaluations=lambda: getattr(pipe, "_num_timesteps", None))
+    scheduler = scheduler_of(type(pipe))
+    clock = kind(lambda: getattr(pipe, scheduler), evaluations=lambda: getattr(pipe, "_num_timesteps", None))
     return Tracer(
         traced.model,
         traced.family,

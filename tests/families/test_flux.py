@@ -352,3 +352,76 @@ def test_chroma_ip_adapter():
     assert maps.references == ["ip_adapter"]
     chosen = generated(calls, (4, 6), nth=1, evaluations=range(0, 8, 2))
     check(maps, Truth(chosen, keys=slice(0, 4), groups=[0] * 4 + [1] * 4), 2, directions=("r2g",))
+
+
+# ------------------------------------------------------------------------------------------------------ VisualCloze
+
+
+def cloze_call(transformer, masks, heights=(4, 4)):
+    """Rows of three pictures of 4×2 tokens each; ``masks``: which are to be generated, row by row."""
+    own, text = 16, 5
+    width = {"latents": own, "masked": own, "mask": transformer.config.in_channels - 2 * own}
+    tokens, ids = [], []
+    for row, (each, height) in enumerate(zip(masks, heights, strict=True), start=1):
+        columns = torch.tensor(each).repeat_interleave(2)
+        tokens.append(columns.repeat(height).float())
+        ids.append(torch.cartesian_prod(torch.tensor([row]), torch.arange(height), torch.arange(len(columns))))
+    mask = torch.cat(tokens)[None, :, None]
+    content = torch.randn(1, mask.shape[1], 2 * own, generator=generator())
+    hidden = torch.cat([content, mask.expand(-1, -1, width["mask"])], dim=-1)
+
+    @torch.no_grad()
+    def go():
+        for t in (0.9, 0.7, 0.4, 0.1):
+            out = transformer(
+                hidden_states=hidden,
+                encoder_hidden_states=dit.text_tokens(text),
+                pooled_projections=torch.ones(1, 8),
+                timestep=torch.tensor([t]),
+                img_ids=torch.cat(ids).float(),
+                txt_ids=torch.zeros(text, 3),
+                guidance=torch.ones(1),
+            ).sample
+        return out
+
+    return go
+
+
+@support.family(
+    "VisualCloze",
+    "VisualClozeGenerationPipeline: its transformer, bare",
+    "the given pictures of each row, tokens in context, several references",
+)
+def test_visualcloze():
+    """An example of three pictures; below it a query of two, with the one to be generated between them."""
+    transformer = dit.flux_transformer(in_channels=16 * 2 + 64)
+    go = cloze_call(transformer, [(False, False, False), (False, True, False)])
+    calls = capture_calls(transformer, go, KINDS)
+    plain = go()
+    with i2am.patch_transformer(transformer, num_steps=4, time_groups=2, output="model") as tracer:
+        assert go().equal(plain)
+    maps = tracer.maps()
+    at = 5 + 24 + torch.arange(24).reshape(4, 6)
+    chosen = generated(calls, (4, 2), at[:, 2:4].flatten())
+    parts = {"row_0": (slice(5, 29), (4, 6)), "row_1": (at[:, [0, 1, 4, 5]].flatten(), (4, 4))}
+    check_parts(maps, parts, chosen, groups=[0, 0, 1, 1])
+    with i2am.patch_transformer(transformer, num_steps=4, time_groups=2, text=True, itself=True) as tracer:
+        go()
+    shares = tracer.maps().budget().shares
+    torch.testing.assert_close(shares.sum(-1), torch.ones_like(shares.sum(-1)))
+
+
+WRONG_GRIDS = {
+    "several rows": ([(True, False), (False, True)], "several rows"),
+    "nothing": ([(False, False), (False, False)], "no picture of the grid"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_GRIDS)
+def test_grids_that_do_not_fit_are_refused(case):
+    masks, said = WRONG_GRIDS[case]
+    transformer = dit.flux_transformer(in_channels=16 * 2 + 64)
+    with i2am.patch_transformer(transformer, num_steps=4), pytest.raises(ValueError, match=said):
+        cloze_call(transformer, masks)()
+    with i2am.patch_transformer(transformer, num_steps=4, mode="self"), pytest.raises(ValueError, match="each other"):
+        cloze_call(transformer, masks)()

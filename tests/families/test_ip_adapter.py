@@ -1,8 +1,10 @@
 """IP-Adapters on UNets, of every kind, against a materialised recomputation from the untraced run."""
 
 import pytest
+import torch
 
 import i2am
+from i2am.families import registry
 from tests import support_table as support
 from tests.helpers.families import GUIDED, PROMPT, check_levels, run_at
 from tests.helpers.tiny_models import unet as pipelines
@@ -129,3 +131,17 @@ def test_several_images_and_no_guidance():
             go()
         assert tracer.maps().batch == 3
         check_levels(tracer.maps(), truth, 2)
+
+
+def test_kolors_projects_its_text_besides():
+    """Its UNet projects the text where IP-Adapters project pictures: both are kept, and one is a reference."""
+    pipe = pipelines.sdxl("full")
+    unet = pipe.unet
+    assert registry.verdict_on(type("KolorsPipeline", (object,), {"__call__": lambda self: None})).adapter
+    unet.register_module("text_encoder_hid_proj", torch.nn.Linear(2 * pipelines.CONTEXT, 2 * pipelines.CONTEXT))
+    go = run_at(pipe, ip_adapter_image=pipelines.image(seed=3), **PROMPT)
+    calls = capture(unet, go)
+    with i2am.trace(pipe, time_groups=2) as tracer:
+        go()
+    truth = Truth(calls, nth=1, samples=GUIDED, groups=[0, 0, 1, 1], reference_grid=pipelines.PATCHES, skip=1)
+    check_levels(tracer.maps(), truth, 2)

@@ -1,12 +1,13 @@
-"""Kandinsky 2.1 and 2.2 against a materialised recomputation from the untraced run."""
+"""Kandinsky 2.1, 2.2 and UnCLIP against a materialised recomputation from the untraced run."""
 
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
 import i2am
 from tests import support_table as support
-from tests.helpers.families import run, traced
+from tests.helpers.families import GUIDED, generator, run, traced
 from tests.helpers.tiny_models import prompts
 from tests.helpers.tiny_models import unet as pipelines
 from tests.helpers.tokens import capture_calls, generated
@@ -92,3 +93,87 @@ def test_kandinsky_21_has_its_image_before_its_text():
     unet.config.encoder_hid_dim_type = "text_proj"
     with pytest.raises(ValueError, match=r"'text_proj': describe it with reference=i2am\.Reference"):
         i2am.patch_unet(unet)
+
+
+def unclip():
+    torch.manual_seed(0)
+    decoder = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=6,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=12,
+        attention_head_dim=16,
+        resnet_time_scale_shift="scale_shift",
+        class_embed_type="identity",
+        norm_num_groups=8,
+    ).eval()
+    enlarge = diffusers.UNet2DModel(
+        sample_size=16,
+        in_channels=6,
+        out_channels=3,
+        layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D",) * 2,
+        up_block_types=("ResnetUpsampleBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+    ).eval()
+    projection = UnCLIPTextProjModel(
+        clip_extra_context_tokens=3, clip_embeddings_dim=12, time_embed_dim=128, cross_attention_dim=12
+    ).eval()
+
+    def encode(self, prompt, device, num_images_per_prompt, do_classifier_free_guidance, **options):
+        mask = torch.tensor([[True, True, False, False, False], [True, True, True, False, False]])
+        return torch.randn(2, 12, generator=generator()), torch.randn(2, 5, 12, generator=generator()), mask
+
+    def picture(self, image, device, num_images_per_prompt, image_embeddings):
+        return image_embeddings
+
+    own = {"_encode_prompt": encode, "_encode_image": picture}
+    kind = type("UnCLIPImageVariationPipeline", (diffusers.UnCLIPImageVariationPipeline,), own)
+    scheduler = dict(variance_type="learned_range", prediction_type="epsilon", num_train_timesteps=1000)
+    nothing = dict.fromkeys(("text_encoder", "tokenizer", "feature_extractor", "image_encoder"))
+    return pipelines.quiet(
+        kind(
+            decoder=decoder,
+            text_proj=projection,
+            super_res_first=enlarge,
+            super_res_last=enlarge,
+            decoder_scheduler=diffusers.UnCLIPScheduler(**scheduler),
+            super_res_scheduler=diffusers.UnCLIPScheduler(variance_type="fixed_small_log"),
+            **nothing,
+        )
+    )
+
+
+@support.family(
+    "UnCLIP image variation", "UnCLIPImageVariationPipeline: its decoder", "before the text and the layer's own keys"
+)
+def test_unclip():
+    """The image's three tokens come before five of text, two or three of which are not masked; then the layer's own."""
+    pipe = unclip()
+
+    def go():
+        return pipe(
+            image_embeddings=torch.ones(1, 12),
+            decoder_num_inference_steps=4,
+            super_res_num_inference_steps=2,
+            decoder_guidance_scale=3.0,
+            generator=generator(),
+            output_type="np",
+        ).images
+
+    calls = capture_calls(pipe.decoder, go, ("Attention",))
+    assert {c.evaluation for c in calls} == set(range(4))
+    grids = {16: (4, 4), 64: (8, 8)}
+    plain = go()
+    with i2am.trace(pipe, time_groups=2, output="model") as tracer:
+        assert (go() == plain).all()
+    chosen = generated(calls, lambda c: grids[c.q.shape[2]])
+    truth = Truth(chosen, samples=GUIDED, keys=slice(0, 3), groups=[0, 0, 1, 1])
+    assert tracer.maps().references == ["image"]
+    check(tracer.maps(), truth, 2, directions=("r2g", "mass"))

@@ -1,5 +1,8 @@
 """UNets whose cross-attention carries the reference against a materialised recomputation from the untraced run."""
 
+from types import SimpleNamespace
+
+import diffusers
 import pytest
 import torch
 
@@ -100,3 +103,57 @@ def test_versatile_image_variation():
     with i2am.trace(pipe, time_groups=2) as tracer:
         go()
     check_levels(tracer.maps(), truth, 2)
+
+
+class Tokenizer:
+    def __call__(self, texts, **options):
+        return SimpleNamespace(input_ids=torch.zeros(len(texts), 9))
+
+
+class Encoder(torch.nn.Module):
+    text_model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=9))
+
+    def forward(self, input_ids, ctx_embeddings):
+        return (torch.randn(1, 9, pipelines.CONTEXT, generator=torch.Generator().manual_seed(3)),)
+
+
+def blip_diffusion():
+    """What its Q-Former and text encoder would say is given: four tokens of the subject behind three of words."""
+    kind = diffusers.BlipDiffusionPipeline
+
+    def init(self, vae, unet, scheduler):
+        super(kind, self).__init__()
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        self.tokenizer, self.text_encoder = Tokenizer(), Encoder()
+        self.qformer = SimpleNamespace(config=SimpleNamespace(num_query_tokens=4))
+        self.image_processor = SimpleNamespace(
+            preprocess=lambda image, **options: {"pixel_values": torch.zeros(1, 3, 8, 8)},
+            postprocess=lambda image, output_type: image.numpy(),
+        )
+        self.register_to_config(ctx_begin_pos=3, mean=None, std=None)
+
+    def embed(self, *arguments):
+        return torch.randn(1, 9, pipelines.CONTEXT, generator=torch.Generator().manual_seed(4))
+
+    own = dict(__init__=init, get_query_embeddings=embed, encode_prompt=embed, _execution_device=torch.device("cpu"))
+    own["maybe_free_model_hooks"] = lambda self: None
+    parts = dict(vae=pipelines.vae(), unet=pipelines.unet(), scheduler=pipelines.ddim())
+    return pipelines.quiet(type("BlipDiffusionPipeline", (kind,), own)(**parts))
+
+
+@support.family("BLIP-Diffusion", "BlipDiffusionPipeline", "the subject's tokens, among the words")
+def test_blip_diffusion():
+    pipe = blip_diffusion()
+
+    def go():
+        options = dict(height=16, width=12, num_inference_steps=4, generator=torch.Generator().manual_seed(7))
+        return pipe(["a cup"], None, ["cup"], ["cup"], **options).images
+
+    calls = capture(pipe.unet, go)
+    plain = go()
+    with i2am.trace(pipe, time_groups=2, output="model") as tracer:
+        assert (go() == plain).all()
+    maps = tracer.maps()
+    assert maps.references == ["subject"]
+    truth = Truth(calls, samples=GUIDED, keys=slice(3, 7), groups=[0, 0, 1, 1])
+    check_levels(maps, truth, 2, directions=("r2g", "mass"))

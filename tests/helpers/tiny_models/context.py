@@ -120,11 +120,13 @@ def qwen21(sizes=((32, 64), (32, 32)), *, causal: bool = True):
         return torch.randn(1, 4, 1, height, width, generator=seed)
 
     kind = stand_in(QwenImage21Pipeline, __init__=init, encode_prompt=encode_prompt, _encode_vae_image=encode_image)
-    parts = dict(vae=None, text_encoder=_Device(), processor=None)
+    parts = dict(vae=None, text_encoder=Device(), processor=None)
     return quiet(kind(scheduler=flow(), transformer=transformer, **parts))
 
 
-class _Device(torch.nn.Module):
+class Device(torch.nn.Module):
+    """What a pipeline asks of a text encoder whose embeddings are given."""
+
     dtype, device = torch.float32, torch.device("cpu")
 
 
@@ -267,7 +269,7 @@ def glm_image():
     ).eval()
     vae = flux_vae()
     vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
-    parts = dict(tokenizer=None, processor=None, text_encoder=_Device(), vision_language_encoder=None)
+    parts = dict(tokenizer=None, processor=None, text_encoder=Device(), vision_language_encoder=None)
 
     def encode_prompt(self, prompt, do_classifier_free_guidance=True, **options):
         negative = text_tokens(2, seed=8) if do_classifier_free_guidance else None

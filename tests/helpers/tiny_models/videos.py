@@ -170,3 +170,18 @@ def cosmos():
 
 def vace():
     return build("WanVACETransformer3DModel", **WAN, vace_layers=[0, 1], vace_in_channels=12)
+
+
+def i2vgen():
+    return build(
+        "I2VGenXLUNet",
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=dit.TEXT,
+        attention_head_dim=8,
+    )
