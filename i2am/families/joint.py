@@ -31,10 +31,16 @@ class Segment(NamedTuple):
 
     start: int
     grid: Grid
+    order: tuple[int, ...] | None = None  # of the tokens by rows, counted from ``start``; None: as they come
 
     @property
     def stop(self) -> int:
         return self.start + self.grid[0] * self.grid[1]
+
+    def tokens(self, offset: int) -> slice | list[int]:
+        """Return its tokens, row by row, in an attention where image tokens begin at ``offset``."""
+        first = offset + self.start
+        return slice(first, offset + self.stop) if self.order is None else [first + i for i in self.order]
 
 
 class JointTransformer(Family):
@@ -121,7 +127,7 @@ class JointTransformer(Family):
             itself = Reference(generated.grid, queries, name=SELF)
             return TokenLayout(generated.grid, (itself,), queries, keys=keys, parts=shards)
         parts = [
-            Reference(grid=s.grid, tokens=slice(offset + s.start, offset + s.stop), name=name)
+            Reference(grid=s.grid, tokens=s.tokens(offset), name=name)
             for s, name in zip(references, reference_names(len(references)), strict=True)
         ]
         parts += [among(text, r) for r in self.references]
@@ -139,8 +145,18 @@ def _positions(reference: Reference, length: int) -> list[int]:
 
 
 def apart(pictures: Sequence[tuple[float, Segment]]) -> tuple[Segment, list[Segment]]:
-    """Return the generated picture, whose number is the smallest, and the references in the order of their tokens."""
+    """Return the generated picture, whose number is the smallest, and the references in the order of their tokens.
+
+    Raises:
+        ValueError: several pictures have that number, or one that is not row by row.
+    """
     first = min(range(len(pictures)), key=lambda i: pictures[i][0])
+    number = pictures[first][0]
+    if pictures[first][1].order is not None or sum(n == number for n, _ in pictures) > 1:
+        raise ValueError(
+            f"picture {number:g} of the position ids, the generated one, does not go through its grid row by row: "
+            "references need numbers other than its own, on the first axis"
+        )
     segments = [segment for _, segment in pictures]
     return segments.pop(first), segments
 
@@ -169,16 +185,51 @@ def _segments(ids: Tensor) -> list[tuple[float, Segment]]:
     which, counts = ids[:, 0].unique_consecutive(return_counts=True)
     found, start = [], 0
     for picture, count in zip(which.tolist(), counts.tolist(), strict=True):
-        rows, columns = ids[start : start + count, 1:3].double().T  # bfloat16 can't count the tokens of a picture
-        grid = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
-        if grid[0] * grid[1] != count:
-            raise ValueError(f"picture {picture:g} of the position ids has {count} tokens, which do not fill {grid}")
-        order = (rows - rows.min()) * grid[1] + (columns - columns.min())
-        if not order.equal(torch.arange(count).to(order)):
-            raise ValueError(
-                f"picture {picture:g} of the position ids has {count} tokens, which do not go through {grid} row by "
-                "row: several pictures need a number of their own each, on the first axis"
-            )
-        found.append((picture, Segment(start, grid)))
+        rows, columns = (
+            axis.long() for axis in ids[start : start + count, 1:3].double().T
+        )  # bfloat16 can't count them
+        found += [(picture, segment) for segment in _pictures(picture, rows, columns, start)]
         start += count
+    return found
+
+
+def _pictures(number: float, rows: Tensor, columns: Tensor, start: int) -> list[Segment]:
+    """Return the pictures among tokens of one number: one that they fill together, stitched of any parts; or the parts.
+
+    Raises:
+        ValueError: the tokens neither fill a grid nor fall into parts that do.
+    """
+    rows, columns = rows - rows.min(), columns - columns.min()
+    grid = int(rows.max()) + 1, int(columns.max()) + 1
+    place = rows * grid[1] + columns
+    if len(place) == grid[0] * grid[1] == len(place.unique()):
+        order = place.argsort().tolist()  # parts beside each other come one after the other, as those below do
+        return [Segment(start, grid, None if order == list(range(len(order))) else tuple(order))]
+    if len(place.unique()) == len(place):
+        parts = _parts(rows.tolist(), columns.tolist())
+        if all(h > 1 and w > 1 for _, (h, w) in parts):
+            return [Segment(start + first, part) for first, part in parts]
+    raise ValueError(
+        f"picture {number:g} of the position ids has {len(place)} tokens, which neither fill {grid} nor fall into "
+        "pictures that go row by row: several need a number each, on the first axis, or places of their own"
+    )
+
+
+def _parts(rows: list[int], columns: list[int]) -> list[tuple[int, Grid]]:
+    """Return (first token, grid) of the rectangles that tokens go through one after the other, row by row."""
+    lines: list[list[int]] = []  # first token, row, column, width
+    for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        if lines and (row, column) == (lines[-1][1], lines[-1][2] + lines[-1][3]):
+            lines[-1][3] += 1
+        else:
+            lines.append([i, row, column, 1])
+    found: list[tuple[int, Grid]] = []
+    before: list[int] = []
+    for first, row, column, width in lines:
+        if found and before == [row - 1, column, width]:
+            start, (height, _) = found[-1]
+            found[-1] = start, (height + 1, width)
+        else:
+            found.append((first, (1, width)))
+        before = [row, column, width]
     return found

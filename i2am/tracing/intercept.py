@@ -4,7 +4,7 @@ While a traced model's forward runs, and nowhere else, the functions that comput
 ask the running thread's context whether its layer waits for a reference-carrying call. Every other call, of any thread,
 goes through untouched. The last context to close puts the originals back. Replaced are
 ``F.scaled_dot_product_attention``, the entries of diffusers' backend registry (``dispatch_attention_fn``),
-``xformers.ops.memory_efficient_attention`` and ``flash_attn.flash_attn_func``, as far as they have been imported.
+``xformers.ops.memory_efficient_attention`` and flash-attn's functions, as far as they have been imported.
 """
 
 from __future__ import annotations
@@ -251,11 +251,10 @@ def _places() -> Iterator[tuple[dict[Any, Any], Any, Callable[[Attention], Atten
         from i2am.tracing.parallel import through_context_parallel
 
         yield vars(dispatch), "_templated_context_parallel_attention", through_context_parallel
-    flash = sys.modules.get("flash_attn")
-    if flash is not None and hasattr(flash, "flash_attn_func"):
-        from i2am.tracing.flash import through_flash
+    if "flash_attn" in sys.modules or "flash_attn_interface" in sys.modules:
+        from i2am.tracing.flash import flash_places
 
-        yield vars(flash), "flash_attn_func", through_flash
+        yield from flash_places()
     xformers = sys.modules.get("xformers.ops")
     if xformers is not None and hasattr(xformers, "memory_efficient_attention"):
         yield vars(xformers), "memory_efficient_attention", _through_xformers

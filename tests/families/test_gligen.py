@@ -1,11 +1,12 @@
 """GLIGEN: pictures in boxes, one token each among the keys of gated self-attention."""
 
+import diffusers
 import pytest
 import torch
 
 import i2am
 from tests import support_table as support
-from tests.helpers.families import GUIDED
+from tests.helpers.families import GUIDED, run
 from tests.helpers.tiny_models import unet as pipelines
 from tests.helpers.tiny_models import videos
 from tests.helpers.tokens import capture_calls, generated
@@ -51,11 +52,14 @@ def loop(unet, each):
     return go
 
 
-@support.family(
+ROW = (
     "GLIGEN with pictures",
-    "StableDiffusionGLIGENTextImagePipeline: its UNet, bare",
+    "StableDiffusionGLIGENTextImagePipeline",
     "one token a box, in gated self-attention, several references",
 )
+
+
+@support.family(*ROW)
 def test_gligen():
     unet = model()
     go = loop(unet, [[0, 2]] * 4)
@@ -80,6 +84,44 @@ def test_gligen():
             assert (got.double() - want).abs().max() <= 2e-5 * want.abs().max()
         truth.maps = {layer: truth.maps[layer] for layer in maps.layers if "mid_block" not in layer}
         support.check(maps, truth, 2, reference=name, directions=("r2g", "mass"))
+
+
+@support.family(*ROW)
+def test_gligen_pipeline():
+    """Two calls a step: one with its pictures in their boxes, and one on empty boxes, which does not count."""
+
+    def feature(self, input, normalize_constant, device, is_image=False):
+        return torch.ones(1, pipelines.CONTEXT) * (2.0 if is_image else 1.0)
+
+    kind = diffusers.StableDiffusionGLIGENTextImagePipeline
+    parts = {"vae": pipelines.vae(), "text_encoder": pipelines.text(), "tokenizer": pipelines.tokenizer()}
+    parts |= dict.fromkeys(("processor", "image_encoder", "image_project", "safety_checker", "feature_extractor"))
+    pipe = pipelines.quiet(
+        type(kind.__name__, (kind,), {"get_clip_feature": feature})(
+            **parts, unet=model(), scheduler=pipelines.ddim(), requires_safety_checker=False
+        )
+    )
+    inputs = dict(
+        prompt="a b",
+        gligen_phrases=["a", "b"],
+        gligen_images=[pipelines.image(), pipelines.image(seed=2)],
+        gligen_boxes=[[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]],
+    )
+    go = run(pipe, **inputs, width=32, height=32)
+    calls = [c for c in capture_calls(pipe.unet, go, ("fuser.attn",)) if c.evaluation % 2 == 0]
+    grids = {own: (side, side) for side in (2, 4, 8, 16) for own in [side * side]}
+    plain = go()
+    with i2am.trace(pipe, time_groups=2, output="model") as tracer:
+        assert (go() == plain).all()
+    maps = tracer.maps()
+    assert maps.references == ["reference_0", "reference_1"]
+    finest = [c for c in calls if c.q.shape[2] == max(c.q.shape[2] for c in calls)]
+    own = finest[0].q.shape[2] - 60
+    chosen = generated(finest, grids[own], slice(0, own))
+    for box, name in enumerate(maps.references):
+        keys = slice(box - 30, box - 29)
+        truth = Truth(chosen, samples=GUIDED, keys=keys, groups=[0, 0, 0, 0, 1, 1, 1, 1])
+        support.check(maps, truth, 2, reference=name, directions=("r2g", "mass"), layers=truth.layers)
 
 
 def test_empty_boxes_do_not_count():

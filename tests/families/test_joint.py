@@ -74,36 +74,75 @@ def test_bare_transformer(clock, fresh):
     assert go().equal(want)
 
 
-def test_pictures_that_share_a_number_are_refused():
-    """Side by side, two of them fill a grid, but not row by row."""
+def picture(number, height, width, top=0, left=0):
+    """Position ids of a picture, row by row."""
+    return torch.cartesian_prod(torch.tensor([number]), torch.arange(height) + top, torch.arange(width) + left)
+
+
+def once(transformer, *pictures):
+    """One call on pictures of 2×3 tokens and what is given."""
+    ids = torch.cat([picture(0, 2, 3), *pictures])
+    hidden = torch.randn(1, len(ids), 16, generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def go():
+        transformer(
+            hidden_states=hidden,
+            encoder_hidden_states=dit.text_tokens(3),
+            pooled_projections=torch.zeros(1, 8),
+            timestep=torch.tensor([0.5]),
+            guidance=torch.ones(1),
+            img_ids=ids.bfloat16(),
+            txt_ids=torch.zeros(3, 3),
+        )
+
+    return go
+
+
+BESIDE = [9, 10, 13, 14, 11, 12, 15, 16]  # two pictures of 2×2 side by side, row by row: tokens 9…12 and 13…16
+FIRST, SQUARE = (slice(9, 13), (2, 2)), picture(1, 2, 2)
+STITCHED = {
+    "below": ((SQUARE, picture(1, 2, 2, top=2)), [(slice(9, 17), (4, 2))]),
+    "beside": ((SQUARE, picture(1, 2, 2, left=2)), [(BESIDE, (2, 4))]),
+    "numbers": ((SQUARE, picture(2, 2, 2)), [FIRST, (slice(13, 17), (2, 2))]),
+    "below, wider": ((SQUARE, picture(1, 2, 3, top=2)), [FIRST, (slice(13, 19), (2, 3))]),
+    "beside, taller": ((SQUARE, picture(1, 3, 2, left=2)), [FIRST, (slice(13, 19), (3, 2))]),
+}
+
+
+@pytest.mark.parametrize("case", STITCHED)
+def test_stitched_references(case):
+    """Pictures of one number make one reference where they fill a grid, below or beside each other; else their own."""
+    pictures, parts = STITCHED[case]
+    transformer = dit.flux_transformer(num_layers=1, num_single_layers=1)
+    go = once(transformer, *pictures)
+    calls = capture_calls(transformer, go, KINDS)
+    with i2am.patch_transformer(transformer, num_steps=1, time_groups=1) as tracer:
+        go()
+    maps = tracer.maps()
+    assert len(maps.references) == len(parts)
+    for name, (keys, grid) in zip(maps.references, parts, strict=True):
+        chosen = generated(calls, (2, 3), slice(3, 9))
+        check(maps, Truth(chosen, keys=keys, groups=[0], reference_grid=grid), 1, reference=name)
+
+
+UNCLEAR = {
+    "in part": (
+        (picture(1, 2, 2), picture(1, 2, 2, left=2)[:3]),
+        r"picture 1 .* 7 tokens, which neither fill \(2, 4\)",
+    ),
+    "over each other": ((picture(1, 2, 2), picture(1, 2, 2, left=1)), "places of their own"),
+    "the generated one's": ((picture(0, 2, 2, left=3),), "picture 0 .* the generated one, does not go"),
+    "the generated one's, apart": ((picture(0, 3, 2, left=3),), "picture 0 .* the generated one, does not go"),
+}
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_pictures_that_share_a_number_without_a_grid_are_refused(case):
+    pictures, said = UNCLEAR[case]
     transformer = dit.flux_transformer(num_layers=1, num_single_layers=0)
-    generated, left = (torch.cartesian_prod(*map(torch.arange, n)) for n in ((1, 2, 3), (1, 2, 2)))
-    left[:, 0] = 1
-    right = left + torch.tensor([0, 0, 2])
-
-    def go(*references):
-        ids = torch.cat([generated, *references])
-        with torch.no_grad():
-            transformer(
-                hidden_states=torch.randn(1, len(ids), 16),
-                encoder_hidden_states=dit.text_tokens(3),
-                pooled_projections=torch.zeros(1, 8),
-                timestep=torch.tensor([0.5]),
-                guidance=torch.ones(1),
-                img_ids=ids.bfloat16(),
-                txt_ids=torch.zeros(3, 3),
-            )
-
-    with i2am.patch_transformer(transformer, num_steps=1) as tracer:
-        with pytest.raises(ValueError, match=r"picture 1 .* 8 tokens, which do not go through \(2, 4\) row by row"):
-            go(left, right)
-        with pytest.raises(ValueError, match=r"picture 1 .* 7 tokens, which do not fill \(2, 4\)"):
-            go(left, right[:3])
-        go(left, right + torch.tensor([1, 0, 0]))
-    assert [tuple(tracer.maps().ulam("g2r", reference=name).shape) for name in tracer.maps().references] == [
-        (1, 2, 2),
-        (1, 2, 2),
-    ]
+    with i2am.patch_transformer(transformer, num_steps=1), pytest.raises(ValueError, match=said):
+        once(transformer, *pictures)()
 
 
 def test_a_reference_before_the_generated_picture():

@@ -135,8 +135,8 @@ def test_another_call_that_fits_is_refused():
     torch.testing.assert_close(torch.stack(maps), torch.stack(wanted), rtol=1e-4, atol=1e-6)
 
 
-def test_flash_attention_is_intercepted_by_its_module(monkeypatch):
-    """A stand-in of the package: the same function, ``[B, N, H, d]``."""
+def flash_package(monkeypatch, name="flash_attn"):
+    """A stand-in of the package: functions on ``[B, N, H, d]`` and on packed ``[ΣN, H, d]``; what they were given."""
     seen = []
 
     def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
@@ -144,19 +144,127 @@ def test_flash_attention_is_intercepted_by_its_module(monkeypatch):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale).transpose(1, 2)
 
-    package = types.ModuleType("flash_attn")
-    package.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    model = fused.FusedTransformer(fused.flash)
-    with i2am.patch_modules(twin := fused.FusedTransformer(), **DESCRIBED) as wanted:
-        loop(twin)()
-    plain = loop(model)()
-    with i2am.patch_modules(model, **DESCRIBED) as tracer:
-        assert loop(model)().equal(plain)
-    assert len(seen) == 2 * 4 * 3
-    assert package.flash_attn_func is flash_attn_func
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+    ):
+        parts = [x.split(ends.diff().tolist()) for x, ends in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))]
+        return torch.cat(
+            [flash_attn_func(*(x[None] for x in one), 0.0, softmax_scale)[0] for one in zip(*parts, strict=True)]
+        )
+
+    def flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=None, causal=False):
+        return flash_attn_func(*qkv.unbind(2), softmax_scale=softmax_scale)
+
+    package = types.ModuleType(name)
+    for function in (flash_attn_func, flash_attn_varlen_func, flash_attn_qkvpacked_func):
+        setattr(package, function.__name__, function)
+    monkeypatch.setitem(sys.modules, name, package)
+    return package, seen
+
+
+def maps_of(model, texts=(TEXT,), **changed):
+    """Maps of a loop, after seeing that its output is the model's own."""
+    plain = loop(model, texts)()
+    with i2am.patch_modules(model, **DESCRIBED | changed) as tracer:
+        assert loop(model, texts)().equal(plain)
+    return tracer.maps()
+
+
+def assert_same(one, other):
     for direction in ("r2g", "g2r", "mass"):
-        torch.testing.assert_close(tracer.maps().ulam(direction), wanted.maps().ulam(direction))
+        torch.testing.assert_close(one.ulam(direction), other.ulam(direction))
+
+
+def test_flash_attention_is_intercepted(monkeypatch):
+    """By its module, and by the name that a ``from flash_attn import flash_attn_func`` has bound."""
+    package, seen = flash_package(monkeypatch)
+    wanted = maps_of(fused.FusedTransformer())
+    assert_same(maps_of(fused.FusedTransformer(fused.flash)), wanted)
+    assert len(seen) == 2 * 4 * 3
+    importer = types.ModuleType("importer")
+    importer.flash_attn_func = own = package.flash_attn_func  # from flash_attn import flash_attn_func
+    monkeypatch.setitem(sys.modules, "importer", importer)
+
+    def imported(q, k, v):
+        return importer.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    assert_same(maps_of(fused.FusedTransformer(imported)), wanted)
+    assert importer.flash_attn_func is package.flash_attn_func is own
+
+
+def packed(q, k, v, lengths=None):
+    """Attention by ``flash_attn_varlen_func``; ``lengths``: of each sample, from the first token."""
+    batch, longest = q.shape[0], q.shape[2]
+    lengths = lengths or [longest] * batch
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    q, k, v = (torch.cat([x[i, :, :n].transpose(0, 1) for i, n in enumerate(lengths)]) for x in (q, k, v))
+    out = sys.modules["flash_attn"].flash_attn_varlen_func(q, k, v, ends, ends, max(lengths), max(lengths))
+    rows = torch.nn.utils.rnn.pad_sequence(list(out.split(lengths)), batch_first=True)
+    return F.pad(rows, (0, 0, 0, 0, 0, longest - rows.shape[1])).transpose(1, 2)
+
+
+def test_packed_flash_attention_is_intercepted(monkeypatch):
+    flash_package(monkeypatch)
+    assert_same(maps_of(fused.FusedTransformer(packed)), maps_of(fused.FusedTransformer()))
+
+
+class Packed(torch.nn.Module):
+    """A model of one block on samples of two lengths; what is behind a sample's end is no key of it."""
+
+    class Block(torch.nn.Module):
+        lengths = (40, 30)
+
+        def forward(self, x):
+            x = x[:, None]
+            return packed(x, x, x, list(self.lengths))[:, 0]
+
+    def __init__(self):
+        super().__init__()
+        self.block = self.Block()
+
+    def forward(self, x, timestep):
+        return self.block(x)
+
+
+def test_samples_of_several_lengths(monkeypatch):
+    """The longer one's maps are those of it alone; the shorter one's tokens are not where they are described."""
+    flash_package(monkeypatch)
+    model, x = Packed(), torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(2))
+    described = dict(layers="block", queries=slice(-32, -8), grid=GEN, num_steps=1, time_groups=1)
+    described["reference"] = i2am.Reference(grid=REF, tokens=slice(-8, None))
+    plain = model(x, 0.5)
+    with i2am.patch_modules(model, guidance=0, **described) as tracer:
+        assert model(x, 0.5).equal(plain)
+    s = (x[:1] @ x[:1].mT / 4).double()
+    wanted = {"r2g": s[0, 8:32, 32:].softmax(0).mean(-1), "g2r": s[0, 8:32].softmax(-1)[:, 32:].mean(0)}
+    for direction, want in wanted.items():
+        got = tracer.maps().ulam(direction)[0].double().flatten()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+    with i2am.patch_modules(model, guidance=1, **described), pytest.raises(ValueError, match="is not the longest"):
+        model(x, 0.5)
+
+
+def test_other_functions_of_flash_attention_are_refused(monkeypatch):
+    flash_package(monkeypatch)
+    flash_package(monkeypatch, "flash_attn_interface")
+
+    def qkv(q, k, v):
+        stacked = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)
+        return sys.modules["flash_attn"].flash_attn_qkvpacked_func(stacked).transpose(1, 2)
+
+    def third(q, k, v):
+        home = sys.modules["flash_attn_interface"]
+        return home.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    def window(q, k, v):
+        home = sys.modules["flash_attn"]
+        return home.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), window_size=(4, 4)).transpose(1, 2)
+
+    for function, said in ((qkv, "qkvpacked_func, which"), (third, "flash_attn_func, which"), (window, "window_size")):
+        model = fused.FusedTransformer(function)
+        with i2am.patch_modules(model, **DESCRIBED), pytest.raises(ValueError, match=said):
+            loop(model)()
+        loop(model)()
 
 
 def test_einsums_of_fused_projections_are_blind():
