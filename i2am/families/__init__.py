@@ -56,14 +56,15 @@ class TokenLayout(NamedTuple):
 class KeySets(NamedTuple):
     """Key sets that are told apart beside the references."""
 
-    words: Mapping[str, Sequence[int]] = {}  # name → tokens, counted from the first text token
+    words: Mapping[str, Sequence[int]] = {}  # name → tokens, counted from the first text token, or back from the last
     text: bool = False
     itself: bool = False
+    found: bool = False  # the words were found in the prompt: a call on another one (negative) may lack their places
 
     @property
     def asked(self) -> tuple[str, ...]:
         """Names of the options that ask for something."""
-        return tuple(name for name, value in zip(self._fields, self, strict=True) if value)
+        return tuple(name for name in ("words", "text", "itself") if getattr(self, name))
 
 
 class TextPart(NamedTuple):
@@ -73,6 +74,8 @@ class TextPart(NamedTuple):
     prompts: tuple[str, ...] = ("prompt",)  # arguments of its call; the first one that is given is read
     length: str | None = None  # argument that says how many tokens; None: tokenizer.model_max_length
     same: tuple[str, ...] = ()  # arguments that must hold the same prompt: their tokens share channels with these
+    chat: Callable[[Any], tuple[str, str]] | None = None  # what a pipeline puts before and behind the prompt
+    from_end: bool = False  # pictures among what stands before it make more tokens: words are counted from the last one
 
 
 class View(NamedTuple):

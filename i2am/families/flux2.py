@@ -12,13 +12,36 @@ from typing import Any
 
 from torch import nn
 
-from i2am.families import PipelineFacts, TokenLayout
+from i2am.families import PipelineFacts, TextPart, TokenLayout
 from i2am.families.joint import JointTransformer, Positions, Segment, apart
 from i2am.references import Reference
+
+PROMPT = "\N{SNOWMAN}i2am\N{SNOWMAN}"  # stands for the prompt where a chat template is looked at
+
+
+def _chat(pipe: Any) -> tuple[str, str]:
+    """Return what Klein's chat template puts before and behind the prompt.
+
+    Raises:
+        ValueError: the tokenizer is a processor's (FLUX.2 [dev]), which pads on the left and adds tokens of its own.
+    """
+    if getattr(pipe.tokenizer, "tokenizer", None) is not None:
+        raise ValueError(
+            f"i2am does not find words among the tokens of a {type(pipe.tokenizer).__name__}: say which text tokens "
+            "they are, counted from the first one, words={…: [4, 5]}"
+        )
+    messages = [{"role": "user", "content": PROMPT}]
+    whole = pipe.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    before, _, behind = whole.partition(PROMPT)
+    return before, behind
 
 
 class Flux2(JointTransformer):
     """``Flux2Transformer2DModel``."""
+
+    texts = (TextPart("tokenizer", length="max_sequence_length", chat=_chat),)
 
     attentions = ("Flux2Attention", "Flux2ParallelSelfAttention")
     shards = True

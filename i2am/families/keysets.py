@@ -25,10 +25,13 @@ def key_sets(
     """
     found: list[KeySet] = []
     owner: dict[int, str] = {}
-    for word, tokens in sets.words.items():
+    for word, places in sets.words.items():
+        tokens = [i + len(text) if i < 0 else i for i in places]
+        if sets.found and any(i < 0 for i in tokens):
+            continue  # of a shorter prompt, which does not count
         wrong = [i for i in tokens if not 0 <= i < len(text)]
         if wrong or not tokens:
-            raise ValueError(f"word {word!r}: text tokens {list(tokens)} are not among 0…{len(text) - 1}")
+            raise ValueError(f"word {word!r}: text tokens {list(places)} are not among 0…{len(text) - 1}")
         shared = next((owner[i] for i in tokens if i in owner), None)
         if shared is not None:
             raise ValueError(f"words {shared!r} and {word!r} share tokens of the prompt: trace them apart")

@@ -5,16 +5,25 @@ The text tokens hold Qwen-VL's own view of the reference beside the words; they 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from i2am.families import RESIDUAL, START, PipelineFacts, TokenLayout
+from i2am.families import RESIDUAL, START, PipelineFacts, TextPart, TokenLayout
 from i2am.families.joint import JointTransformer, Segment
+
+
+def _template(pipe: Any) -> tuple[str, str]:
+    """Return what the pipeline's template has before and behind the prompt."""
+    before, _, behind = pipe.prompt_template_encode.partition("{}")
+    return before, behind
 
 
 class QwenImage(JointTransformer):
     """``QwenImageTransformer2DModel``."""
 
     models = ("QwenImageTransformer2DModel",)
+    texts: ClassVar[tuple[TextPart, ...]] = (
+        TextPart("tokenizer", length="max_sequence_length", chat=_template, from_end=True),
+    )
     attentions = ("Attention",)
     shards = True
     pipelines = (

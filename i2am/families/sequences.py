@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from i2am.families import Family, ForwardInputs, TokenLayout
@@ -124,7 +125,8 @@ class Sequences(Family):
 
     def _guess_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | float]:
         given = named_arguments(self.model, args, kwargs)
-        latents = next((given[n] for n in LATENTS if isinstance(given.get(n), Tensor) and given[n].ndim >= 3), None)
+        found = (_stacked(given.get(name)) for name in LATENTS)
+        latents = next((x for x in found if x is not None and x.ndim >= 3), None)
         timestep = next((given[n] for n in TIMESTEPS if isinstance(given.get(n), (Tensor, int, float))), None)
         if latents is None or timestep is None:
             raise ValueError(
@@ -133,3 +135,12 @@ class Sequences(Family):
                 "inputs=lambda args, kwargs: (latents, timestep)"
             )
         return latents, timestep
+
+
+def _stacked(given: Any) -> Tensor | None:
+    """Return latents that are a tensor, or a list of tensors of one shape, as a batch; None: something else."""
+    if isinstance(given, Tensor):
+        return given
+    if not isinstance(given, (list, tuple)) or not given or not all(isinstance(x, Tensor) for x in given):
+        return None
+    return torch.stack(list(given)) if len({x.shape for x in given}) == 1 else None

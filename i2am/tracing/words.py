@@ -36,7 +36,7 @@ class AskedSets:
         found = words if isinstance(words, Mapping) else {}
         if self._words is not None and frame is not None:
             found = self._words.find(dict(frame.f_locals))
-        return KeySets(found, settings.text, settings.itself)
+        return KeySets(found, settings.text, settings.itself, self._words is not None)
 
 
 class PromptWords:
@@ -79,10 +79,20 @@ class PromptWords:
         start = 0
         for part, (prompts, length) in zip(self._texts, asked, strict=True):
             tokenizer = getattr(self._pipe, part.tokenizer)
+            around = ("", "") if part.chat is None else part.chat(self._pipe)
+            if part.from_end:
+                self._check_ends(prompts, around, tokenizer, length)
             convert = getattr(self._pipe, "maybe_convert_prompt", None)  # textual inversion: several tokens a concept
             for word, tokens in found.items():
                 places = [
-                    word_tokens(word, prompt if convert is None else convert(prompt, tokenizer), tokenizer, length)
+                    word_tokens(
+                        word,
+                        prompt if convert is None else convert(prompt, tokenizer),
+                        tokenizer,
+                        length,
+                        around=around,
+                        from_end=part.from_end,
+                    )
                     for prompt in prompts
                 ]
                 if any(place != places[0] for place in places):
@@ -92,6 +102,20 @@ class PromptWords:
                 tokens += [start + i for i in places[0]]
             start += length
         return found
+
+    def _check_ends(self, prompts: Sequence[str], around: tuple[str, str], tokenizer: Any, length: int) -> None:
+        """Refuse prompts whose last token may not be the last of the text. Raises ValueError."""
+        counts = {len(tokenizer(around[0] + prompt + around[1]).input_ids) for prompt in prompts}
+        if len(counts) > 1:
+            raise ValueError(
+                "the prompts of this batch are of different lengths, and words are counted from their ends: trace one "
+                "prompt at a time"
+            )
+        if max(counts) > length and getattr(self._pipe, "processor", None) is None:  # those with pictures are not cut
+            raise ValueError(
+                f"the prompt makes {max(counts)} tokens, of which {length} are read, and words are counted from its "
+                "end: shorten it"
+            )
 
     def _prompts(self, part: TextPart, variables: Mapping[str, Any]) -> list[str]:
         """Return the prompts that a tokenizer reads."""
@@ -119,7 +143,15 @@ def _length(pipe: Any, part: TextPart, variables: Mapping[str, Any]) -> int:
     return int(variables[part.length])
 
 
-def word_tokens(word: str, prompt: str, tokenizer: Any, length: int) -> list[int]:
+def word_tokens(
+    word: str,
+    prompt: str,
+    tokenizer: Any,
+    length: int,
+    *,
+    around: tuple[str, str] = ("", ""),
+    from_end: bool = False,
+) -> list[int]:
     """Return the tokens of every occurrence of a word in a prompt.
 
     Args:
@@ -127,6 +159,8 @@ def word_tokens(word: str, prompt: str, tokenizer: Any, length: int) -> list[int
         prompt: the text.
         tokenizer: of transformers, fast or slow.
         length: of the token sequence, to which the prompt is cut.
+        around: what a chat template puts before and behind it, where words are not looked for.
+        from_end: count back from the last token, which is -1, and cut nothing.
 
     Raises:
         ValueError: it is not there (the message lists the prompt's words), or beyond ``length``.
@@ -136,8 +170,12 @@ def word_tokens(word: str, prompt: str, tokenizer: Any, length: int) -> list[int
     if not places:
         words = list(dict.fromkeys(re.findall(r"\w+(?:['’-]\w+)*", prompt)))
         raise ValueError(f"{word!r} is no word of the prompt; its words: {', '.join(words) or 'none'}")
-    spans = _spans(prompt, tokenizer, places)
-    kept = _count(tokenizer, prompt, length)
+    whole, shift = around[0] + prompt + around[1], len(around[0])
+    spans = _spans(whole, tokenizer, [(start + shift, end + shift) for start, end in places])
+    if from_end:
+        count = len(tokenizer(whole).input_ids)
+        return sorted({i - count for span in spans for i in span})
+    kept = _count(tokenizer, whole, length)
     found = [i for span in spans for i in span if i < kept]
     if not found:
         raise ValueError(

@@ -244,6 +244,42 @@ def test_samples_of_several_lengths(monkeypatch):
         model(x, 0.5)
 
 
+class Listed(torch.nn.Module):
+    """Latents as a list of videos ``[C, F, H, W]``, as Wan's own code takes them."""
+
+    class Block(torch.nn.Module):
+        def forward(self, x, context):
+            return F.scaled_dot_product_attention(x[:, None], context[:, None], context[:, None])[:, 0]
+
+    def __init__(self):
+        super().__init__()
+        self.block = self.Block()
+
+    def forward(self, x, t, context):
+        return self.block(torch.stack([video.flatten(1).T for video in x]), context)
+
+
+def test_latents_in_a_list():
+    model, x = Listed(), torch.randn(8, 1, 4, 6, generator=torch.Generator().manual_seed(3))
+    context = torch.randn(1, 9, 8, generator=torch.Generator().manual_seed(4))
+    reference = i2am.Reference(grid=(4, 2), skip=1)
+    with i2am.patch_modules(
+        model, layers="block", queries=slice(None), reference=reference, grid=GEN, num_steps=1, time_groups=1
+    ) as tracer:
+        model([x], 0.5, context)
+    s = (x.flatten(1).T @ context[0].T / 8**0.5).double()
+    got = tracer.maps()
+    torch.testing.assert_close(got.ulam("r2g").double().flatten(), s.softmax(0).mean(-1), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(got.ulam("g2r").double().flatten(), s.softmax(-1).mean(0)[1:], rtol=1e-4, atol=1e-7)
+    with (
+        i2am.patch_modules(
+            model, layers="block", queries=slice(None), reference=reference, grid=GEN, num_steps=1
+        ) as tracer,
+        pytest.raises(ValueError, match="no latents"),
+    ):
+        model([x, x[:, :, :2]], 0.5, context)
+
+
 def test_other_functions_of_flash_attention_are_refused(monkeypatch):
     flash_package(monkeypatch)
     flash_package(monkeypatch, "flash_attn_interface")

@@ -1,14 +1,18 @@
 """Words, text and the picture itself beside references: where each acted, how much, and the budget of attention."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import i2am
+from i2am.families import flux2, qwen
 from i2am.maps.budget import OTHER_WORDS, REST
-from i2am.tracing.words import word_tokens
+from i2am.tracing.words import PromptWords, word_tokens
 from tests.helpers.tiny_models import dit, prompts
 from tests.helpers.tiny_models import unet as pipelines
 from tests.helpers.tokens import capture_calls, generated
@@ -314,3 +318,145 @@ def test_where_words_are_not_known():
         i2am.trace(prompts.wan(), words={"a": [0]})
     with pytest.raises(TypeError, match="patch_modules"):
         i2am.patch_modules(pipelines.unet(), reference=i2am.Reference(), words=["a"])
+
+
+# ------------------------------------------------------------------------------------------------------ chat templates
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(folder, length=64):
+    """Byte-level pieces as Qwen's, where a space belongs to the word behind it; saved, and loaded as people load it."""
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "re", "red", "Ġred", "le", "eve", "sleeve", "Ġsleeve", "Ġs"]
+    merges = [("r", "e"), ("re", "d"), ("Ġ", "red"), ("l", "e"), ("e", "ve"), ("Ġ", "s")]
+    pieces += ["ve"]
+    merges.insert(4, ("v", "e"))
+    inner = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|endoftext|>"]
+    inner.add_special_tokens(special)
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT
+    ).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, model_max_length=length)
+
+
+def tokens_of(tokenizer, text, places):
+    """The text that tokens stand for."""
+    ids = tokenizer(text).input_ids
+    return "".join(tokenizer.decode([ids[i]]) for i in places)
+
+
+def test_words_behind_pictures(tmp_path):
+    """Counted from the end: what a picture before the prompt becomes does not matter."""
+    tokenizer = chat_tokenizer(tmp_path)
+    around = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>", "<|im_end|>\n<|im_start|>assistant\n"
+    prompt = "a red sleeve on a Red user"
+    for word, seen in (("red", " redRed"), ("sleeve", " sleeve"), ("user", " user"), ("red sleeve", " red sleeve")):
+        places = word_tokens(word, prompt, tokenizer, 64, around=around, from_end=True)
+        for pictures in (1, 7):
+            text = around[0].replace("<|image_pad|>", "<|image_pad|>" * pictures) + prompt + around[1]
+            assert tokens_of(tokenizer, text, places) == seen
+    with pytest.raises(ValueError, match="'assistant' is no word of the prompt"):
+        word_tokens("assistant", prompt, tokenizer, 64, around=around)
+
+
+def qwen_edit(tmp_path, several=False):
+    """Its language model is given: for each token of the text, with four of the picture, one vector."""
+    pipe = dit.qwen(*([dit.QwenImageEditPlusPipeline] if several else []))
+    pipe.tokenizer = chat_tokenizer(tmp_path)
+
+    def embed(self, prompt=None, image=None, device=None, dtype=None):
+        count = len(image) if isinstance(image, list) else 1
+        given = [f"Picture {i + 1}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(count)] * several
+        text = self.prompt_template_encode.format("".join(given) + prompt[0])
+        text = text.replace("<|image_pad|>", "<|image_pad|>" * 4)
+        seen.append(text)
+        count = len(self.tokenizer(text).input_ids)
+        return dit.text_tokens(count, seed=len(prompt[0]))[:, 3:], torch.ones(1, count - 3, dtype=torch.long)
+
+    seen = []
+    pipe.prompt_template_encode_start_idx = 3
+    kind = type(
+        type(pipe).__name__, (type(pipe),), {"_get_qwen_prompt_embeds": embed, "__module__": type(pipe).__module__}
+    )
+    pipe.__class__ = kind
+    pipe.text_encoder, pipe.image_processor.check = None, None
+    return pipe, seen
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["edit", "plus"])
+def test_words_of_qwen_image_edit(tmp_path, monkeypatch, several):
+    """Several places and sub-words, beside references, under guidance with a shorter negative prompt."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
+
+    monkeypatch.setattr(edit, "calculate_dimensions", lambda area, ratio: (32, 32, None))
+    monkeypatch.setattr(plus, "calculate_dimensions", lambda area, ratio: (32, 32))
+    pipe, seen = qwen_edit(tmp_path, several)
+    prompt = "a red sleeve on a Red cat"
+
+    def go():
+        image = pipelines.image((32, 32))
+        pipe(
+            image=[image, image] if several else image,
+            prompt=prompt,
+            negative_prompt="no",
+            true_cfg_scale=3.0,
+            width=24,
+            height=16,
+            num_inference_steps=2,
+            generator=seeded(),
+            output_type="latent",
+        )
+
+    calls = [c for c in capture_calls(pipe.transformer, go, ("Attention",)) if c.evaluation % 2 == 0]
+    with i2am.trace(pipe, time_groups=2, words=["red", "sleeve"], output="model") as tracer:
+        go()
+    maps = tracer.maps()
+    assert maps.words == ["red", "sleeve"]
+    text, dropped = next(t for t in seen if prompt in t), 3
+    pieces = [pipe.tokenizer.decode([i]) for i in pipe.tokenizer(text).input_ids]
+    own = len(pieces) - dropped
+    start = text.index(prompt)
+    for word in ("red", "sleeve"):
+        spans = [m.span() for m in re.finditer(word, prompt, re.IGNORECASE)]
+        wanted, at = [], 0
+        for i, piece in enumerate(pieces):
+            if any(at < start + b and at + len(piece) > start + a for a, b in spans):
+                wanted.append(i - dropped)
+            at += len(piece)
+        truth = Truth(generated(calls, (4, 6), slice(own, own + 24)), groups=[0, 0, 1, 1], keys=wanted)
+        for direction in ("r2g", "mass"):
+            assert_peak(maps.tlam(direction, reference=word), truth.tlam(direction, 2))
+
+
+def test_words_of_klein(tmp_path):
+    """Behind a chat template, in front of padding."""
+    pipe = dit.flux2_klein()
+    pipe.tokenizer = tokenizer = chat_tokenizer(tmp_path)
+    before, behind = flux2._chat(pipe)
+    assert (before, behind) == ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+    found = PromptWords(["red", "cat"], pipe, flux2.Flux2.texts).find({"prompt": PROMPT, "max_sequence_length": 64})
+    assert (
+        tokens_of(tokenizer, before + PROMPT + behind, found["red"]) == " redRed"
+    )  # the space before "Red" is a piece of its own
+    assert tokens_of(tokenizer, before + PROMPT + behind, found["cat"]) == " cat"
+    pipe.tokenizer = SimpleNamespace(tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="does not find words among the tokens of a SimpleNamespace"):
+        PromptWords(["red"], pipe, flux2.Flux2.texts).find({"prompt": PROMPT, "max_sequence_length": 64})
+
+
+def test_prompts_whose_ends_are_not_known_are_refused(tmp_path):
+    pipe = dit.qwen(dit.QwenImagePipeline)
+    pipe.tokenizer = chat_tokenizer(tmp_path)
+    words = PromptWords(["red"], pipe, qwen.QwenImage.texts)
+    with pytest.raises(ValueError, match="of different lengths, and words are counted from their ends"):
+        words.find({"prompt": ["a red cat", "a red cat on red"], "max_sequence_length": 512})
+    with pytest.raises(ValueError, match=r"of which 20 are read, and words are counted from its end"):
+        words.find({"prompt": "a red cat", "max_sequence_length": 20})
