@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import i2am
-from i2am.families import flux2, qwen
+from i2am.families import KeySets, flux2, qwen
+from i2am.families.keysets import key_sets
 from i2am.maps.budget import OTHER_WORDS, REST
 from i2am.tracing.words import PromptWords, word_tokens
 from tests.helpers.tiny_models import dit, prompts
@@ -357,7 +358,7 @@ def test_words_behind_pictures(tmp_path):
     tokenizer = chat_tokenizer(tmp_path)
     around = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>", "<|im_end|>\n<|im_start|>assistant\n"
     prompt = "a red sleeve on a Red user"
-    for word, seen in (("red", " redRed"), ("sleeve", " sleeve"), ("user", " user"), ("red sleeve", " red sleeve")):
+    for word, seen in (("red", " redRed"), ("sleeve", " sleeve"), ("user", "user"), ("red sleeve", " red sleeve")):
         places = word_tokens(word, prompt, tokenizer, 64, around=around, from_end=True)
         for pictures in (1, 7):
             text = around[0].replace("<|image_pad|>", "<|image_pad|>" * pictures) + prompt + around[1]
@@ -443,10 +444,9 @@ def test_words_of_klein(tmp_path):
     before, behind = flux2._chat(pipe)
     assert (before, behind) == ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
     found = PromptWords(["red", "cat"], pipe, flux2.Flux2.texts).find({"prompt": PROMPT, "max_sequence_length": 64})
-    assert (
-        tokens_of(tokenizer, before + PROMPT + behind, found["red"]) == " redRed"
-    )  # the space before "Red" is a piece of its own
-    assert tokens_of(tokenizer, before + PROMPT + behind, found["cat"]) == " cat"
+    text = before + PROMPT + behind
+    assert tokens_of(tokenizer, text, found["red"]) == " redRed"  # the space before "Red" is a piece of its own
+    assert tokens_of(tokenizer, text, found["cat"]) == "cat"
     pipe.tokenizer = SimpleNamespace(tokenizer=tokenizer)
     with pytest.raises(ValueError, match="does not find words among the tokens of a SimpleNamespace"):
         PromptWords(["red"], pipe, flux2.Flux2.texts).find({"prompt": PROMPT, "max_sequence_length": 64})
@@ -460,3 +460,12 @@ def test_prompts_whose_ends_are_not_known_are_refused(tmp_path):
         words.find({"prompt": ["a red cat", "a red cat on red"], "max_sequence_length": 512})
     with pytest.raises(ValueError, match=r"of which 20 are read, and words are counted from its end"):
         words.find({"prompt": "a red cat", "max_sequence_length": 20})
+
+
+def test_a_shorter_negative_prompt_lacks_the_words():
+    """Its call does not count; of numbers that a caller gives, none may be missing."""
+    words = {"red": [-9, -8], "cat": [-2]}
+    assert [s.name for s in key_sets(KeySets(words, found=True), range(5))] == ["cat"]
+    assert [s.tokens for s in key_sets(KeySets(words, found=True), range(10, 20))] == [[11, 12], [18]]
+    with pytest.raises(ValueError, match=r"'red': text tokens \[-9, -8\] are not among 0…4"):
+        key_sets(KeySets(words), range(5))
