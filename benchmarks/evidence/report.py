@@ -151,8 +151,8 @@ For every cell of the picture that lies on the object: distance of SRAM's strong
 place (*mean*), from the true source, in pixels of the reference (64 px; superres 16 px); medians per task. PCK: share
 of cells whose best patch is within an eighth of the reference's side.
 
-In the first part of their training the models were told where cells of the object should look (superres a little to
-the end). So these tables do not show that attention finds its sources untaught; they show that SRAM reads where a
+In the first part of their training `exemplar` and `tryon` were told where cells of the object should look; `superres`
+never was. So their tables do not show that attention finds its sources untaught; they show that SRAM reads where a
 model looks, that it keeps looking there, and which layers do.
 """
 
