@@ -143,7 +143,7 @@ def read_run(path: Path) -> Run:
     try:
         settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
         command = settings["command"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no folder of `i2am evaluate` or `i2am trace`: {error}") from error
     run = Run(path, settings)
     if command == "evaluate":

@@ -171,12 +171,14 @@ class Journals:
                 return
             if name not in self.headers:  # of other settings
                 return
+            if not isinstance(found["id"], str):
+                return
             stamps = known_stamps(found.get("pictures", {}))
             entry = Entry(name, offset, found.get("status") == "ok", found["digest"], found["finished"], stamps)
             if entry.replaces(self.entries.get(found["id"])):
                 self.entries[found["id"]] = entry
-        except (ValueError, KeyError, TypeError, AttributeError, struct.error):  # a disk that lost power
-            return
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error):
+            return  # a disk that lost power
         self.seen += 1
 
 
@@ -187,9 +189,10 @@ def _line(value: dict[str, Any]) -> bytes:
 
 def _id(line: bytes) -> str | None:
     try:
-        return json.loads(line).get("id")
-    except (ValueError, AttributeError):
+        found = json.loads(line)["id"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    return found if isinstance(found, str) else None
 
 
 def _shown(header: dict[str, Any]) -> dict[str, Any]:

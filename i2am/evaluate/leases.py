@@ -96,11 +96,10 @@ class Lease:
     def holds(self, claim: Path) -> bool:
         """Return whether a claim's owner is alive; one that has just gone counts, as its sample is done."""
         try:
-            text = claim.read_text(encoding="utf-8")
-            owner = Owner(**json.loads(text))
+            owner = _owner(claim.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return True
-        except (ValueError, TypeError):  # being written, on a file system without links
+        except ValueError:  # being written, on a file system without links
             return self._age(claim) < BEAT
         return self.alive(owner)
 
@@ -154,9 +153,29 @@ def owners(folder: Path) -> list[Owner]:
     """Return everyone who has a lease in a folder, dead or alive."""
     found = []
     for path in sorted(folder.glob("*.lease")):
-        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # gone meanwhile, or being written
-            found.append(Owner(**json.loads(path.read_text(encoding="utf-8"))))
+        with contextlib.suppress(FileNotFoundError, ValueError):  # gone meanwhile, or being written
+            owner = _owner(path.read_text(encoding="utf-8"))
+            if owner.name == path.name:
+                found.append(owner)
     return found
+
+
+def _owner(text: str) -> Owner:
+    """Read what a lease says; its name is a file's of the same folder.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        owner = Owner(**json.loads(text))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"not a lease: {error}") from error
+    kinds = (str, str, int, int, str)
+    if not all(type(value) is kind for value, kind in zip(owner, kinds, strict=True)):
+        raise ValueError("not a lease: a field of another type")
+    if Path(owner.name).name != owner.name:
+        raise ValueError("not a lease: a name of another folder")
+    return owner
 
 
 def _write_new(path: Path, text: str) -> None:

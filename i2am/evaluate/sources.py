@@ -174,7 +174,7 @@ def _cell(path: Path, group: int, place: int, column: str) -> Embedded:
 def _read_cell(group: int, place: int, column: str, path: Path) -> bytes:
     value = _column(path, path.stat().st_mtime_ns, group, column)[place].as_py()
     if isinstance(value, dict):
-        value = value["bytes"] if value["bytes"] is not None else (path.parent / value["path"]).read_bytes()
+        value = _bytes_of(value, path.parent)
     if value is None:
         raise OSError(f"{path}: {column} of row {place + 1} of group {group + 1} is empty")
     return bytes(value)
@@ -195,20 +195,29 @@ def _dataset_rows(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path}: a folder of datasets needs the package: pip install datasets") from None
     try:
         found = datasets.load_from_disk(str(path))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as a dataset: {error}") from error
-    pictures = [name for name, kind in found.features.items() if isinstance(kind, datasets.Image)]
-    texts = found.remove_columns(pictures)
-    for place in range(len(found)):
-        cells = {n: Embedded(path, f"{n} {place}", functools.partial(_read_example, n, place)) for n in pictures}
-        yield f"example {place + 1}", (texts[place] if texts.column_names else {}) | cells
+        pictures = [name for name, kind in found.features.items() if isinstance(kind, datasets.Image)]
+        texts = found.remove_columns(pictures)
+        for place in range(len(found)):
+            cells = {n: Embedded(path, f"{n} {place}", functools.partial(_read_example, n, place)) for n in pictures}
+            yield f"example {place + 1}", (texts[place] if texts.column_names else {}) | cells
+    except Exception as error:  # of a damaged one the package raises whatever it stumbles on
+        raise ValueError(f"{path} cannot be read as a dataset: {type(error).__name__}: {error}") from error
 
 
 def _read_example(column: str, place: int, path: Path) -> bytes:
     value = _dataset(path, column)[place][column]
-    if value is None:
+    contents = None if value is None else _bytes_of(value, Path())
+    if contents is None:
         raise OSError(f"{path}: {column} of example {place + 1} is empty")
-    return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+    return contents
+
+
+def _bytes_of(value: dict[str, Any], folder: Path) -> bytes | None:
+    """Return a picture as ``datasets`` has it, its bytes or else its file's; None where it has neither."""
+    if value["bytes"] is not None:
+        return bytes(value["bytes"])
+    path = value.get("path")
+    return (folder / path).read_bytes() if isinstance(path, str) and path else None
 
 
 @functools.lru_cache(maxsize=8)

@@ -23,12 +23,23 @@ def keep_levels(maps: AttributionMaps, path: Path) -> None:
 
 
 def read_levels(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Read ``({"r2g.tlam": [T, h, w], …} float32, names of the layers)``."""
-    from safetensors import safe_open
+    """Read ``({"r2g.tlam": [T, h, w], …} float32, names of the layers)``.
 
-    with safe_open(path, framework="pt") as file:
-        found = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return found, json.loads(file.metadata()["layers"])
+    Raises:
+        ValueError: the file is damaged, or another one.
+        FileNotFoundError: there is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            layers = json.loads((file.metadata() or {})["layers"])
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or no file of an evaluation's levels: {error}") from error
+    if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+        raise ValueError(f"{path} is damaged: its layers are {layers!r:.80}")
+    return found, layers
 
 
 def small_levels(maps: AttributionMaps) -> dict[str, Tensor]:

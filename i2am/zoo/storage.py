@@ -42,9 +42,12 @@ def read(file: Path) -> tuple[ZooPipeline, dict[str, object]]:
             weights = {name: contents.get_tensor(name).float() for name in contents.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
-    facts = json.loads(metadata["facts"])
-    pipe = build(metadata["name"], mixing=facts["mixing"], detail=facts.get("detail"), fine=facts.get("fine", False))
-    for part in ("unet", "image_encoder"):
-        of_part = {n.removeprefix(f"{part}."): x for n, x in weights.items() if n.startswith(f"{part}.")}
-        getattr(pipe, part).load_state_dict(of_part)
+    try:
+        name, facts = metadata["name"], json.loads(metadata["facts"])
+        pipe = build(name, mixing=facts["mixing"], detail=facts.get("detail"), fine=facts.get("fine", False))
+        for part in ("unet", "image_encoder"):
+            of_part = {n.removeprefix(f"{part}."): x for n, x in weights.items() if n.startswith(f"{part}.")}
+            getattr(pipe, part).load_state_dict(of_part)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # RecursionError is one, too
+        raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
     return pipe, facts
