@@ -18,8 +18,7 @@ from torch import Tensor
 
 from i2am.maps.entries import QKEntry
 from i2am.maps.names import Axis, Direction
-from i2am.maps.placed import per_tile
-from i2am.maps.sram import RegionOnGrid, heads_at_once, region_rows
+from i2am.maps.sram import RegionOnGrid, heads_at_once, rows_of_calls
 from i2am.ops.results import Sums
 from i2am.references import Grid, Kind
 
@@ -187,24 +186,8 @@ class RecordedRegions:
         for t, group in enumerate(times):
             mine = [e for e in self.entries if (e.layer, e.reference, e.group) == (s.layer, s.reference, group)]
             counts[t] = len(mine)
-            sums[t] = self._rows(mine, s.grid, weights, heads, sums[t])
+            sums[t] = rows_of_calls(mine, s.grid, weights, heads, sums[t], reverse=self.reverse)
         return sums.flatten(1, 2), counts
-
-    def _rows(self, entries: Sequence[QKEntry], grid: Grid, weights: Tensor, heads: list[int], total: Tensor) -> Tensor:
-        """Return the sum of the calls' rows ``[B, R, heads, N]``; of tiles, as many times their mean on the picture."""
-        tiles = [entry.tile for entry in entries if entry.tile is not None]
-        if not tiles:
-            for entry in entries:
-                total += region_rows(entry, weights, heads, reverse=self.reverse).cpu()
-            return total
-        if not self.reverse:
-            for entry, own in zip(entries, per_tile(weights, tiles, grid), strict=True):
-                total += region_rows(entry, own, heads).cpu()
-            return total * len(tiles)
-        for entry, tile in zip(entries, tiles, strict=True):
-            total += tile.onto(region_rows(entry, weights, heads, reverse=True).cpu(), grid)
-        cover = torch.stack([tile.cover(grid) for tile in tiles]).sum(0)
-        return torch.where(cover > 0, total / cover.clamp_min(torch.finfo(cover.dtype).tiny), 0.0) * len(tiles)
 
     def heads_at_once(self, s: LayerSums) -> int:
         return heads_at_once(self.count, s.r2g.shape[1], max(s.r2g.shape[-1], s.g2r.shape[-1]))

@@ -314,7 +314,11 @@ def _read_entry(
         names.refuse(f"refers to tensor {missing!r}, which {paths[where].name} does not have")
     shapes = {name: stored[where][n] for name, n in tensor_names.items()}
     tile = _read_tile(tiles[0], s) if tiles else None
-    _check_entry(names, shapes, s, s.r2g.shape[-1] if tile is None else tile.grid[0] * tile.grid[1])
+    queries, keys = s.r2g.shape[-1], s.g2r.shape[-1]
+    if tile is not None:
+        queries, window = tile.grid[0] * tile.grid[1], keys == queries and shapes["k"].shape[2:3] != (keys,)
+        keys = queries if window else keys  # the tile has a reference of its own
+    _check_entry(names, shapes, s, queries, keys)
     entry_of = QKEntry(s.layer, s.reference, group.value, scale.number(), tile=tile)
     return replace(entry_of, file=paths[where], tensor_names=tensor_names)
 
@@ -328,9 +332,9 @@ def _read_tile(field: Field, s: LayerSums) -> Tile:
     return tile
 
 
-def _check_entry(names: Field, found: dict[str, Stored], s: LayerSums, Q: int) -> None:
+def _check_entry(names: Field, found: dict[str, Stored], s: LayerSums, Q: int, K: int) -> None:
     """Refuse recorded tensors whose shapes are not those of their layer's sums, or of a tile of Q tokens."""
-    (B, H), K, d = s.r2g.shape[1:3], s.g2r.shape[-1], found["q"].shape[-1] if found["q"].shape else 0
+    (B, H), d = s.r2g.shape[1:3], found["q"].shape[-1] if found["q"].shape else 0
     expected = {"q": (B, H, Q, d), "k": (B, H, K, d), "row_lse": (B, H, Q), "col_lse": (B, H, K)}
     for name, shape in expected.items():
         if found[name].shape != shape or not d:

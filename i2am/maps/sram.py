@@ -16,6 +16,7 @@ from torch import Tensor
 
 from i2am._images import is_pil, read_mask, read_point
 from i2am.maps.entries import QKEntry
+from i2am.maps.placed import per_tile
 from i2am.references import Grid
 
 if TYPE_CHECKING:
@@ -159,6 +160,41 @@ def region_rows(entry: QKEntry, weights: Tensor, heads: list[int], *, reverse: b
         s -= lse[:, :, tokens, None].masked_fill(lse[:, :, tokens, None].isneginf(), math.inf)
         total += weights[:, None, :, tokens] @ s.exp_()
     return total.transpose(1, 2)
+
+
+def rows_of_calls(
+    entries: Sequence[QKEntry], grid: Grid, weights: Tensor, heads: list[int], total: Tensor, *, reverse: bool = False
+) -> Tensor:
+    """Add the pooled rows of a layer's calls; of tiles, as many times their mean on the whole picture.
+
+    Args:
+        entries: the calls of one time group.
+        grid: of the whole picture.
+        weights, heads, reverse: as in :func:`region_rows`, over the whole picture or reference.
+        total: ``[B, R, heads, N]`` to add to.
+
+    Raises:
+        ValueError: no tile covers a region, or each tile has a reference of its own and ``reverse`` asks for one.
+    """
+    tiles = [entry.tile for entry in entries if entry.tile is not None]
+    if not tiles:
+        for entry in entries:
+            total += region_rows(entry, weights, heads, reverse=reverse).cpu()
+        return total
+    if not reverse:
+        for entry, tile, own in zip(entries, tiles, per_tile(weights, tiles, grid), strict=True):
+            rows = region_rows(entry, own, heads).cpu()
+            total += rows if rows.shape[-1] == total.shape[-1] else tile.onto(rows, grid)  # of a tile's own reference
+        return total * len(tiles)
+    for entry, tile in zip(entries, tiles, strict=True):
+        if entry.read()["k"].shape[2] != weights.shape[-1]:
+            raise ValueError(
+                "each tile has a reference of its own, so that a piece of the whole was looked at by some tiles alone: "
+                "ask where a patch of the picture looked, sram(…)"
+            )
+        total += tile.onto(region_rows(entry, weights, heads, reverse=True).cpu(), grid)
+    cover = torch.stack([tile.cover(grid) for tile in tiles]).sum(0)
+    return torch.where(cover > 0, total / cover.clamp_min(torch.finfo(cover.dtype).tiny), 0.0) * len(tiles)
 
 
 def _masked(s: Tensor, mask: Tensor, tokens: Tensor, heads: list[int]) -> Tensor:

@@ -33,6 +33,7 @@ class Clock:
     """Tells the time of one evaluation of the model."""
 
     knows_steps = False  # before the first evaluation, how many there will be
+    cut_short = False  # the run before this one had not ended when its scheduler was set anew
 
     def read(self, timestep: float, time_groups: int) -> StepInfo:
         """Return where the model call that is about to run at ``timestep`` stands. Raises ValueError if unknown."""
@@ -145,6 +146,7 @@ class SchedulerClock(Clock):
         )
         self.scheduler = self._source()
         self._evaluations = evaluations
+        self._count, self._expected, self._start = 0, 0, None
         self._read: tuple[Any, list[float]] | None = None  # the schedule that was read last, and its numbers
         self.restart()
 
@@ -155,7 +157,9 @@ class SchedulerClock(Clock):
         _unwatch(self.scheduler, self)
 
     def restart(self) -> None:
+        self.cut_short = self._start is not None and self._count < self._expected
         self._count = 0
+        self._expected = 0  # evaluations
         self._start: int | None = None
         self._counted: int | None = None  # at the last evaluation
         self._latents: tuple[int, ...] | None = None
@@ -182,6 +186,7 @@ class SchedulerClock(Clock):
         if start is None:
             self._starts = self._find_starts(timestep)
             start = self._start = self._starts[0]
+            self._expected = len(timesteps) - start
         self._check(timestep)
         evaluations = self._evaluations() or len(timesteps) - start
         step, steps = self._user_step(len(timesteps), evaluations)

@@ -24,7 +24,7 @@ from i2am.tracing.qk import QKRecord, mask_between
 from i2am.tracing.regions import RegisteredRegions
 from i2am.tracing.shards import Share
 from i2am.tracing.sums import Place, SumStore
-from i2am.tracing.tiles import cell_of, placed_at
+from i2am.tracing.tiles import OwnReferences, cell_of, placed_at
 
 PADDING = -1e4  # an additive mask this low means "no such key"
 
@@ -76,6 +76,7 @@ class Observer:
         self.note = note
         self._finite = True
         self._waiting: list[tuple[str, Place, _Seen, list[Sums]]] = []  # calls on tiles, until all are known
+        self.own_references = OwnReferences(note)
         self.sums = sums
         self.record = record
         self.regions = regions
@@ -138,6 +139,9 @@ class Observer:
         count = len(layout.references)
         seen = _Seen(layout, q, k, mask, call.scale, context.conditional, share)
         regions, totals = self.regions.weights(layout.grid), [track.at(group) for track in tracks]
+        if context.tile is not None:
+            when = context.info.group, context.info.step, context.info.taken
+            self.own_references.see(context.tile, when, layer.name, layout, k)
         if context.tile is not None and self.regions.names:
             regions = self.regions.on_tile(layer.name, context.tile, layout.grid)
             if regions is None:  # not all tiles are known

@@ -2,25 +2,34 @@
 
 A tile's own maps are laid on the grid of the whole picture. Where tiles overlap, their mean stands, as tiled samplers
 average their predictions; so it is with the rows of a region (SRAM). In G2R every call of the model weighs the same.
+
+Where each tile has a reference of its own (its keys differ from tile to tile) on the tile's very grid, as
+super-resolution has the small image's window, that one is laid on the picture, too. On any other grid there is no one
+reference to draw on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from i2am.families import TokenLayout
 from i2am.maps.aggregate import LayerSums
 from i2am.maps.placed import Tile
+from i2am.ops.tokens import TokenSet
 from i2am.references import Grid
 from i2am.tracing.sums import Place
 
 
 def on_canvas(
-    tracks: dict[tuple[str, str, Place], LayerSums], tiles: dict[Place, Grid], canvas: Grid
+    tracks: dict[tuple[str, str, Place], LayerSums],
+    tiles: dict[Place, Grid],
+    canvas: Grid,
+    windows: Collection[tuple[str, str]] = (),
 ) -> list[LayerSums]:
     """Return one track per layer and reference, on the grid of the whole picture.
 
@@ -28,14 +37,15 @@ def on_canvas(
         tracks: by (layer, reference, place of the tile).
         tiles: place ``(top, left)`` → size of the tile's latents.
         canvas: size of the picture's latents.
+        windows: (layer, reference) of which each tile has a reference of its own.
     """
     together: dict[tuple[str, str], list[tuple[Place, LayerSums]]] = {}
     for (layer, reference, place), track in tracks.items():
         together.setdefault((layer, reference), []).append((place, track))
-    return [_assemble(parts, tiles, canvas) for parts in together.values()]
+    return [_assemble(parts, tiles, canvas, key in windows) for key, parts in together.items()]
 
 
-def _assemble(parts: list[tuple[Place, LayerSums]], tiles: dict[Place, Grid], canvas: Grid) -> LayerSums:
+def _assemble(parts: list[tuple[Place, LayerSums]], tiles: dict[Place, Grid], canvas: Grid, windows: bool) -> LayerSums:
     first = parts[0][1]
     if len(parts) == 1 and parts[0][0] is None:
         return first
@@ -63,15 +73,79 @@ def _assemble(parts: list[tuple[Place, LayerSums]], tiles: dict[Place, Grid], ca
         values = [getattr(track, name) for _, track in parts]
         return None if values[0] is None else torch.stack(values).sum(0)
 
+    same_place = windows and is_window(first.reference_grid, first.grid, first.skip)
     r2g = spread("r2g")
-    g2r = added("g2r")
+    g2r = spread("g2r") if same_place else added("g2r")
     assert r2g is not None
     assert g2r is not None
-    mass, sram, queries = spread("mass"), added("sram"), first.r2g.shape[-1]
-    if sram is not None:  # each tile has added its part of every evaluation's mean
+    mass, queries, sram = spread("mass"), first.r2g.shape[-1], None
+    if first.sram is not None:  # each tile has added its part of every evaluation's mean
         _refuse_uneven(parts)
-        sram = sram * len(parts)
-    return replace(first, grid=grid, r2g=r2g, mass=mass, g2r=g2r, sram=sram, counts=counts, queries=queries)
+        own = [
+            track.sram if track.sram is None or not same_place else placed[place].onto(track.sram, grid)
+            for place, track in parts
+        ]
+        sram = torch.stack([x for x in own if x is not None]).sum(0) * len(parts)
+    reference_grid = first.reference_grid if not windows else grid if same_place else None
+    whole = replace(first, grid=grid, r2g=r2g, mass=mass, g2r=g2r, sram=sram, counts=counts, queries=queries)
+    return replace(whole, reference_grid=reference_grid)
+
+
+class OwnReferences:
+    """Layers and references of which each tile has its own, found by the keys of two tiles in one step.
+
+    Args:
+        note: keeps a sentence for the provenance.
+
+    Attributes:
+        found: (layer, reference) whose keys differ from tile to tile.
+    """
+
+    def __init__(self, note: Callable[[str], None]):
+        self.found: set[tuple[str, str]] = set()
+        self._note = note
+        self._compared: set[tuple[str, str]] = set()
+        self._last: dict[tuple[str, str], tuple[Place, object, Tensor]] = {}
+
+    def see(self, place: Place, when: object, layer: str, layout: TokenLayout, k: Tensor) -> None:
+        """Compare a tile's reference keys with those of the tile before, once a layer.
+
+        Args:
+            place: of the tile.
+            when: calls at the same time are of one step.
+            layer, layout: of the call.
+            k: ``[B, H, Nk, d]`` conditional keys.
+        """
+        for reference in layout.references:
+            key = layer, reference.name
+            if key in self._compared:
+                continue
+            keys = k[:, :, TokenSet.of(reference.tokens, k.shape[2], "keys").index]
+            before, then, first = self._last.get(key, (place, when, keys))
+            if before == place or then != when:
+                self._last[key] = place, when, keys
+                continue
+            del self._last[key]
+            self._compared.add(key)
+            if keys.shape == first.shape and torch.allclose(
+                keys, first, rtol=1e-3, atol=1e-5 * float(first.abs().max())
+            ):
+                continue
+            self.found.add(key)
+            if is_window(reference.grid, layout.grid, reference.skip):
+                self._note(
+                    "each tile has a reference of its own, on its own part of the picture: both lie on the whole"
+                )
+            else:
+                self._note(
+                    f"each tile has a reference {reference.name!r} of its own, not on the tile's grid: there is no one "
+                    "reference to draw G2R and SRAM on"
+                )
+
+
+def is_window(reference: Grid | str | None, grid: Grid, skip: int) -> bool:
+    """Tell whether the tokens of a tile's own reference lie as its generated ones do: on the same part of a picture."""
+    return reference == grid and skip == 0
 
 
 def _refuse_uneven(parts: list[tuple[Place, LayerSums]]) -> None:

@@ -184,7 +184,7 @@ class Tracer:
             canvas = self._canvas_latents()
             if self._regions.unsettled:
                 self._observer.settle_tiles(self._tiles, canvas)
-            tracks = on_canvas(self._sums.tracks, self._tiles, canvas)
+            tracks = on_canvas(self._sums.tracks, self._tiles, canvas, self._observer.own_references.found)
         self._observer.check_finite(tracks)
         pixels = self._regions.canvas
         if canvas is not None:
@@ -262,6 +262,11 @@ class Tracer:
         info = self._read_clock(timestep)
         told = self._told()
         try:
+            if info.first and self._caller.same_call(caller.frame) and self._clock.cut_short:
+                raise Unexplained(
+                    f"the scheduler was set anew in the middle of a run of {self._ledger.pipeline}: another pipeline "
+                    "or thread shares it, and its steps are no longer this run's: give each a scheduler of its own"
+                )
             place = self._place(forward, caller, timestep)
             if info.first:
                 self._guidance.clear()

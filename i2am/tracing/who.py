@@ -31,6 +31,7 @@ class PipelineCaller:
     def __init__(self, pipe: Any):
         self._pipe = pipe
         self._run: tuple[int, int] | None = None  # thread and id of the frame of the run that counts
+        self._timesteps: object = None  # that it goes over
 
     def who(self) -> Caller:
         """Return who calls, seen from a hook of the model."""
@@ -49,6 +50,12 @@ class PipelineCaller:
             return Caller(False, f"calls of {name} in another thread, while it ran in the one that is traced")
         self._run = run
         return Caller(True, frame=frame)
+
+    def same_call(self, frame: FrameType | None) -> bool:
+        """Return whether a pipeline's call is the one of the last time: it goes over the very same timesteps."""
+        now = None if frame is None else frame.f_locals.get("timesteps")
+        same, self._timesteps = now is not None and now is self._timesteps, now
+        return same
 
     def _running(self) -> tuple[FrameType | None, str | None]:
         """Return the frame of the traced pipeline's call, or else the name of the innermost other pipeline."""
@@ -85,6 +92,10 @@ class ThreadCaller:
         if now is self._user:
             return Caller(True)
         return Caller(False, f"calls in thread {now.name}, while {self._user.name} is the one that is traced")
+
+    def same_call(self, frame: FrameType | None) -> bool:
+        """Return False: a loop of one's own may begin anew at any time."""
+        return False
 
     @property
     def taken_over(self) -> bool:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from tests.helpers.tiny_models import dit
+from tests.helpers.tiny_models import unet as pipelines
 
 ORDER_2 = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler")
 SCHEDULERS = (
@@ -29,6 +30,13 @@ SCHEDULERS = (
     *ORDER_2,
 )
 FOREIGN = ("other latents", "other timestep", "same latents", "other thread", "nested", "copy")
+BESIDE = (
+    "sibling",
+    "sibling with the same scheduler",
+    "itself in another thread",
+    "the bare model",
+)  # a pipeline's run
+EARLIER = ("none", "none", "left open", "ran")  # tracers before the one that is looked at
 REFERENCE = slice(3, 19)  # among the keys of the UNet, of which 3 are text
 CONTEXT = 8
 
@@ -63,6 +71,8 @@ class Loop:
     output: str = "i2am"
     region: bool = False  # sram=
     record: bool = False
+    entry: str = "patch"  # or modules
+    earlier: str = "none"  # a tracer of the same model that nobody ended
 
 
 def loops(model: str = "unet") -> st.SearchStrategy[Loop]:
@@ -71,6 +81,8 @@ def loops(model: str = "unet") -> st.SearchStrategy[Loop]:
     @st.composite
     def draw(d):
         rarely = st.sampled_from([False] * 4 + [True])
+        if model == "pipeline":
+            return draw_pipeline(d, rarely)
         steps = d(st.integers(1, 4))
         guide = d(st.sampled_from(["none", "batch", "batch", "calls"]))
         parts = d(st.sampled_from([2, 2, 3, 4])) if guide != "none" else 1
@@ -109,9 +121,32 @@ def loops(model: str = "unet") -> st.SearchStrategy[Loop]:
             output=d(st.sampled_from(["i2am", "model"])),
             region=d(rarely),
             record=d(rarely),
+            entry="modules" if model == "unet" and d(rarely) else "patch",
+            earlier=d(st.sampled_from(EARLIER)) if d(rarely) else "none",
         )
 
     return draw()
+
+
+def draw_pipeline(d, rarely) -> Loop:
+    """Draw runs of a pipeline, and who else uses its model meanwhile."""
+    steps, guided = d(st.integers(1, 3)), d(st.booleans())
+    return Loop(
+        model="pipeline",
+        steps=steps,
+        time_groups=d(st.integers(1, 2)),
+        guide="batch" if guided else "none",
+        parts=2 if guided else 1,
+        images=d(st.sampled_from([1, 1, 2])),
+        foreign=((d(st.integers(0, steps - 1)), d(st.sampled_from(BESIDE))),) if d(st.booleans()) else (),
+        interrupt=(d(st.integers(0, steps)), d(st.integers(0, 400)), True) if d(rarely) else None,
+        then=d(st.sampled_from(["restart", "reset", "stop"])),
+        runs=d(st.sampled_from([1, 1, 2])),
+        output=d(st.sampled_from(["i2am", "model"])),
+        region=d(rarely),
+        record=d(rarely),
+        earlier=d(st.sampled_from(EARLIER)) if d(rarely) else "none",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the models
@@ -175,12 +210,14 @@ class Recorder:
         label, layer = getattr(self.local, "label", None), getattr(self.local, "layer", None)
         if label is None or layer is None:
             return
+        if self.loop.model == "pipeline" and k.shape[2] != 17:
+            return  # the text's call: an adapter's image is a class token and 4×4 patches
         q, k = q[label.samples].double(), k[label.samples].double()
         if self.loop.model == "joint":  # [text 5 ‖ generated 16 ‖ reference 4]
             q, keys, grid = q[:, :, 5:21], slice(21, 25), (4, 4)
         else:
-            side = {16: (4, 4), 64: (8, 8)}[q.shape[2]]
-            keys, grid = REFERENCE, side
+            side = int(q.shape[2] ** 0.5)
+            keys, grid = slice(None) if self.loop.model == "pipeline" else REFERENCE, (side, side)
         logits = q @ k.mT * q.shape[-1] ** -0.5
         rows, columns = logits.softmax(-1)[..., keys], logits[..., keys].softmax(-2)
         self.seen.append(
@@ -225,15 +262,20 @@ class Player:
         self.scheduler = scheduler or make_scheduler(loop)
         self.forwards = 0
         self.foreign = dict(loop.foreign)
+        self.nested = None
 
     def seeded(self, seed, *shape):
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
     def play(self):
         """Play every run of the loop; an interruption ends one, and what the loop says comes next."""
-        for run in range(self.loop.runs):
-            if not self.ends(run) and self.loop.then == "stop":
-                return
+        try:
+            for run in range(self.loop.runs):
+                if not self.ends(run) and self.loop.then == "stop":
+                    return
+        finally:
+            if self.nested is not None:  # the forward that it waited for never came
+                self.nested.remove()
 
     def ends(self, run):
         """Play one run; return whether nothing interrupted it."""
@@ -255,6 +297,7 @@ class Player:
         self.scheduler.set_timesteps(loop.steps)
         order = 2 if loop.scheduler in ORDER_2 else 1
         timesteps = self.scheduler.timesteps[loop.start * order :]
+        self.timesteps = [float(t) for t in timesteps]
         n = 1 if loop.one_seed else loop.images
         size = (16, 4) if loop.model == "joint" else (4, *canvas(loop))
         x = self.seeded(10 + run, n, *((16, 16) if loop.model == "joint" else size))
@@ -270,7 +313,9 @@ class Player:
         if loop.clock == "timesteps":
             return max(loop.time_groups - 1 - int(t * loop.time_groups / 1000), 0)
         steps = loop.steps - loop.start
-        if loop.scheduler in ORDER_2:
+        if loop.clock == "num_steps":  # counted by their timesteps, however often a solver evaluates one
+            step = len(dict.fromkeys(self.timesteps[: i + 1])) - 1
+        elif loop.scheduler in ORDER_2:
             step = i // 2
         elif loop.scheduler == "PNDMScheduler":
             step = max(i - 1, 0)
@@ -394,7 +439,99 @@ class Player:
             self.forward_quietly(self.model, x, t, context)
             local.label, local.layer = label, layer
 
-        handle = part.register_forward_hook(again)
+        handle = self.nested = part.register_forward_hook(again)
+
+
+class PipelinePlayer(Player):
+    """Runs a pipeline; between its steps others use its model."""
+
+    def __init__(self, loop, pipe, recorder, tracer=None):
+        super().__init__(loop, pipe.unet, recorder, tracer, pipe.scheduler)
+        self.pipe, self.away = pipe, False
+
+    def run(self, run):
+        loop, handles, self.evaluation = self.loop, [], 0
+        handles.append(self.model.register_forward_pre_hook(self.enter))
+        handles.append(self.model.register_forward_hook(self.leave, always_call=True))
+        try:
+            self.pipe(
+                callback_on_step_end=self.between, generator=generator(run), **self.given(loop.steps, loop.images)
+            )
+        finally:
+            self.leave()
+            for handle in handles:
+                handle.remove()
+
+    def given(self, steps, images=1):
+        guidance = 3.0 if self.loop.guide == "batch" else 1.0
+        return dict(
+            prompt="a b",
+            ip_adapter_image=pipelines.image((24, 24)),
+            num_images_per_prompt=images,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="latent",
+            width=16,
+            height=16,
+        )
+
+    def enter(self, module, args):
+        if type(args[0]).__name__ == "FakeTensor":  # a run on shapes alone
+            return
+        if self.away or threading.get_ident() != self.recorder.model_thread:
+            return
+        loop, n = self.loop, self.loop.images
+        group = self.evaluation * loop.time_groups // loop.steps
+        self.recorder.local.label = Label(group, slice(n, 2 * n) if loop.guide == "batch" else slice(None))
+        if loop.interrupt is not None and self.forwards == loop.interrupt[0]:
+            self.interrupting_hook = self.interrupting(loop.interrupt[1])
+        self.evaluation, self.forwards = self.evaluation + 1, self.forwards + 1
+
+    interrupting_hook = None
+
+    def leave(self, module=None, args=(), out=None):
+        if args and type(args[0]).__name__ == "FakeTensor":
+            return
+        self.recorder.local.label = self.recorder.local.layer = None
+        if self.interrupting_hook is not None:
+            self.interrupting_hook.remove()
+            self.interrupting_hook = None
+
+    def between(self, pipe, i, t, given):
+        """Let somebody else use the model, once."""
+        kind = self.foreign.pop(i, None)
+        if kind is None:
+            return {}
+        self.away = True
+        try:
+            if kind == "the bare model":
+                self.forward_quietly(self.model, self.seeded(72, 1, 4, 8, 8), t)
+            elif kind == "itself in another thread":
+                other = threading.Thread(target=lambda: pipe(generator=generator(9), **self.given(1)))
+                other.start()
+                other.join()
+            else:
+                own = {} if "same scheduler" in kind else {"scheduler": pipelines.ddim()}
+                sibling = pipelines.quiet(diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, **own))
+                more = {k: v for k, v in self.given(2).items() if k not in ("width", "height")}
+                sibling(image=pipelines.image((16, 16)), strength=1.0, generator=generator(9), **more)
+        finally:
+            self.away = False
+        return {}
+
+    def forward(self, model, x, t):
+        image = self.seeded(70, 1, 1, 17, pipelines.VISION)
+        context = self.seeded(71, 1, 5, pipelines.CONTEXT)
+        return model(x, t, context, added_cond_kwargs={"image_embeds": [image]}).sample
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pipeline():
+    """Text to image with an IP-Adapter of 17 tokens."""
+    return pipelines.sd("full")
 
 
 def canvas(loop: Loop) -> tuple[int, int]:

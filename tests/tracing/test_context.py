@@ -70,6 +70,31 @@ def test_a_loop_of_ones_own_on_a_traced_pipelines_unet_passes_through():
         tracer.maps()
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["the same scheduler", "a scheduler of its own"])
+def test_a_sibling_between_two_steps(own):
+    """With the same scheduler it sets that anew: its steps are no longer the run's."""
+    pipe = pipelines.sd("full")
+    more = {"scheduler": pipelines.ddim()} if own else {}
+    sibling = pipelines.quiet(diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, **more))
+
+    def between(pipe, i, t, given):
+        if i == 0:
+            given = dict(image=PICTURE, ip_adapter_image=PICTURE, strength=1.0)
+            sibling("a", num_inference_steps=1, output_type="latent", **given)
+        return {}
+
+    with i2am.trace(pipe) as tracer:
+        given = dict(ip_adapter_image=PICTURE, num_inference_steps=2, callback_on_step_end=between, **SMALL)
+        if own:
+            pipe("a", **given)
+            assert tracer.maps().provenance["calls"]["counted"] == 2
+            return
+        with pytest.raises(ValueError, match="scheduler was set anew in the middle of a run"):
+            pipe("a", **given)
+        with pytest.raises(ValueError, match="no maps that can be trusted"):
+            tracer.maps()
+
+
 def test_a_request_in_another_thread_is_unharmed_and_uncounted():
     a = pipelines.sd("full")
     parts = {**a.components, "scheduler": pipelines.ddim()}

@@ -1,5 +1,7 @@
 """Tiles: refused without a place, laid on the picture with one."""
 
+import contextlib
+
 import diffusers
 import pytest
 import torch
@@ -181,6 +183,53 @@ def test_registered_regions_need_the_same_tiles_in_each_step(setting):
         tiled(unet, scheduler, context, (0, 12), place=tracer.tile)
         with pytest.raises(ValueError, match=r"a tile at \(0, 8\) came that the first step did not have"):
             tiled(unet, scheduler, context, (0, 8), place=tracer.tile)
+
+
+@pytest.mark.parametrize("window", [True, False], ids=["on the tile's grid", "on a grid of its own"])
+def test_each_tile_with_a_reference_of_its_own(window, tmp_path):
+    """As super-resolution has features of the small image's window: they lie where the tile does."""
+    model, scheduler, lefts = pipelines.unet(cross_attention_dim=8), pipelines.ddim(), (0, 12)
+    side = 16 if window else 4
+    contexts = {left: torch.randn(2, side * side, 8, generator=torch.Generator().manual_seed(left)) for left in lefts}
+
+    def go(place=contextlib.nullcontext):
+        scheduler.set_timesteps(2)
+        x = torch.randn(1, 4, 16, 28, generator=torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                for left in lefts:
+                    with place(*(() if place is contextlib.nullcontext else (0, left))):
+                        model(torch.cat([x[..., left : left + 16]] * 2), t, contexts[left])
+                x = scheduler.step(x * 0.1, t, x).prev_sample
+
+    calls = [c for c in capture(model, go) if c.layer == FINEST]
+    rows = torch.zeros(16, 28, 16, 28, dtype=torch.float64)  # of a cell, on the picture
+    cover, seen = torch.zeros(16, 28), torch.zeros(16, 28, dtype=torch.float64)
+    for c in calls if window else ():
+        part = slice(lefts[c.evaluation % 2], lefts[c.evaluation % 2] + 16)
+        p = (c.q[1].double() @ c.k[1].double().mT / c.q.shape[-1] ** 0.5).softmax(-1).mean(0)
+        rows[:, part, :, part] += p.reshape(16, 16, 16, 16)
+        seen[:, part] += p.mean(0).reshape(16, 16)
+        cover[:, part] += 1
+    given = dict(reference=i2am.Reference(grid=(side, side)), scheduler=scheduler, time_groups=1, layers=FINEST)
+    with i2am.patch_unet(model, **given, sram={"eye": (3, 13)}, record="qk") as tracer:
+        go(tracer.tile)
+    maps = tracer.maps()
+    assert maps.ulam("r2g").shape == (1, 16, 28)
+    assert any("reference" in note and "of its own" in note for note in maps.provenance["notes"])
+    if not window:
+        for ask in (lambda: maps.ulam("g2r"), lambda: maps.sram("eye"), lambda: maps.sram((3, 13))):
+            with pytest.raises(ValueError, match=r"no G2R|no SRAM"):
+                ask()
+        return
+    assert_peak(maps.ulam("g2r"), (seen / cover)[None])
+    saved = i2am.AttributionMaps.load(maps.save(tmp_path / "maps.safetensors"))
+    for point in ("eye", (3, 13), (15, 27)):
+        y, x = (3, 13) if point == "eye" else point
+        for one in (maps, saved):
+            assert_peak(one.sram(point), (rows[y, x] / cover[y, x])[None])
+    with pytest.raises(ValueError, match="each tile has a reference of its own"):
+        maps.where_did_it_go((2, 2))
 
 
 def test_a_place_is_a_row_and_a_column(setting):
