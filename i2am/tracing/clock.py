@@ -146,7 +146,8 @@ class SchedulerClock(Clock):
         )
         self.scheduler = self._source()
         self._evaluations = evaluations
-        self._count, self._expected, self._start = 0, 0, None
+        self._count, self._expected = 0, 0
+        self._start: int | None = None
         self._read: tuple[Any, list[float]] | None = None  # the schedule that was read last, and its numbers
         self.restart()
 
@@ -160,7 +161,7 @@ class SchedulerClock(Clock):
         self.cut_short = self._start is not None and self._count < self._expected
         self._count = 0
         self._expected = 0  # evaluations
-        self._start: int | None = None
+        self._start = None
         self._counted: int | None = None  # at the last evaluation
         self._latents: tuple[int, ...] | None = None
 
