@@ -36,7 +36,7 @@ def test_zoo_answer(exemplar, images, tmp_path):
     found = app.answer(exemplar, pictures(images), 3, {"steps": 2}, tmp_path)
     assert found.generated.size == (64, 64)
     assert "IMACS" in found.said
-    assert "steps 2" in found.said
+    assert "1 run of 2 steps" in found.said
     assert [name.rpartition("/")[2] for name in found.files] == ["report.html", "maps.safetensors"]
     page = unescape(found.report.partition('srcdoc="')[2].rpartition('"')[0])
     assert page == (tmp_path / "report.html").read_text("utf-8")  # nothing of it is lost by being inside another page
@@ -95,7 +95,7 @@ def test_fields_of_a_saved_pipeline(inpaint, images, tmp_path):
     values = {**session.values, "steps": 2, "prompt": "a shirt"}
     found = app.answer(session, pictures(images), 0, values, tmp_path)
     assert found.generated.size == (64, 64)
-    assert "steps 2" in found.said
+    assert "1 run of 2 steps" in found.said
     with pytest.raises(ValueError, match="Image to paint in"):
         app.answer(session, {"reference": pictures(images)["reference"]}, 0, values, tmp_path)
 

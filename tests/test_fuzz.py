@@ -95,6 +95,9 @@ OWN = {  # what these take apart this very process has made, or the package brin
     "i2am/evaluate/trackers.py:sample": "a preview written a moment ago",
     "i2am/maps/__init__.py:match": "a call of its own match()",
     "i2am/maps/provenance.py:plain": "a copy of its argument",
+    "i2am/tracing/flash.py:intercepted": "tensors of a packed batch",
+    "i2am/tracing/flash.py:original": "tensors of a packed batch",
+    "i2am/tracing/flash.py:through_varlen": "tensors of a packed batch",
     "i2am/zoo/data.py:photograph": "photographs of scikit-image",
     "i2am/zoo/train.py:_resume": "the trainer's own state, weights_only",
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.evidence.localise import INPAINTING, r2g_maps
 from benchmarks.evidence.subject import Setting, finest, paint, patch_pixels, tasks, traced, true_places
 from i2am.detect import box_of, detect_box
+from i2am.plot.labels import short_layer_names
 from i2am.zoo import data
 
 
@@ -127,8 +128,7 @@ def levels(found: dict, images: Path) -> None:
         ax.barh(at - 0.2, scores, 0.38, label="R2G inside / outside")
         ax.barh(at + 0.2, costs, 0.38, label="error when muted, times the whole model's")
         ax.axvline(1, color="grey", lw=0.8)
-        labels = [x.split(".transformer")[0].replace(".attentions", "") for x in layers]
-        ax.set(yticks=at, yticklabels=labels, title=name)
+        ax.set(yticks=at, yticklabels=short_layer_names(layers), title=name)
     axes[0].invert_yaxis()  # both: they share it
     axes[0].legend(frameon=False, fontsize=8)
     _save(figure, images / "evidence-layers.png")

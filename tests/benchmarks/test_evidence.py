@@ -209,7 +209,7 @@ def test_a_part_is_measured_once_and_the_page_says_what_is_missing(tmp_path, mon
     text = page.read_text(encoding="utf-8")
     assert "| finest decoder layers | 2.00 [1.50, 2.50] | 0.50 [0.40, 0.60] |" in text
     assert "SRAM's best patch is worse than the pose" in text
-    assert text.count("Not measured in this run") == len(report.SECTIONS) - 1
+    assert text.count("Not measured") == len(report.SECTIONS) - 1
     command.measure(SMALL, ["stereo"], tmp_path / "state", tmp_path / "docs", fresh=True)
     assert len(calls) == 2
     assert json.loads((tmp_path / "state" / "stereo.json").read_text())["seconds"] >= 0
