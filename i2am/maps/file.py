@@ -6,6 +6,7 @@ Written here field by field, so that no attribute can be renamed into the format
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -354,7 +355,9 @@ def _record_file(size: Field, anywhere: bool) -> Path:
     pure, path = PurePosixPath(name.replace(os.sep, "/")), folder / name
     try:
         inside = not pure.is_absolute() and ".." not in pure.parts and path.resolve().is_relative_to(folder.resolve())
-        status = path.stat() if path.exists() else None
+        status = None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            status = path.stat()  # not exists(), which since Python 3.14 takes every failure for a no
     except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, a NUL
         refuse(f"can't be looked up ({error})")
     if not anywhere and not inside:
