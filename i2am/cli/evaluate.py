@@ -165,10 +165,9 @@ def _do(
         )
     if not process.speaks:
         return 0  # a launcher would end the others if this one failed
-    summary, seen = None, -1
-    while summary is None or store.refresh() > seen:  # what others have finished meanwhile is in the last one's, too
-        seen = store.refresh()
-        summary = summarise(samples, store)
+    summary, seen = {}, -1
+    while (now := store.refresh()) > seen:  # what others have finished meanwhile is in the last one's, too
+        seen, summary = now, summarise(samples, store)
     trackers.end(summary)
     say(format_table(summary))
     say(f"wrote results.csv, summary.json and previews to {args.out}")

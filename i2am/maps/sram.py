@@ -165,13 +165,13 @@ def region_rows(entry: QKEntry, weights: Tensor, heads: list[int], *, reverse: b
 def rows_of_calls(
     entries: Sequence[QKEntry], grid: Grid, weights: Tensor, heads: list[int], total: Tensor, *, reverse: bool = False
 ) -> Tensor:
-    """Add the pooled rows of a layer's calls; of tiles, as many times their mean on the whole picture.
+    """Sum the pooled rows of a layer's calls; of tiles, as many times their mean on the whole picture.
 
     Args:
         entries: the calls of one time group.
         grid: of the whole picture.
         weights, heads, reverse: as in :func:`region_rows`, over the whole picture or reference.
-        total: ``[B, R, heads, N]`` to add to.
+        total: ``[B, R, heads, N]`` of zeros, to sum in.
 
     Raises:
         ValueError: no tile covers a region, or each tile has a reference of its own and ``reverse`` asks for one.

@@ -22,6 +22,17 @@ from tests.helpers.tiny_models import dit
 from tests.helpers.tiny_models import unet as pipelines
 
 SIGLIP = (3, 3)  # patches
+WAN = dict(
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=dit.TEXT,
+    freq_dim=16,
+    ffn_dim=16,
+    num_layers=2,
+    rope_max_seq_len=32,
+)
 
 
 def add_flux_ip_adapters(transformer, tokens: tuple[int, ...]) -> None:
@@ -180,17 +191,9 @@ def wan(image_keys: bool = True, last_image: bool = False):
         hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=18, patch_size=6
     )
     transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=12,
-        out_channels=4,
-        text_dim=dit.TEXT,
-        freq_dim=16,
-        ffn_dim=16,
-        num_layers=2,
+        **(WAN | {"in_channels": 12}),
         image_dim=12 if image_keys else None,
         added_kv_proj_dim=24 if image_keys else None,
-        rope_max_seq_len=32,
         pos_embed_seq_len=2 * 10 if last_image else None,
     ).eval()
     vae = diffusers.AutoencoderKLWan(
@@ -231,20 +234,7 @@ def wan_kin(kind: str):
             face_encoder_num_heads=2,
             inject_face_latents_blocks=2,
         )
-    return getattr(diffusers, kind)(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=12,
-        out_channels=4,
-        text_dim=dit.TEXT,
-        freq_dim=16,
-        ffn_dim=16,
-        num_layers=2,
-        image_dim=12,
-        added_kv_proj_dim=24,
-        rope_max_seq_len=32,
-        **extra,
-    ).eval()
+    return getattr(diffusers, kind)(**(WAN | {"in_channels": 12}), image_dim=12, added_kv_proj_dim=24, **extra).eval()
 
 
 def chroma_ip(*tokens: int):

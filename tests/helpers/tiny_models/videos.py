@@ -6,18 +6,20 @@ import diffusers
 import torch
 
 from tests.helpers.tiny_models import dit
+from tests.helpers.tiny_models.prompts import WAN
 from tests.helpers.tiny_models.unet import quiet
 
-WAN = dict(
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=4,
+HUNYUAN = dict(
     out_channels=4,
-    text_dim=dit.TEXT,
-    freq_dim=16,
-    ffn_dim=16,
-    num_layers=2,
-    rope_max_seq_len=32,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    num_layers=1,
+    num_single_layers=1,
+    num_refiner_layers=1,
+    guidance_embeds=False,
+    text_embed_dim=dit.TEXT,
+    pooled_projection_dim=8,
+    rope_axes_dim=(4, 6, 6),
 )
 
 
@@ -111,19 +113,10 @@ def framepack():
     return build(
         "HunyuanVideoFramepackTransformer3DModel",
         in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        guidance_embeds=False,
-        text_embed_dim=dit.TEXT,
-        pooled_projection_dim=8,
-        rope_axes_dim=(4, 6, 6),
         has_image_proj=True,
         image_proj_dim=12,
         has_clean_x_embedder=True,
+        **HUNYUAN,
     )
 
 
@@ -131,17 +124,8 @@ def hunyuan_video(condition):
     return build(
         "HunyuanVideoTransformer3DModel",
         in_channels=4 if condition == "token_replace" else 9,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        guidance_embeds=False,
-        text_embed_dim=dit.TEXT,
-        pooled_projection_dim=8,
-        rope_axes_dim=(4, 6, 6),
         image_condition_type=condition,
+        **HUNYUAN,
     )
 
 
