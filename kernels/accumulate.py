@@ -23,7 +23,7 @@ def add(total, partial, partials, stride, o_n, N, weight):
     tl.store(total + o_n, tl.load(total + o_n, mask=m_n, other=0.0) + weight * b, mask=m_n)
 
 
-STRIDES = ["r2g_strides", "g2r_strides", "mass_strides", "sram_strides", "g2r_stride"]
+STRIDES = ["r2g_strides", "g2r_strides", "mass_strides", "sram_strides"]
 
 
 @triton.jit(do_not_specialize=[*STRIDES, "sizes", "counts"])
@@ -33,11 +33,11 @@ def accumulate_kernel(
     mass, mass_strides,        # [B, H, Q] or None
     sram, sram_strides,        # [B, H, R, K] or None; strides of B, H and R
     r2g_partial,               # [B·H, key groups, Q]
-    g2r_partial, g2r_stride,   # [B·H, splits, K], of pass 1 or pass 2; stride of a split
+    g2r_partial,               # [B·H, query splits, K]
     mass_partial,              # [B·H, key groups, Q] or None
     sram_partial,              # [B·H, query splits, R, K] or None
     sizes,                     # (H, Q, K, R)
-    counts,                    # of key groups, query splits, splits of G2R
+    counts,                    # of key groups and query splits
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add ``r2g += Σ_groups / K``, ``g2r += Σ_splits / Q``, ``mass += Σ_groups``, ``sram += Σ_splits``.
@@ -57,8 +57,8 @@ def accumulate_kernel(
             add(mass + i_b * mass_strides[0] + i_h * mass_strides[1], mass_partial + o_slot, counts[0], Q, o_n, Q, 1.0)
     elif i_n < query_blocks + key_blocks:
         o_n = (i_n - query_blocks) * BLOCK + o_block
-        p = g2r_partial + i_bh * counts[2] * g2r_stride
-        add(g2r + i_b * g2r_strides[0] + i_h * g2r_strides[1], p, counts[2], g2r_stride, o_n, K, 1.0 / Q)
+        p = g2r_partial + i_bh * counts[1] * K
+        add(g2r + i_b * g2r_strides[0] + i_h * g2r_strides[1], p, counts[1], K, o_n, K, 1.0 / Q)
     else:
         if sram is not None:
             i_r = (i_n - query_blocks - key_blocks) // key_blocks
@@ -76,5 +76,5 @@ def configurations(call: Call) -> Iterator[Configuration]:
     elif call != Call(call.device, call.dtype, call.d):
         return
     types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("r2g_strides", "g2r_strides", "mass_strides"), ("i32",) * 2)
-    types |= {"sram_strides": ("i32",) * 3, "g2r_stride": "i32", "sizes": ("i32",) * 4, "counts": ("i32",) * 3}
+    types |= {"sram_strides": ("i32",) * 3, "sizes": ("i32",) * 4, "counts": ("i32",) * 2}
     yield configuration("accumulate", accumulate_kernel, types, {"BLOCK": BLOCK}, TILES)

@@ -153,9 +153,7 @@ def sweeps(
             r2g, None, None, mass, None,
             factor, (H, Nq, Nk), queries, span, b.tiles_per_group, b.tiles_per_split, 0,
         )  # fmt: skip
-        start_accumulate(
-            total, (r2g, g2r, mass, sram), K, (H, Q, K, call.regions), (b.splits, a.splits, a.splits), B * H
-        )
+        start_accumulate(total, (r2g, g2r, mass, sram), (H, Q, K, call.regions), (b.splits, a.splits), B * H)
         return col_lse
 
     found: list[Tensor] = []

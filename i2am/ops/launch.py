@@ -105,12 +105,16 @@ def launch(kernel: Any, what: Launch, *arguments: Any) -> None:
 def start_accumulate(
     total: Sums,
     partials: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    g2r_stride: int,
     sizes: tuple[int, int, int, int],
-    counts: tuple[int, int, int],
+    counts: tuple[int, int],
     heads: int,
 ) -> None:
-    """Add partials of R2G, G2R, mass and SRAM to one reference's running sums; ``sizes``: (H, Q, K, R)."""
+    """Add partials of R2G, G2R, mass and SRAM to one reference's running sums.
+
+    Args:
+        sizes: (H, Q, K, R).
+        counts: of key groups and query splits.
+    """
     r2g, g2r, mass, sram = partials
     _, Q, K, R = sizes
     grid = heads, cdiv(Q, accumulate.BLOCK) + cdiv(K, accumulate.BLOCK) * (1 + R)
@@ -119,7 +123,7 @@ def start_accumulate(
         total.r2g, total.r2g.stride()[:2], total.g2r, total.g2r.stride()[:2],
         None if mass is None else total.mass, (0, 0) if mass is None or total.mass is None else total.mass.stride()[:2],
         None if sram is None else total.sram, NONE3 if sram is None or total.sram is None else total.sram.stride()[:3],
-        r2g, g2r, g2r_stride, mass, sram, sizes, counts,
+        r2g, g2r, mass, sram, sizes, counts,
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ class ReferencePlan(NamedTuple):
     g2r: Span
     mass: Span | None
     sram: Span | None
-    counts: tuple[int, int, int]  # of key groups, query splits, splits of G2R
+    counts: tuple[int, int]  # of key groups and query splits
 
 
 class Plan(NamedTuple):
@@ -128,7 +128,7 @@ def _reference(shape: Shape, span: Span, t: Tiles, workspace: Workspace) -> Refe
         g2r=workspace.place(heads * splits * K),
         mass=workspace.place(heads * groups * Q) if call.mass else None,
         sram=workspace.place(heads * splits * R * K) if R else None,
-        counts=(groups, splits, splits),
+        counts=(groups, splits),
     )
 
 
@@ -266,7 +266,7 @@ def _run(
             factor, sizes, queries, span, r.tiles_per_group, r.tiles_per_split, call.regions,
         )  # fmt: skip
         partials = r2g_partial, g2r_partial, mass_partial, sram_partial
-        start_accumulate(total, partials, r.sizes[2], r.sizes, r.counts, B * H)
+        start_accumulate(total, partials, r.sizes, r.counts, B * H)
         progress.done = i + 1
     return results
 
