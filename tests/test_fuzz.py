@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
@@ -384,6 +384,7 @@ RECORD = {"id": "a", "digest": "d", "status": "ok", "finished": 1.0, "pictures":
     st.lists(st.tuples(st.sampled_from([*RECORD]), JSON), max_size=3),
     st.lists(TEXT | st.binary(max_size=9), max_size=3),
 )
+@example([("pictures", [True])], [])
 def test_any_journal_is_taken_in(tmp_path, changes, lines):
     """Lines of a disk that lost power count for nothing; those around them do."""
     records = [RECORD | {name: value} for name, value in changes] + [RECORD | {"id": "last"}]

@@ -177,7 +177,7 @@ class Journals:
             entry = Entry(name, offset, found.get("status") == "ok", found["digest"], found["finished"], stamps)
             if entry.replaces(self.entries.get(found["id"])):
                 self.entries[found["id"]] = entry
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, struct.error):
             return  # a disk that lost power
         self.seen += 1
 
