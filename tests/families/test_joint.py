@@ -180,3 +180,12 @@ def test_long_pictures_in_bfloat16():
     """It counts to 256 only; so do the position ids of a pipeline that runs in it."""
     ids = torch.cartesian_prod(*map(torch.arange, (1, 40, 30))).bfloat16()
     assert Positions().segments(ids) == [(0, Segment(0, (40, 30)))]
+
+
+def test_position_ids_of_one_shape_and_another_picture():
+    """4×8 tokens, then 8×4: what was read of the ids before is not what these say."""
+    read = Positions()
+    for grid in ((4, 8), (8, 4), (2, 16), (4, 8)):
+        ids = torch.cartesian_prod(torch.arange(1), *map(torch.arange, grid)).float()
+        assert read.segments(ids) == [(0, Segment(0, grid))]
+        assert read.segments(ids) == [(0, Segment(0, grid))]

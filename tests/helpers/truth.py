@@ -28,15 +28,12 @@ def capture(unet, run) -> list[Captured]:
     calls, handles, state = [], [], {"evaluation": -1, "layer": None, "nth": 0, "grid": None}
     original = F.scaled_dot_product_attention
 
-    def sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def sdpa(query, key, value, attn_mask=None, **options):
         if state["layer"] is not None:
-            calls.append(
-                Captured(
-                    state["evaluation"], state["layer"], state["nth"], state["grid"], q.clone(), k.clone(), attn_mask
-                )
-            )
+            where = state["evaluation"], state["layer"], state["nth"], state["grid"]
+            calls.append(Captured(*where, query.clone(), key.clone(), attn_mask))
             state["nth"] += 1
-        return original(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return original(query, key, value, attn_mask, **options)
 
     def on_root(module, args):
         state["evaluation"] += 1
