@@ -2,7 +2,8 @@
 
 A sweep walks over tiles of a few queries × all keys and never holds an ``Nq × Nk`` tensor. Statistics are float32
 (float64 for float64 inputs) whatever the inputs are. With queries and keys exchanged the same three sweeps serve the
-column softmax. Where PyTorch's own flash attention can carry the columns (:mod:`i2am.ops.flash`), it does.
+column softmax. Where PyTorch's own flash attention can carry the columns (:mod:`i2am.ops.flash`), it does. On a CPU the
+heads run side by side (:mod:`i2am.ops.workers`).
 
 ``s`` is a tile of logits and ``p`` one of probabilities, ``[G, R, Nk]``: ``G`` heads of one image, ``R`` queries.
 """
@@ -10,18 +11,23 @@ column softmax. Where PyTorch's own flash attention can carry the columns (:mod:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from i2am.ops import flash
+from i2am.ops import flash, workers
+from i2am.ops.heads import product
 
 CPU_TILE, GPU_TILE = 1 << 20, 1 << 24  # elements: what stays in a CPU's caches; what keeps a GPU busy
 LOG2E = math.log2(math.e)  # torch's exp2 is 4× as fast as its exp on x86
+LN2 = math.log(2.0)
 TINY = 1e-30  # below any row sum that is not 0
 IMPOSSIBLE = -1e4  # ln p of a pair that is masked: p ln p is 0 there, and must not be 0 · inf
+
+Place = tuple[int, slice]  # an image and some of its heads
 
 
 def statistic(dtype: torch.dtype) -> torch.dtype:
@@ -47,7 +53,8 @@ def attend(
     B, H, Nq, _ = q.shape
     out, lse = values.new_empty(B, H, Nq, values.shape[-1]), values.new_empty(B, H, Nq)
     spread = values.new_empty(B, H, Nq) if entropy else None
-    for at, heads in _heads(q, k, mask, scale):
+
+    def sweep(at: Place, heads: _Heads) -> None:
         v = values[at].contiguous()  # [G, Nk, w]
         for rows in heads.tiles():
             s = heads.logits(rows)  # [G, R, Nk]
@@ -61,6 +68,8 @@ def attend(
                 spread[at][:, rows] = (total.log() - mean).masked_fill_(total == 0, 0.0).squeeze(2)
             out[at][:, rows] = torch.bmm(e, v).mul_(inverse)
             del s, e, below  # before the next tile is allocated, which then takes their place in the caches
+
+    _each(q, k, mask, scale, sweep)
     return out, lse, spread
 
 
@@ -73,6 +82,7 @@ def weigh(
     mask: Tensor | None,
     values: Tensor | None = None,
     weights: Tensor | None = None,
+    surprise: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ``P values [B, H, Nq, w]`` and ``Pᵀ weights [B, H, Nk, u]`` for ``P = exp(scale q kᵀ + mask − lse)``.
 
@@ -81,18 +91,30 @@ def weigh(
         lse: ``[B, H, Nq]`` natural log-sum-exp.
         values: ``[B, H, Nk, w]``.
         weights: ``[B, H, Nq, u]``.
+        surprise: ``[B, H, Nq]`` to be filled with ``−Σ p ln p``, or None.
     """
     B, H, Nq, _ = q.shape
     across = None if values is None else lse.new_empty(B, H, Nq, values.shape[-1])
     down = None if weights is None else lse.new_zeros(B, H, weights.shape[-1], k.shape[2])
-    for at, heads in _heads(q, k, mask, scale):
+
+    def sweep(at: Place, heads: _Heads) -> None:
+        below, own = heads.relative_to(lse[at]), None if values is None else values[at].contiguous()
+        room, second = heads.room(), heads.room() if surprise is not None else None
         for rows in heads.tiles():
-            p = heads.exp_(heads.below(rows, lse[at][:, rows]))  # [G, R, Nk]
-            if across is not None and values is not None:
-                across[at][:, rows] = torch.bmm(p, values[at])
+            s = below(rows, room)  # log p in their unit
+            if surprise is not None:
+                assert second is not None
+                s, p = s.clamp_min_(IMPOSSIBLE), heads.exp_to(s, second)
+                torch.mul(s, p, out=s)
+                surprise[at][:, rows] = s.sum(2).mul_(-1.0 / heads.unit)
+            else:
+                p = heads.exp_(s)  # [G, R, Nk]
+            if across is not None and own is not None:
+                across[at][:, rows] = torch.bmm(p, own)
             if down is not None and weights is not None:
-                down[at].add_(torch.bmm(weights[at][:, rows].transpose(1, 2), p))
-            del p
+                down[at].baddbmm_(weights[at][:, rows].transpose(1, 2), p)
+
+    _each(q, k, mask, scale, sweep)
     return across, None if down is None else down.transpose(2, 3)
 
 
@@ -130,24 +152,34 @@ def backward(
     dq, dk, dv = lse.new_empty(B, H, Nq, d), lse.new_zeros(B, H, Nk, d), lse.new_zeros(B, H, Nk, outputs)
     left = torch.cat([left, -delta.unsqueeze(3)], 3)
     right = torch.cat([right, right.new_ones(B, H, Nk, 1)], 3)
-    for at, heads in _heads(q, k, mask, scale):
+
+    def sweep(at: Place, heads: _Heads) -> None:
         plain = k[at].to(lse.dtype) * scale  # [G, Nk, d]
-        r = right[at].contiguous()
+        r = right[at].transpose(1, 2)  # [G, w + 1, Nk]
+        below = heads.relative_to(None if surprise is not None else lse[at])
+        first, second, third = heads.room(), heads.room(), heads.room() if surprise is not None else None
         for rows in heads.tiles():
-            s = heads.logits(rows)  # [G, R, Nk]
-            below = None if surprise is None else (s / heads.unit).clamp_min_(IMPOSSIBLE)  # ln p, up to a constant
-            p = heads.exp_(heads.below_(s, lse[at][:, rows]))
+            s = below(rows, first)  # [G, R, Nk]
             l = left[at][:, rows]  # [G, R, w + 1]
+            if surprise is None:
+                p = heads.exp_(s)
+                ds = product(l, r, heads.part(second, rows))
+            else:
+                assert third is not None
+                p = torch.sub(s, _finite(lse[at][:, rows] * heads.unit).unsqueeze(2), out=heads.part(third, rows))
+                p = heads.exp_(p)
+                s.clamp_min_(IMPOSSIBLE * heads.unit) if heads.bias is not None else None
+                mean = torch.mul(s, p, out=heads.part(second, rows)).sum(2, keepdim=True)
+                s.sub_(mean / p.sum(2, keepdim=True).clamp_min_(TINY))
+                ds = product(l, r, heads.part(second, rows))
+                ds.addcmul_(s, surprise[at][:, rows].unsqueeze(2), value=1.0 / heads.unit)
             if outputs:
-                dv[at].add_(torch.bmm(p.transpose(1, 2), l[..., :outputs]))
-            ds = torch.bmm(l, r.transpose(1, 2))  # [G, R, Nk]
-            if below is not None and surprise is not None:
-                below.sub_((below * p).sum(2, keepdim=True) / p.sum(2, keepdim=True).clamp_min_(TINY))
-                ds.addcmul_(below, surprise[at][:, rows].unsqueeze(2))
+                dv[at].baddbmm_(p.transpose(1, 2), l[..., :outputs])
             ds.mul_(p)
-            dq[at][:, rows] = torch.bmm(ds, plain)
-            dk[at].add_(torch.bmm(ds.transpose(1, 2), heads.q[:, rows].to(lse.dtype)), alpha=scale)
-            del s, p, ds, below
+            dq[at][:, rows] = product(ds, plain)
+            dk[at].baddbmm_(ds.transpose(1, 2), heads.q[:, rows].to(lse.dtype), alpha=scale)
+
+    _each(q, k, mask, scale, sweep)
     return dq, dk, dv
 
 
@@ -161,44 +193,75 @@ class _Heads(NamedTuple):
 
     def tiles(self) -> Iterator[slice]:
         """Yield the queries in tiles of about equal size."""
-        (G, Nq, d), Nk = self.q.shape, self.k.shape[1]
-        most = max(1, (CPU_TILE if self.q.is_cpu else GPU_TILE) // (G * max(Nk, d)))
-        step = -(-Nq // -(-Nq // most))
+        Nq, step = self.q.shape[1], self.step()
         for start in range(0, Nq, step):
             yield slice(start, min(start + step, Nq))
 
+    def step(self) -> int:
+        """Return the queries of a tile."""
+        (G, Nq, d), Nk = self.q.shape, self.k.shape[1]
+        most = max(1, (CPU_TILE if self.q.is_cpu else GPU_TILE) // (G * max(Nk, d)))
+        return -(-Nq // -(-Nq // most))
+
+    def room(self) -> Tensor:
+        """Return memory for a tile: the next takes the place of the last in the caches."""
+        G, Nk, _ = self.k.shape
+        return self.k.new_empty(G * self.step() * Nk)
+
+    def part(self, room: Tensor, rows: slice) -> Tensor:
+        """Return what of ``room`` a tile takes, ``[G, R, Nk]``."""
+        G, R, Nk = len(self.k), rows.stop - rows.start, self.k.shape[1]
+        return room[: G * R * Nk].view(G, R, Nk)
+
     def logits(self, rows: slice) -> Tensor:
         """Return a tile of logits ``[G, R, Nk]``."""
-        s = torch.bmm(self.q[:, rows].to(self.k.dtype), self.k.transpose(1, 2))
+        return self._masked(product(self.q[:, rows].to(self.k.dtype), self.k.transpose(1, 2)), rows)
+
+    def relative_to(self, lse: Tensor | None) -> Callable[[slice, Tensor], Tensor]:
+        """Return what computes a tile of logits less their rows' ``lse [G, Nq]``, in the memory given to it.
+
+        The log-sum-exp is one more column of q, that of k holding ones: subtracting it costs nothing.
+        """
+        q, k = self.q, self.k
+        if lse is not None:
+            q = torch.cat([q.to(k.dtype), _finite(lse * -self.unit, math.inf).unsqueeze(2)], 2)
+            k = torch.cat([k, torch.ones_like(k[:, :, :1])], 2)
+        k = k.transpose(1, 2)
+
+        def below(rows: slice, room: Tensor) -> Tensor:
+            return self._masked(product(q[:, rows].to(k.dtype), k, self.part(room, rows)), rows)
+
+        return below
+
+    def _masked(self, s: Tensor, rows: slice) -> Tensor:
         if self.bias is None:
             return s
         bias = self.bias[:, rows]
         return s.masked_fill_(~bias, -math.inf) if bias.dtype == torch.bool else s.add_(bias)
 
-    def below(self, rows: slice, lse: Tensor) -> Tensor:
-        """Return a tile of logits less their rows' ``lse [G, R]``: ln p in their unit, -inf where all is masked."""
-        return self.below_(self.logits(rows), lse)
-
-    def below_(self, s: Tensor, lse: Tensor) -> Tensor:
-        """Return logits ``s [G, R, Nk]`` less their rows' ``lse [G, R]``, in their memory."""
-        return s.sub_(_finite(lse * self.unit).unsqueeze(2))
-
     def exp_(self, s: Tensor) -> Tensor:
         """Return the exponential of ``s``, in its memory."""
         return (s if self.unit == LOG2E else s.mul_(LOG2E)).exp2_()
 
+    def exp_to(self, s: Tensor, room: Tensor) -> Tensor:
+        """Return the exponential of a tile ``s`` in other memory."""
+        room = room[: s.numel()].view(s.shape)
+        return torch.exp2(s, out=room) if self.unit == LOG2E else torch.mul(s, LOG2E, out=room).exp2_()
 
-def _heads(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Iterator[tuple[tuple[int, slice], _Heads]]:
-    """Yield the heads that share tiles, and their place ``(image, heads)``."""
+
+def _each(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, sweep: Callable[[Place, _Heads], None]) -> None:
+    """Call ``sweep`` for the heads that share tiles, with their place."""
     B, H, Nq, _ = q.shape
     unit = LOG2E if mask is None or mask.dtype == torch.bool else 1.0
     step = max(1, min(H, (CPU_TILE if q.is_cpu else GPU_TILE) // (k.shape[2] * min(Nq, 256))))
-    for b in range(B):
-        for h in range(0, H, step):
-            at = b, slice(h, min(h + step, H))
-            keys = (k[at].to(statistic(k.dtype)) * (scale * unit)).contiguous()
-            yield at, _Heads(q[at], keys, None if mask is None else mask[at], unit)
+
+    def one(at: Place) -> None:
+        keys = (k[at].to(statistic(k.dtype)) * (scale * unit)).contiguous()
+        sweep(at, _Heads(q[at], keys, None if mask is None else mask[at], unit))
+
+    places = [(b, slice(h, min(h + step, H))) for b in range(B) for h in range(0, H, step)]
+    workers.run([partial(one, at) for at in places], lambda found: None, q.device)
 
 
-def _finite(x: Tensor) -> Tensor:
-    return x.masked_fill(x.isneginf(), 0.0)
+def _finite(x: Tensor, masked: float = -math.inf) -> Tensor:
+    return x.masked_fill(x == masked, 0.0)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 import i2am
 from i2am import ops
+from i2am.ops import blockwise, heads, shifted, streaming
 from i2am.ops import naive as reference
-from i2am.ops import streaming
 
 LENGTHS = (1, 3, 63, 64, 65, 77, 257, 1025)
 EXACT = 1e-5  # of the map's RMS and of its peak: statistics are float32 whatever the inputs are
@@ -61,11 +61,29 @@ def check(q, k, v, tolerance=EXACT, **kwargs):
     return got
 
 
-@pytest.fixture(params=["one tile", "many tiles"])
+TILES = {(blockwise, "TILE"): 1000, (blockwise, "KEYS"): 50, (streaming, "KEPT"): 0, (shifted, "TILE"): 1000}
+PIECES = {(streaming, "LONG"): 0, (streaming, "FEW"): 1 << 20, (streaming, "PIECES"): 3, (streaming, "PIECE"): 20}
+ROWS = {(streaming, "BLOCKS"): 1 << 30}
+BLOCKS = {(streaming, "BLOCKS"): 1}
+FORMS = {  # what is one tile in a test is many, or another form, in a model
+    "blocks": BLOCKS,
+    "tiled blocks": BLOCKS | TILES,
+    "pieces of blocks": BLOCKS | PIECES | TILES,
+    "rows": ROWS,
+    "tiled rows": ROWS | TILES,
+    "pieces of rows": ROWS | PIECES | TILES,
+}
+
+
+def take(form, patch):
+    for (module, name), value in FORMS[form].items():
+        patch.setattr(module, name, value)
+
+
+@pytest.fixture(params=["blocks", "pieces of blocks", "tiled rows"])
 def tiled(request, monkeypatch):
-    """Once as sizes dictate, once with tiles of a few rows: what is one tile in a test is many in a model."""
-    if request.param == "many tiles":
-        monkeypatch.setattr(streaming, "TILE", 1000)
+    """Tiles of parts of rows and of whole rows, as sizes dictate and of a few rows and keys, heads and pieces."""
+    take(request.param, monkeypatch)
 
 
 # ----------------------------------------------------------------------------------------------------------- shapes
@@ -87,22 +105,30 @@ def test_other_dtypes_round_the_output_only(Nq, Nk, dtype, tiled):
 
 @pytest.mark.parametrize(("Nq", "Nk"), [(130, 1), (130, 4), (65, 47), (65, 48), (130, 257)])
 def test_tiles_of_a_few_rows(Nq, Nk, monkeypatch):
-    for tile in (1, 100, 1000, 5000):
-        monkeypatch.setattr(streaming, "TILE", tile)
-        check(*inputs(Nq, Nk))
+    for form, tile in product(("blocks", "rows"), (1, 1000, 5000)):
+        take(form, monkeypatch)
+        for module in (blockwise, shifted):
+            monkeypatch.setattr(module, "TILE", tile)
+        for kept in (0, 1000):
+            monkeypatch.setattr(streaming, "KEPT", kept)
+            check(*inputs(Nq, Nk))
 
 
 @pytest.mark.parametrize("small", [1, 130 * 77, 3 * 130 * 77])
 def test_heads_alone_or_together(small, monkeypatch):
     monkeypatch.setattr(streaming, "SMALL", small)
     for heavy in (1, 1 << 40):
-        monkeypatch.setattr(streaming, "HEAVY", heavy)
+        monkeypatch.setattr(heads, "HEAVY", heavy)
         check(*inputs(130, 77, B=2, H=5))
 
 
 @pytest.mark.parametrize("Nk", [3, 77])
-def test_without_onednn(Nk, monkeypatch, tiled):
-    monkeypatch.setattr(streaming, "_linear", None)
+def test_the_other_product(Nk, monkeypatch, tiled):
+    """Which of torch's products is used depends on the processor: here the one that this machine does not use."""
+    if heads._linear is None:
+        pytest.skip("this torch has no oneDNN")
+    other = not heads._prefers_onednn()
+    monkeypatch.setattr(heads, "_prefers_onednn", lambda: other)
     check(*inputs(130, Nk))
 
 
@@ -138,16 +164,17 @@ def test_strided_views(Nk, tiled):
 @pytest.mark.parametrize("Nk", [5, 77])
 def test_onednn_gets_dense_matrices(Nk, monkeypatch):
     """A view of one head among others sends it to a loop that takes 1000 times as long."""
-    if streaming._linear is None:
+    if heads._linear is None:
         pytest.skip("this torch has no oneDNN")
     seen = []
 
-    def linear(x, y, *args, real=streaming._linear):
+    def linear(x, y, *args, real=heads._linear):
         seen.append(y.is_contiguous() or y.T.is_contiguous())
         return real(x, y, *args)
 
-    monkeypatch.setattr(streaming, "_linear", linear)
-    monkeypatch.setattr(streaming, "HEAVY", 1)
+    monkeypatch.setattr(heads, "_linear", linear)
+    monkeypatch.setattr(heads, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(heads, "HEAVY", 1)
     q, k, v = (randn(1, n, 2, 40).transpose(1, 2) for n in (65, Nk, Nk))
     check(q, k, v, keys=slice(1, 4))
     assert seen
@@ -376,17 +403,17 @@ def test_sums_may_be_views_of_a_larger_buffer(tiled):
     d=st.integers(1, 70),
     amplitude=st.floats(0, 30),
     cut=st.floats(0, 1),
-    tile=st.sampled_from([300, streaming.TILE]),
+    form=st.sampled_from(list(FORMS)),
     seed=st.integers(0, 99),
 )
-def test_maps_sum_to_what_they_should(Nq, Nk, d, amplitude, cut, tile, seed):
+def test_maps_sum_to_what_they_should(Nq, Nk, d, amplitude, cut, form, seed):
     torch.manual_seed(seed)
     q, k, v = inputs(Nq, Nk, d, amplitude=amplitude)
     edge = round(cut * (Nk - 1)) + 1
     edges = [0, edge, Nk] if edge < Nk else [0, Nk]
     parts = [slice(a, b) for a, b in pairwise(edges)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "TILE", tile)
+        take(form, patch)
         whole = i2am.attention(q, k, v, backend="streaming")
         shares = [i2am.attention(q, k, v, keys=part, backend="streaming") for part in parts]
     ones = torch.ones(1, 2)
@@ -485,7 +512,7 @@ def test_no_tensor_grows_with_the_attention(Nq, Nk, d, masked):
         results = call(q, k, v, mask)
     kept = [x.numel() * x.element_size() for x in results]
     inputs_of_a_head = 4 * 16 * Nk  # float32, head dims up to LANES
-    assert seen.largest <= max(4 * 4 * streaming.TILE, inputs_of_a_head, *kept)
+    assert seen.largest <= max(4 * 4 * shifted.TILE, inputs_of_a_head, *kept)
     assert seen.peak - sum(kept) <= 64 * MIB
 
 
