@@ -32,7 +32,7 @@ LN2 = math.log(2.0)
 
 
 class Part(NamedTuple):
-    """What the first sweep over some queries leaves."""
+    """Results of the first sweep over some queries."""
 
     good: bool  # whether all exponentials stayed in range
     top: Tensor  # [G, 1] the largest logit of the samples

@@ -23,7 +23,7 @@ TINY = 1e-30  # below any row sum: its largest term is 1
 
 
 class Part(NamedTuple):
-    """What the first sweep over some queries leaves."""
+    """Results of the first sweep over some queries."""
 
     top: Tensor  # [G, 1] the largest shift
     sums: Tensor  # [G, hull] column sums relative to it

@@ -106,7 +106,7 @@ def _groups(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _whole(collect: Callable[[], Heads], col_lse: Tensor, keep: int) -> None:
-    """Both sweeps over a few heads."""
+    """Take a few heads through both sweeps."""
     heads = collect()
     everything = slice(0, heads.q.shape[1])
     sweeps = _sweeps(heads, keep)
@@ -120,7 +120,7 @@ def _whole(collect: Callable[[], Heads], col_lse: Tensor, keep: int) -> None:
 
 
 def _in_pieces(heads: Heads, col_lse: Tensor) -> None:
-    """Both sweeps over a few heads, each split over the queries; the pieces' sums are merged in their order."""
+    """Take a few heads through both sweeps, split over the queries; the pieces' sums are merged in their order."""
     device = col_lse.device
     Nq = heads.q.shape[1]
     pieces = list(in_steps(slice(0, Nq), max(PIECE, -(-Nq // PIECES))))
