@@ -27,7 +27,7 @@ class Reference(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of its keys."""
+        """Return the number of its keys."""
         return int(self.keys.stop - self.keys.start)
 
     def add(self, spent: Tensor) -> None:
@@ -78,12 +78,12 @@ class Heads(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the statistics."""
+        """Return the dtype of the statistics."""
         return self.weights.dtype
 
     @property
     def keeps_mass(self) -> bool:
-        """Whether mass is kept: of every reference or of none."""
+        """Return whether mass is kept: of every reference or of none."""
         return self.references[0].mass is not None
 
     def may_overflow(self) -> bool:
