@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,8 +70,6 @@ def _target(text: str) -> Target:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    quiet_libraries()
-    from i2am.cli.job import Job
     from i2am.evaluate import DiskFull, Store, StoreError, read_manifest
     from i2am.evaluate.run import stop_if_full
 
@@ -80,13 +79,18 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     args.device = process.own_device(args.device)
-    job = Job.of(_options(args, samples.columns), unneeded=("mask",))
     store = Store(args.out, process.name)
-    trackers = None
+    trackers, job = None, None
     try:
-        pending = _open(store, samples, job, args, process)
+        pending: list[int] = []
+        if not _all_done(store, samples, args):
+            quiet_libraries()
+            from i2am.cli.job import Job
+
+            job = Job.of(_options(args, samples.columns), unneeded=("mask",))
+            pending = _open(store, samples, _settings(args, job.name, job.args), args, process)
         trackers = _trackers(store, samples, args if pending else None)
-        if pending:
+        if job is not None and pending:
             job.load()
             job.pipe.set_progress_bar_config(disable=True)
         return _do(store, samples, pending, job, args, process, trackers)
@@ -116,11 +120,48 @@ def _trackers(store: Store, samples: Manifest, args: argparse.Namespace | None) 
         raise UserError(f"--log: {error}") from error
 
 
-def _open(store: Store, samples: Manifest, job: Job, args: argparse.Namespace, process: Process) -> list[int]:
+def _all_done(store: Store, samples: Manifest, args: argparse.Namespace) -> bool:
+    """Open a folder of these very settings that holds every sample, and return True; else leave it as it was.
+
+    Found without diffusers, which takes seconds and 300 MB: only for a sample that is left its classes are needed.
+
+    Raises:
+        UserError: samples were done with other weights, or from other pictures.
+    """
+    from i2am.cli.pipelines import check_adapter, class_name_in
+    from i2am.evaluate.identity import difference
+    from i2am.evaluate.store import NOT_COMPARED
+
+    name = class_name_in(args.pipeline)
+    if name is None or args.restart or args.revision is not None or args.offload is not None:
+        return False  # what these can be refused for, the class tells
+    checked = argparse.Namespace(**vars(args))
+    check_adapter(checked)
+    settings = _settings(args, name, checked)
+    try:
+        before = store.settings()
+    except ValueError:
+        return False
+    if difference(before, json.loads(json.dumps(settings)), (*NOT_COMPARED, "weights")) is not None:
+        return False
+    try:
+        store.open(settings)
+        if not store.pending(samples):
+            return True
+    except ValueError as error:
+        raise UserError(f"--out: {error}") from error
+    except OSError:
+        return False
+    store.close()
+    return False
+
+
+def _open(
+    store: Store, samples: Manifest, settings: dict[str, Any], args: argparse.Namespace, process: Process
+) -> list[int]:
     """Open the folder, and find the samples that are left, in this process's order."""
     from i2am.evaluate import Store
 
-    settings = _settings(args, job)
     try:
         if args.restart and not process.speaks:
             process.wait_for_first(store)
@@ -143,7 +184,7 @@ def _do(
     store: Store,
     samples: Manifest,
     pending: list[int],
-    job: Job,
+    job: Job | None,
     args: argparse.Namespace,
     process: Process,
     trackers: Trackers,
@@ -193,32 +234,41 @@ def _options(args: argparse.Namespace, columns: set[str]) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **given, **texts})
 
 
-def _settings(args: argparse.Namespace, job: Job) -> dict[str, Any]:
-    """Return the settings that results depend on and, for people, where they came from."""
+def _settings(args: argparse.Namespace, class_name: str, checked: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that results depend on and, for people, where they came from.
+
+    Args:
+        args: as given.
+        class_name: of the pipeline.
+        checked: ``args`` with the adapter's weight file found.
+    """
+    from i2am.cli.job import placement
     from i2am.cli.weights import weights_of
 
+    device, dtype = placement(args)
     given = {o.name: getattr(args, o.name) for o in OPTIONS if o.setting and getattr(args, o.name) is not None}
     paths = {name: getattr(args, name) for name in ("ip_adapter", "lora") if getattr(args, name) is not None}
     return {
         "command": "evaluate",
         "manifest": args.manifest.name,
         "pipeline": args.pipeline,
-        "pipeline_class": job.name,
+        "pipeline_class": class_name,
         **given,
         **paths,
-        "device": job.device.type,
-        "dtype": str(job.dtype).removeprefix("torch."),
-        "weights": weights_of(job.args),  # in which the adapter's weight file is named
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "weights": weights_of(checked),  # in which the adapter's weight file is named
         "versions": versions(),
     }
 
 
-def _traced(job: Job, sample: Sample) -> Traced:
+def _traced(job: Job | None, sample: Sample) -> Traced:
     """Run one sample."""
     import numpy as np
 
     from i2am.evaluate import Traced
 
+    assert job is not None, "a sample is left, so the pipeline was looked at"
     needed = [option for option in job.routes.values() if option in IMAGE_OPTIONS]
     missing = [option for option in needed if option not in sample.files]
     if missing:

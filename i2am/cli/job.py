@@ -56,13 +56,12 @@ class Job:
         parameters = set(inspect.signature(pipeline_class.__call__).parameters)
         dropped = {o: None for o in unneeded if not {o, f"{o}_image"} & parameters}
         args = argparse.Namespace(**{**vars(args), **dropped})
-        device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device, dtype = placement(args)
         routes = route(pipeline_class, parameters, args)
         if getattr(args, "more_references", None) and not _takes_several(pipeline_class, routes):
             raise UserError(f"{pipeline_class.__name__} takes one --reference")
         if args.word is not None and "prompt" not in parameters:
             raise UserError(f"{pipeline_class.__name__} takes no --word: it has no prompt")
-        dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16"))
         if args.offload is not None and device.type == "cpu":
             raise UserError("--offload is of no use on cpu: weights are there already")
         return cls(args, pipeline_class, parameters, routes, device, dtype)
@@ -118,6 +117,12 @@ class Job:
         if mask is None:
             return None
         return part_seen(mask.resize(reference.size), self.pipe)
+
+
+def placement(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Return where a command's pipeline runs, and in which dtype."""
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16"))
 
 
 def _takes_several(pipeline_class: type, routes: Mapping[str, str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import re
 import warnings
 from pathlib import Path
@@ -110,18 +111,28 @@ def is_folder(path: str | Path) -> bool:
         return False
 
 
+def class_name_in(folder: str) -> str | None:
+    """Return the name of a saved pipeline's class, read without diffusers; None: only :func:`find_class` can tell."""
+    try:
+        config = json.loads(Path(folder, "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def find_class(pipeline: str, revision: str | None = None) -> type[DiffusionPipeline]:
     """Find the class of a saved pipeline, before any weights are read.
 
     Raises:
         UserError: there is no such pipeline, or none that this diffusers can run.
     """
-    import diffusers
-
     if not is_folder(pipeline) and not HUB_NAME.fullmatch(pipeline):
         raise UserError(f"PIPELINE: there is no folder {pipeline}")
     if is_folder(pipeline) and revision is not None:
         raise UserError(f"--revision is of a hub repository, and {pipeline} is a folder")
+    import diffusers  # what is above is said at once
+
     given = {} if revision is None else {"revision": revision}
     try:
         config = diffusers.DiffusionPipeline.load_config(pipeline, **given)

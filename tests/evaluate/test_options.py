@@ -145,3 +145,46 @@ def test_revision(inpaint, manifest, plain, tmp_path):
     code, error = run(tmp_path / "none", "--revision", "v3")
     assert code == USAGE
     assert "within reach" in error
+
+
+def test_what_needs_no_sample_needs_no_diffusers(inpaint, manifest, tmp_path, capsys, monkeypatch):
+    """Tables of a finished folder, other weights, other pictures, a pipeline that is not there: torch is enough."""
+    out, picture = tmp_path / "out", manifest.parent / "reference.png"
+    words = arguments(inpaint, manifest, out)
+    assert cli.main(words) == 0
+    (out / "results.csv").unlink()
+    code = "import sys; from i2am.cli import main; code = main(sys.argv[1:]); heavy = {'diffusers', 'transformers'}; "
+    code += "print(code, sorted(heavy & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.stdout.endswith("0 []\n"), done
+    assert "1 of 1 samples" in done.stdout
+    assert results(out)["a"]["status"] == "ok"
+
+    def looked_at(*_):
+        raise AssertionError("the pipeline's class was imported")
+
+    monkeypatch.setattr(Job, "of", looked_at)
+    assert cli.main(words) == 0
+    before = picture.stat()
+    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    assert cli.main(words) == 0  # another time alone: the contents are the same
+    whole = picture.read_bytes()
+    picture.write_bytes(whole + b"more")
+    try:
+        assert cli.main(words) == USAGE
+        assert "other pictures (a: " in capsys.readouterr().err
+    finally:
+        picture.write_bytes(whole)
+    moved = shutil.copytree(inpaint[0], tmp_path / "retrained")
+    assert cli.main(arguments((moved, inpaint[1]), manifest, out)) == 0  # by what is in it, not where
+    with open(moved / "unet" / "diffusion_pytorch_model.safetensors", "r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"\x01")
+    assert cli.main(arguments((moved, inpaint[1]), manifest, out)) == USAGE
+    assert "diffusion_pytorch_model.safetensors" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert cli.main(arguments(inpaint, manifest, out, "--offload", "model")) == USAGE  # of no use on cpu
+    assert "--offload" in capsys.readouterr().err
+    assert cli.main(arguments(inpaint, manifest, out, "--steps", "3")) == USAGE
+    assert "steps: 2, now 3" in capsys.readouterr().err
+    assert results(out)["a"]["status"] == "ok"

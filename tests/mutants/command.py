@@ -124,8 +124,8 @@ MUTANTS = [
     ),
     Mutant(
         EVALUATE,
-        "while summary is None or store.refresh() > seen:",
-        "while summary is None:",
+        "while (now := store.refresh()) > seen:",
+        "while (now := store.refresh()) > seen and seen < 0:",
         "others' last samples are missing",
     ),
     Mutant(

@@ -22,7 +22,7 @@ MUTANTS = [
         "one reference's rows given for another",
     ),
     Mutant(AGGREGATE, "return sums[times][:, :, heads], counts[times]", "return sums[times], counts[times]"),
-    Mutant(AGGREGATE, "counts[t] += 1", "counts[t] = 1", "a mean over groups instead of calls"),
+    Mutant(AGGREGATE, "counts[t] = len(mine)", "counts[t] = 1", "a mean over groups instead of calls"),
     Mutant(AGGREGATE, "weights = F.pad(weights, (s.skip, 0))", "weights = F.pad(weights, (0, s.skip))"),
     Mutant(AGGREGATE, "return [i % length for i in chosen]", "return sorted(i % length for i in chosen)"),
     Mutant(AGGREGATE, "wrong = [i for i in chosen if not -length <= i < length]", "wrong = []"),

@@ -48,8 +48,8 @@ MUTANTS = [
     Mutant(DETECT, "smallest * hot.size", "smallest * hot.shape[0]", "every speck counts"),
     Mutant(
         DETECT,
-        "float(x.min() + threshold * (x.max() - x.min()))",
-        "float(threshold * x.max())",
+        "float(x.min() + float(threshold) * (x.max() - x.min()))",
+        "float(float(threshold) * x.max())",
         "a share of the maximum",
     ),
     Mutant(
