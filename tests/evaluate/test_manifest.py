@@ -1,5 +1,6 @@
 """Manifests of every kind, and whatever else a file may hold."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -171,3 +172,50 @@ def test_a_hundred_thousand_rows_stay_small(tmp_path):
     assert samples[-1].id == f"s{rows - 1:06d}"
     assert [s.id for s in samples.part([3, 1])] == ["s000003", "s000001"]
     assert np.unique([s.seed for s in samples[:100]]).size == 100
+
+
+def written(folder, rows, columns="id,reference,seed,box"):
+    (folder / "m.csv").write_text("\n".join([columns, *rows]))
+    return folder / "m.csv"
+
+
+def test_seeds_are_of_the_run_and_the_id(tmp_path):
+    """A sample's seed depends on both, and on nothing else; one of its own on neither. Digests tell all of it apart."""
+    path = written(tmp_path, ["a,r.png,,", "b,r.png,,", "c,r.png,9,"])
+    zero, one = (read_manifest(path, seed) for seed in (0, 1))
+    of_a = int.from_bytes(hashlib.sha256(b"1:a").digest()[:6], "big")
+    assert one[0].seed == of_a
+    assert zero[0].seed != of_a
+    assert zero[2].seed == one[2].seed == 9
+    assert [x.digest == y.digest for x, y in zip(zero, one, strict=True)] == [False, False, True]
+    turned = read_manifest(written(tmp_path, ["b,r.png,,", "a,r.png,,"]), 1)
+    assert (turned[1].seed, turned[1].digest) == (of_a, one[0].digest)
+    edited = read_manifest(written(tmp_path, ["a,other.png,,"]), 1)
+    assert edited[0].seed == of_a
+    assert edited[0].digest != one[0].digest
+
+
+@pytest.mark.parametrize("rows", [255, 256, 257, 512])
+def test_rows_around_a_block_are_their_own(tmp_path, rows):
+    """In any order, forwards, backwards and from the end; rows without an id are numbered as they stand."""
+    samples = read_manifest(written(tmp_path, [f",{i}.png,{i}," for i in range(rows)]))
+    assert len(samples) == rows
+    for place in (rows - 1, 0, rows // 2, -1, -rows, rows - 2):
+        sample, at = samples[place], place % rows
+        assert (sample.id, sample.seed) == (f"row-{at + 1:05d}", at)
+        assert sample.files["reference"] == tmp_path / f"{at}.png"
+    with pytest.raises(IndexError):
+        samples[rows]
+
+
+@pytest.mark.parametrize("box", ["4 4 4 9", "4 4 9 4", "5 4 3 9", "4 9 8 3"])
+def test_boxes_without_a_pixel_are_refused(tmp_path, box):
+    with pytest.raises(ValueError, match="is empty"):
+        read_manifest(written(tmp_path, [f"a,r.png,,{box}"]))
+
+
+def test_ids_are_limited_in_bytes(tmp_path):
+    """As file systems limit names: 150 letters of two bytes are too many, 150 of one are not."""
+    assert read_manifest(written(tmp_path, [f"{'a' * 150},r.png,,"]))[0].id == "a" * 150
+    with pytest.raises(ValueError, match="bytes"):
+        read_manifest(written(tmp_path, [f"{'é' * 150},r.png,,"]))
