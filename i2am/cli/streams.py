@@ -60,7 +60,14 @@ def no_interrupt() -> Iterator[None]:
 
 
 def show_any_text() -> None:
-    """Let standard output and error write names that they cannot encode, with the odd characters escaped."""
+    """Let standard output and error write names that they cannot encode, with the odd characters escaped.
+
+    A stream that was closed before the start (``>&-``, a daemon's) leads nowhere from now on. Else its number would be
+    that of the next file opened, and what a library prints would go into that.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (it stays open)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             with contextlib.suppress(OSError, ValueError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ from i2am.evaluate.manifest import Files, Sample
 from i2am.evaluate.sources import Embedded, Picture
 
 SMALL = 1 << 20  # bytes up to which a file's contents are hashed
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".txt", ".model")  # weights, indices, vocabularies
+SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"),  # weights
+    *(".json", ".txt", ".model", ".tiktoken", ".vocab", ".spm", ".jinja", ".yaml", ".yml"),  # configs, vocabularies
+)
 
 
 def weights_identity(path: Path) -> dict[str, list[Any]]:
@@ -21,20 +24,33 @@ def weights_identity(path: Path) -> dict[str, list[Any]]:
     Small files (indices, configs) count by their contents, a hub cache's blobs by the hash that they are named by,
     others by the time of their last change.
     """
-    files = [path] if path.is_file() else sorted(_files(path))
+    files = [path] if path.is_file() else sorted(_files(path, ()))
     root = path.parent if path.is_file() else path
     return {str(file.relative_to(root)): _file_identity(file) for file in files}
 
 
-def _files(folder: Path) -> Iterable[Path]:
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place, n) for n in names if n.endswith(SUFFIXES) and not n.startswith("."))
+def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """Yield the files below a folder that count; a link back to one of the folders ``above`` is not followed."""
+    real = folder.resolve()
+    if real in above:
+        return
+    try:
+        paths = [Path(entry.path) for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError:  # what cannot be read, diffusers cannot load either
+        return
+    for path in paths:
+        if path.is_dir():
+            yield from _files(path, (*above, real))
+        elif path.name.endswith(SUFFIXES):
+            yield path
 
 
 def _file_identity(file: Path) -> list[Any]:
     target = file.resolve()
-    status = target.stat()
+    try:
+        status = target.stat()
+    except OSError:  # a link to nowhere: if it is needed, loading says so
+        return [0, "unreadable"]
     if target.parent.name == "blobs":  # of a hub cache: named by its hash
         return [status.st_size, target.name]
     if status.st_size <= SMALL:

@@ -41,6 +41,18 @@ def test_a_full_device_and_a_closed_pipe(words):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("closed", "words", "code"), [("1", "--version", 0), ("0 1 2", "--version", 0), ("2", "trace", 2), ("1 2", "x", 2)]
+)
+def test_streams_that_were_closed_before_the_start(closed, words, code):
+    """As daemons leave them: no traceback, no exit code of another meaning, no complaint among the output."""
+    shut = " ".join(f"{number}>&-" for number in closed.split())
+    line = f'exec "{sys.executable}" -m i2am {words} {shut}'
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert "Traceback" not in done.stderr
+
+
 def test_sigterm_is_taken_as_ctrl_c_is():
     with stopping_signals():
         with pytest.raises(Terminated, match="SIGTERM"):

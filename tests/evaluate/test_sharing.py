@@ -215,6 +215,20 @@ def test_weights_are_told_apart_by_their_files(tmp_path):
     assert difference({"versions": 1}, {"versions": 2}, ["versions"]) is None
 
 
+def test_links_among_weights(tmp_path):
+    """Shared folders count under both names; a link back up ends; a link to nowhere is a value, not an error."""
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "w.safetensors").write_bytes(b"w")
+    (tmp_path / "encoder" / "chat_template.jinja").write_text("{{ prompt }}")
+    before = weights_identity(tmp_path)
+    assert set(before) == {"encoder/w.safetensors", "encoder/chat_template.jinja"}
+    for name, target in (("here", "."), ("encoder/up", ".."), ("gone.bin", "nowhere"), ("encoder_2", "encoder")):
+        (tmp_path / name).symlink_to(target)
+    now = weights_identity(tmp_path)
+    twice = {f"encoder_2/{name.rpartition('/')[2]}": what for name, what in before.items()}
+    assert now == before | twice | {"gone.bin": [0, "unreadable"]}
+
+
 def test_other_settings_are_refused_or_done_anew(tmp_path):
     samples = samples_of(2)
     assert run(tmp_path / "out", samples) == ["s000", "s001"]

@@ -35,6 +35,7 @@ MUTANTS = [
         INIT, "    if debug:\n        complain", "    if not debug:\n        complain", "tracebacks without --debug"
     ),
     Mutant(INIT, "    except BrokenPipeError:", "    except ConnectionError:"),
+    Mutant(STREAMS, "if getattr(sys, name) is None:", "if False:", "a stream closed before the start ends the run"),
     Mutant(STREAMS, "if handler == signal.SIG_DFL]", "]", "nohup does not help"),
     Mutant(STREAMS, "            signal.raise_signal(came[0])", "            pass", "Ctrl-C at the end is lost"),
     Mutant(STREAMS, "if not isinstance(error, BrokenPipeError):", "if isinstance(error, BrokenPipeError):"),
