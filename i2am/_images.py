@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # What Pillow may open: pictures, and nothing that starts another program (Ghostscript for EPS and PDF).
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "TGA", "JPEG2000", "AVIF", "MPO")
 BITS = {8: 255, 16: 65535}
+WIDER = 16  # pixels that a picture has each way, where an axis of 2 to 4 behind them is its channels
 SLACK = 1e-3  # by which resizing or half precision may leave 0…1
 
 
@@ -174,6 +175,8 @@ def read_mask(mask: Any, *, weights: bool = False) -> tuple[Tensor, bool]:
         raise ValueError(f"a mask must be a PIL image, an array or a tensor, got {type(mask).__name__}")
     if x.ndim == 3 and x.shape[-1] in (3, 4) and x.dtype == np.uint8 and min(x.shape[:2]) > 4:
         return torch.from_numpy(_grey_of_colours(x, "array"))[None], True  # np.asarray of a colour image
+    if x.ndim == 3 and x.shape[-1] in (2, 3, 4) and min(x.shape[:2]) > WIDER:  # the same of another dtype
+        x = _first_of_equal_channels(x)
     single = x.ndim == 2 or (x.ndim == 3 and x.shape[-1] == 1)
     if x.ndim in (3, 4) and x.shape[-1] == 1:
         x = x[..., 0]
@@ -226,6 +229,21 @@ def _grey_of_colours(pixels: np.ndarray, what: str) -> np.ndarray:
     return _scaled(colours.mean(-1).round().astype(np.uint8), "mask")
 
 
+def _first_of_equal_channels(x: np.ndarray) -> np.ndarray:
+    """Return ``[H, W]`` of a mask ``[H, W, 3]`` whose channels are alike.
+
+    Raises:
+        ValueError: they are not, or there is an alpha channel: nothing tells which is meant.
+    """
+    if x.shape[-1] == 3 and np.array_equal(x[..., :1].repeat(2, axis=-1), x[..., 1:]):
+        found: np.ndarray = x[..., 0]
+        return found
+    raise ValueError(
+        f"a mask of shape {x.shape} is a picture of {x.shape[-1]} channels that differ: give the one that is meant, "
+        f"[H, W]; {x.shape[0]} masks that are {x.shape[-1]} pixels wide are [B, 1, H, W]"
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------- points
 
 
@@ -261,8 +279,21 @@ def is_pil(image: Any) -> bool:
 
 
 def as_array(x: Any) -> np.ndarray | None:
-    """Return numbers of any form as an array; bfloat16 and float8 as float32. None: these are no numbers."""
+    """Return numbers of any form as an array; bfloat16 and float8 as float32. None: these are no numbers.
+
+    Raises:
+        ValueError: a tensor without plain numbers, such as a sparse one.
+    """
     if isinstance(x, Tensor):
+        kinds = {
+            "nested": x.is_nested,
+            "quantised": x.is_quantized,
+            "complex": x.is_complex(),
+            "without values": x.is_meta,
+        }
+        if x.layout != torch.strided or any(kinds.values()):
+            what = next((kind for kind, it_is in kinds.items() if it_is), "sparse")
+            raise ValueError(f"a tensor that is {what} cannot be read: pass a dense one of real numbers")
         x = x.detach().cpu()
         found: np.ndarray = (x.float() if x.dtype.is_floating_point and x.dtype != torch.float64 else x).numpy()
         return found

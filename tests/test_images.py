@@ -111,6 +111,42 @@ def test_pictures_without_a_known_scale_are_refused(image, message):
         read_picture(image)
 
 
+TENSORS = {
+    "sparse": lambda: torch.eye(20).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.rand(2, 3)]),
+    "without values": lambda: torch.rand(20, 20, device="meta"),
+    "complex": lambda: torch.rand(20, 20, dtype=torch.complex64).conj(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.rand(20, 20), 0.1, 0, torch.quint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", TENSORS)
+def test_tensors_without_plain_numbers_are_refused(kind):
+    """By name, whichever door they come through."""
+    x = TENSORS[kind]()
+    for read in (read_picture, read_mask, i2am.detect_box, lambda x: i2am.imacs(x, np.ones((5, 5)))):
+        with pytest.raises(ValueError, match=f"that is {kind} cannot be read"):
+            read(x)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16, bool, np.float16])
+def test_masks_with_channels_of_any_dtype(dtype):
+    """cv2 and np.asarray leave three alike, which are one mask, never 20 that are 3 pixels wide."""
+    grey = np.zeros((20, 24), dtype)
+    grey[4:9, 6:] = 65535 if dtype == np.uint16 else 1
+    got, single = read_mask(np.stack([grey] * 3, -1))
+    assert single
+    assert got[0].equal(read_mask(grey)[0][0])
+    differ = np.stack([grey, grey, ~grey if dtype is bool else grey * 0], -1)
+    for x in (differ, np.stack([grey] * 4, -1), torch.from_numpy(np.stack([grey] * 2, -1).astype(np.float32))):
+        with pytest.raises(ValueError, match=r"channels that differ.*\[B, 1, H, W\]"):
+            read_mask(x)
+    narrow = torch.rand(20, 1, 24, 3)
+    assert read_mask(narrow)[0].shape == (20, 24, 3)
+    assert read_mask(torch.rand(5, 6, 4))[0].shape == (5, 6, 4)  # five regions on a small grid
+
+
 def test_files_open_upright_and_only_as_pictures(tmp_path):
     image = Image.fromarray(COLOUR[0])
     exif = image.getexif()

@@ -48,9 +48,11 @@ def test_webdataset_shards(tmp_path):
         add(shard, "d/a.image.png", png(30))
         add(shard, "d/a.json", b'{"prompt": "a cup", "seed": 4}')
     with tarfile.open(tmp_path / "s-001.tar", "w") as shard:
+        add(shard, "nothing.json", b"{}")  # no cell, so no sample
         add(shard, "b.png", png(20))
         add(shard, "b.txt", b"b")
     samples = read_manifest(tmp_path)
+    assert [sample.id for sample in samples] == ["a", "b"]
     assert (samples[0].id, samples[0].seed) == ("a", 4)
     check_pictures(samples)
     (tmp_path / "s-001.tar").write_bytes((tmp_path / "s-001.tar").read_bytes()[:700])

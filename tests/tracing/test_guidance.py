@@ -45,6 +45,16 @@ def test_the_latents_tell():
     assert judge("none", torch.cat([x, x])).samples == slice(0, 4)
 
 
+def test_other_views_of_the_same_memory_are_other_latents():
+    """A turned or cut picture begins at the same address."""
+    x = latents(1)
+    for other in (x.mT, x.flip(0).mT.flip(0), torch.as_strided(x, x.shape, (16, 4, 1, 2))):
+        guidance = Guidance("auto")
+        judge("auto", x, guidance=guidance)
+        with pytest.raises(Unexplained, match="on other latents"):
+            judge("auto", other, guidance=guidance, info=SAME_STEP)
+
+
 @pytest.mark.parametrize("empty", [0, 1])
 def test_a_half_of_zeros_is_unconditional(empty):
     x = latents(1)
