@@ -23,7 +23,7 @@ from i2am._files import read_unchanged, write_atomically
 from i2am.maps.aggregate import STORED, LayerSums, check_sums
 from i2am.maps.entries import STAMP, QKEntry, check_stamp, pack, stamp_of
 from i2am.maps.frames import ALONG, PICTURE, Video, check_video
-from i2am.maps.header import Field
+from i2am.maps.header import Field, shown
 from i2am.maps.placed import Tile
 from i2am.maps.provenance import plain
 from i2am.references import KINDS, Grid, Kind
@@ -148,7 +148,7 @@ def read_maps(path: Path, record_anywhere: bool = False) -> Contents:
         raise FileNotFoundError(f"no maps file at {path}")
     metadata, shapes, tensors = read_unchanged(path, _read_safetensors)
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a maps file of i2am (format {metadata.get('format')!r})")
+        raise ValueError(f"{path} is not a maps file of i2am (format {shown(metadata.get('format'))})")
     try:
         header = Field(path, "header", json.loads(metadata.get("maps", "")))
     except (ValueError, RecursionError) as error:
@@ -163,7 +163,7 @@ def read_maps(path: Path, record_anywhere: bool = False) -> Contents:
     known = {f"{i}.{name}" for i in range(len(sums)) for name in STORED}
     unknown = next((name for name in shapes if name not in known and not name.startswith(RECORD)), None)
     if unknown is not None:
-        raise ValueError(f"{path}: tensor {unknown!r} belongs to no layer of the header")
+        raise ValueError(f"{path}: tensor {shown(unknown)} belongs to no layer of the header")
     regions = [region.text() for region in fields["regions"].items()]
     if len(set(regions)) < len(regions):
         fields["regions"].refuse("must name each region once")
@@ -312,7 +312,7 @@ def _read_entry(
     tensor_names = {name.key: name.text() for name in names.mapping(QK_TENSORS, ("mask",))}
     missing = next((n for n in tensor_names.values() if n not in stored[where]), None)
     if missing is not None:
-        names.refuse(f"refers to tensor {missing!r}, which {paths[where].name} does not have")
+        names.refuse(f"refers to tensor {shown(missing)}, which {paths[where].name} does not have")
     shapes = {name: stored[where][n] for name, n in tensor_names.items()}
     tile = _read_tile(tiles[0], s) if tiles else None
     queries, keys = s.r2g.shape[-1], s.g2r.shape[-1]
@@ -359,7 +359,7 @@ def _record_file(size: Field, anywhere: bool) -> Path:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             status = path.stat()  # not exists(), which since Python 3.14 takes every failure for a no
     except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, a NUL
-        refuse(f"can't be looked up ({error})")
+        refuse(f"can't be looked up ({str(error)[:200]})")
     if not anywhere and not inside:
         refuse("lies outside the folder of the maps file; pass record_anywhere=True to read it all the same")
     if status is None:

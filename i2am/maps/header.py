@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from i2am.references import Grid
 
+LONGEST = 80  # characters of a file's own text in an error
+
 
 @dataclass(frozen=True)
 class Field:
@@ -21,9 +23,7 @@ class Field:
     key: str = ""  # in the object that holds it
 
     def refuse(self, what: str) -> NoReturn:
-        text = repr(self.value)
-        text = text if len(text) <= 80 else text[:79] + "…"
-        raise ValueError(f"{self.file}: {self.name} {what}; it is {text}")
+        raise ValueError(f"{self.file}: {self.name} {what}; it is {shown(self.value)}")
 
     def mapping(self, required: Iterable[str] = (), optional: Iterable[str] | None = None) -> Iterator[Field]:
         """Yield the fields of an object; with ``optional``, only these and the required ones may be there."""
@@ -35,8 +35,9 @@ class Field:
                 self.refuse(f"has no field {key!r}")
         for key, value in self.value.items():
             if optional is not None and key not in required and key not in optional:
-                self.refuse(f"has a field that this format does not know, {key!r}")
-            yield Field(self.file, key if self.name == "header" else f"{self.name}.{key}", value, key)
+                self.refuse(f"has a field that this format does not know, {shown(key)}")
+            place = key if len(key) <= LONGEST else key[: LONGEST - 1] + "…"
+            yield Field(self.file, place if self.name == "header" else f"{self.name}.{place}", value, key)
 
     def fields(self, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Field]:
         return {field.key: field for field in self.mapping(required, tuple(optional))}
@@ -71,6 +72,12 @@ class Field:
     def grid(self) -> Grid:
         h, w = (side.integer(1) for side in self.items(exactly=2))
         return h, w
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def _finite(value: float) -> bool:

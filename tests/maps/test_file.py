@@ -1,5 +1,7 @@
 """The maps file: what 0.1 wrote still loads, every malformed file is refused by name, records stay in their folder."""
 
+import contextlib
+import itertools
 import json
 import logging
 import os
@@ -240,6 +242,34 @@ def test_a_malformed_header_is_refused_with_file_and_field(what, saved):
         AttributionMaps.load(path)
     assert path.name in str(refused.value)
     assert len(str(refused.value)) < 700
+
+
+def places_in(value, above=()):
+    """Every place of a JSON value, as keys one below the other."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, below in inside:
+        yield (*above, key)
+        yield from places_in(below, (*above, key))
+
+
+def test_a_refusal_shows_little_of_a_long_value(saved):
+    """Whatever text or list of a header is endless, and whichever key: a sentence, not the file's own megabyte."""
+    path, head, maps, body = saved
+    kinds = itertools.cycle(["a" * 5000, ["b" * 5000], {"c" * 5000: 1}, "a" * 5000])
+    seen = set()
+    for place in places_in(maps):
+        pattern = tuple(0 if isinstance(key, int) else key for key in place)
+        if pattern in seen:  # one layer, one entry of the record stand for all
+            continue
+        seen.add(pattern)
+        write(path, head, changed(maps, place, next(kinds)), body)
+        with contextlib.suppress(ValueError):
+            AttributionMaps.load(path)
+            continue
+        with pytest.raises(ValueError) as refused:
+            AttributionMaps.load(path)
+        name = 5000 if place[-1] in ("layer", "reference") else 0  # which messages give whole
+        assert len(str(refused.value)) < 1200 + name, place
 
 
 @pytest.mark.parametrize(
