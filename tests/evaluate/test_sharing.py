@@ -18,6 +18,7 @@ from i2am._files import machine, runs, this_process, write_atomically
 from i2am.cli.processes import Process
 from i2am.evaluate import Sample, Store, evaluate, read_manifest, summarise
 from i2am.evaluate.identity import difference, pictures_identity, weights_identity
+from i2am.evaluate.journal import Entry
 from i2am.evaluate.leases import Lease
 from i2am.evaluate.run import Traced
 from i2am.maps import AttributionMaps, LayerSums
@@ -195,6 +196,73 @@ def test_a_record_without_news_is_not_read_again(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="2999 samples more"):
         again.pending(samples)
     again.close()
+
+
+def failed(sample):
+    return {"id": sample.id, "digest": sample.digest, "seed": 0, "status": "failed", "error": "", "pictures": {}}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="where processes are told from is Linux's")
+def test_what_another_process_has_just_failed_is_not_tried_again(tmp_path, monkeypatch):
+    """Not while it is there, as its launch does the rest; by the next run it is."""
+    (sample,) = samples_of(1)
+    one, other = Store(tmp_path), Store(tmp_path)
+    other.open(SETTINGS)
+    parent = os.getppid()  # stands for the process whose store the first is
+    started = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19])
+    monkeypatch.setattr("i2am.evaluate.leases.this_process", lambda: (machine(), parent, started))
+    one.open(SETTINGS)
+    one.finish(failed(sample))
+    assert other.pending([sample]) == []
+    one.close()
+    assert other.pending([sample]) == [0]
+    other.close()
+
+
+def test_a_failure_is_tried_again_once(tmp_path):
+    """By whichever process comes first; the others see that it has been."""
+    (sample,) = samples_of(1)
+    earlier = Store(tmp_path)
+    earlier.open(SETTINGS)
+    earlier.finish(failed(sample))
+    earlier.close()
+    one, other = Store(tmp_path), Store(tmp_path)
+    for store in (one, other):
+        store.open(SETTINGS)
+        assert store.pending([sample]) == [0]
+        store.start()
+    assert one.claim(sample)
+    one.finish(failed(sample) | {"status": "ok"})
+    one.release(sample)
+    assert not other.claim(sample)
+    for store in (one, other):
+        store.close()
+
+
+def test_a_good_record_stays(tmp_path):
+    """Of one row: whatever comes later. Of another row: the later one counts."""
+    good, bad = (Entry("a.jsonl", 0, ok, "row", 1.0, 0) for ok in (True, False))
+    assert bad.replaces(None)
+    assert not bad._replace(finished=2.0).replaces(good)
+    assert good._replace(finished=0.5).replaces(bad)
+    assert bad._replace(finished=2.0).replaces(bad)
+    assert not bad._replace(finished=0.5).replaces(bad)
+    assert bad._replace(digest="edited", finished=2.0).replaces(good)
+    assert not good._replace(digest="edited", finished=0.5).replaces(bad)
+
+
+def test_one_picture_that_is_gone_hides_no_change_of_another(tmp_path):
+    picture = tmp_path / "image.png"
+    picture.write_bytes(b"one")
+    sample = Sample("a", 0, files={"reference": tmp_path / "gone.png", "image": picture}, digest="d")
+    store = Store(tmp_path / "out")
+    store.open(SETTINGS)
+    store.finish(failed(sample) | {"status": "ok", "pictures": pictures_identity(sample)})
+    assert store.pending([sample]) == []
+    picture.write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"other pictures \(a: image"):
+        store.pending([sample])
+    store.close()
 
 
 def test_weights_are_told_apart_by_their_files(tmp_path):

@@ -75,6 +75,7 @@ def test_query_heads_that_share_keys(attention, output):
     maps = tracer.maps()
     for direction in ("r2g", "g2r"):
         assert_peak(maps.hlam(direction), truth.hlam(direction))
+    assert set(map(tuple, maps.counts().values())) == {(1,)}  # though one function of attention calls another
     layer = calls[0].layer
     q, k = calls[0].q.double(), calls[0].k[:, key_head].double()
     fed = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[:, :, 1 * calls[0].grid[1] + 2].mean(1)
