@@ -1,5 +1,6 @@
 """Several processes in one folder, what dead ones leave, and results of another experiment."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from i2am._files import machine, runs, this_process, write_atomically
 from i2am.cli.processes import Process
 from i2am.evaluate import Sample, Store, evaluate, read_manifest, summarise
 from i2am.evaluate.identity import difference, pictures_identity, weights_identity
-from i2am.evaluate.journal import Entry
+from i2am.evaluate.journal import Entry, Writer
 from i2am.evaluate.leases import Lease
 from i2am.evaluate.run import Traced
 from i2am.maps import AttributionMaps, LayerSums
@@ -404,3 +405,21 @@ def test_who_this_process_is(monkeypatch, environment, expected):
     assert (process.index, process.count, process.name, process.speaks) == expected
     assert sorted(process.order(range(10))) == list(range(10))
     assert process.order(range(10))[0] == expected[0]
+
+
+def test_a_record_that_did_not_fit_leaves_nothing(tmp_path, monkeypatch):
+    """Not a byte, however much of it was written: what is appended next is a line of its own."""
+    writer, write = Writer(tmp_path / "a.jsonl", {"identity": "x"}), os.write
+
+    def full(handle, data):
+        write(handle, data[:200])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer.append({"id": "a"})
+    with monkeypatch.context() as disk, pytest.raises(OSError, match="No space"):
+        disk.setattr(os, "write", full)
+        writer.append({"id": "b", "error": "long" * 100})
+    assert (tmp_path / "a.jsonl").read_bytes().endswith(b'"a"}\n')
+    writer.append({"id": "c"})
+    writer.close()
+    assert [json.loads(line).get("id") for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [None, "a", "c"]
