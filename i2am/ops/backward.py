@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from i2am.ops import sweeps
-from i2am.ops.forward import Outputs, Setting, forward, query_weights
+from i2am.ops.forward import Outputs, Setting, factors, forward, query_weights, within_reach
 
 OWN = ("mass", "expected", "landing")  # what is taken from the forward, besides out and col_lse
-REACH = {torch.float32: 60.0, torch.float64: 500.0}  # max L − min M (nats) up to which both sides are one
+VARIANCE = 0.25  # of logits under P from which the mean of ln P need not be exact to the last bit
 LARGE = 20.0  # nats: from here on the rounding of float32 logits would cost the gradient more than 1e-5
 
 
@@ -45,10 +46,9 @@ def backward(
         kept = forward(q, k, v, mask, regions, x, y, setting, reads, "streaming")
     dtype = sweeps.statistic(q.dtype)
     d = {name: None if g is None else g.to(dtype) for name, g in grads.items()}
-    reach = kept.row_lse[:, :, setting.generated].amax() - _lowest(kept.col_lse) if kept.col_lse.numel() else None
-    joined = reach is not None and bool(reach <= REACH[dtype])
+    joined = kept.col_lse.numel() > 0 and within_reach(kept.row_lse, kept.col_lse, setting)
     gathered, spent = _cross(q, k, mask, regions, kept, d, setting, joined)
-    rows = _row_side(q, k, v, regions, x, kept, d, setting, spent)
+    rows = _row_side(q, k, v, regions, x, kept, d, setting, spent, mask is not None)
     columns = _column_side(y, kept, d, setting, gathered)
     dq, dk = torch.zeros_like(q, dtype=dtype), torch.zeros_like(k, dtype=dtype)
     dv = None if v is None else torch.zeros_like(v, dtype=dtype)
@@ -90,11 +90,6 @@ def _large(dtype: torch.dtype, kept: Outputs) -> bool:
     return bool(lse.masked_fill(lse.isneginf(), 0.0).abs().amax() > LARGE)
 
 
-def _lowest(lse: Tensor) -> Tensor:
-    """Return the smallest of those that are finite: what is fully masked has no say."""
-    return lse.masked_fill(lse.isneginf(), float("inf")).amin()
-
-
 def _cross(
     q: Tensor,
     k: Tensor,
@@ -115,7 +110,7 @@ def _cross(
     )
     spent, gathered = None, None  # [B, H, Q, 1 + R], [B, H, hull, n]
     if joined and weights is not None:
-        u, w = _factors(kept, setting)
+        u, w = factors(kept.row_lse, kept.col_lse, setting)
         spent, gathered = sweeps.weigh(**sides, values=values, weights=weights * u)
         gathered = None if gathered is None else gathered * w
     else:
@@ -139,16 +134,6 @@ def _per_key(d: dict[str, Tensor | None]) -> Tensor | None:
     return torch.cat([dg2r.unsqueeze(2), dsram], 2).transpose(2, 3)
 
 
-def _factors(kept: Outputs, setting: Setting) -> tuple[Tensor, Tensor]:
-    """Return ``u [B, H, Q, 1]`` and ``w [B, H, hull, 1]`` with ``C = P ∘ u wᵀ``, around each head's middle."""
-    row_lse, col_lse = kept.row_lse[:, :, setting.generated], kept.col_lse
-    low = col_lse.masked_fill(col_lse.isneginf(), float("inf")).amin(2, keepdim=True)
-    middle = ((row_lse.amax(2, keepdim=True) + low) / 2).nan_to_num(0.0, 0.0, 0.0)  # [B, H, 1]
-    u = (row_lse - middle).exp()
-    w = (middle - col_lse).exp().masked_fill(col_lse.isneginf(), 0.0)
-    return u.unsqueeze(3), w.unsqueeze(3)
-
-
 def _row_side(
     q: Tensor,
     k: Tensor,
@@ -159,6 +144,7 @@ def _row_side(
     d: dict[str, Tensor | None],
     setting: Setting,
     spent: Tensor | None,
+    masked: bool,
 ) -> _Side | None:
     """Return P's part of the gradient, over all queries and keys; None where nothing of it is asked for."""
     (B, H, Nq), Nk = q.shape[:3], k.shape[2]
@@ -192,9 +178,26 @@ def _row_side(
     delta += setting.among_queries(own.unsqueeze(3), Nq)
     if dlse is not None:
         delta -= dlse.unsqueeze(3)
-    surprise = None if dentropy is None else setting.among_queries(-dentropy.unsqueeze(3), Nq).squeeze(3)
+    surprise = None
+    if dentropy is not None and _spread(kept.entropy, Nk) and not masked:
+        # ln P = S − L, and S is a product of q and k: d more columns, instead of passes over every tile
+        over_queries = -dentropy.unsqueeze(3) * setting.scale * q[:, :, setting.generated].to(like)
+        left.append(setting.among_queries(over_queries, Nq))
+        right.append(k.to(like))
+        mean = kept.row_lse[:, :, setting.generated] - kept.entropy
+        delta -= setting.among_queries((dentropy * mean).unsqueeze(3), Nq)
+    elif dentropy is not None:
+        surprise = setting.among_queries(-dentropy.unsqueeze(3), Nq).squeeze(3)
     outputs = 0 if dout is None else dout.shape[3]
     return _Side(torch.cat(left, 3), torch.cat(right, 3), delta.squeeze(3), surprise, outputs)
+
+
+def _spread(entropy: Tensor, keys: int) -> bool:
+    """Return whether P is so far from uniform that rounding its mean of ln P costs the gradient less than 1e-5.
+
+    For logits that deviate little, their variance under P is ``2 (ln keys − entropy)``.
+    """
+    return entropy.dtype == torch.float32 and bool((math.log(keys) - entropy).amin() > VARIANCE / 2)
 
 
 def _column_side(
@@ -225,7 +228,7 @@ def _column_side(
 def _joined(rows: _Side, columns: _Side, kept: Outputs, setting: Setting) -> _Side:
     """Return both parts as P's: ``C ∘ (…) = P ∘ u wᵀ ∘ (…)``."""
     Nq, Nk = rows.left.shape[2], rows.right.shape[2]
-    u, w = _factors(kept, setting)  # [B, H, Q, 1], [B, H, hull, 1]
+    u, w = factors(kept.row_lse, kept.col_lse, setting)  # [B, H, Q, 1], [B, H, hull, 1]
     over_queries = torch.cat([columns.right, -torch.ones_like(u)], 3) * u
     over_keys = torch.cat([columns.left, columns.delta.unsqueeze(3)], 3) * w
     return rows._replace(

@@ -202,7 +202,8 @@ class Blockwise:
         """Yield ``rows`` in tiles of which none holds both queries that are generated and others."""
         generated = both(rows, self._heads.queries)
         most = max(1, TILE // (len(self._k) * max(min(self._k.shape[1], KEYS), self._k.shape[2])))  # whatever v is
-        for span in (slice(rows.start, generated.start), generated, slice(generated.stop, rows.stop)):
+        before = slice(rows.start, min(rows.stop, generated.start))
+        for span in (before, generated, slice(max(before.stop, generated.stop), rows.stop)):
             yield from evenly(span, most)
 
     def _key_tiles(self, span: slice | None = None) -> Iterator[slice]:

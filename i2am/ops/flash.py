@@ -15,13 +15,15 @@ LANES = 16  # float32 lanes of a vector register: widths between cost as much as
 AVAILABLE = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
 
 
-def takes(q: Tensor, width: int, mask: Tensor | None) -> bool:
+def takes(q: Tensor, width: int, mask: Tensor | None, pays: bool = False) -> bool:
     """Return whether columns of ``width`` go through it: float32 or float64 on a CPU, no mask, not far wider than q.
 
-    It has one width for q, k and the values, so columns far wider than q would waste the products.
+    It has one width for q, k and the values, so columns far wider than q would waste the products; where it ``pays``,
+    they are no wider than what q is filled up to.
     """
     exact = q.dtype in (torch.float32, torch.float64)  # in half precision its outputs would be rounded
-    return AVAILABLE and q.is_cpu and exact and mask is None and width <= 2 * q.shape[-1] + LANES
+    most = _width(q, 0) if pays else 2 * q.shape[-1] + LANES
+    return AVAILABLE and q.is_cpu and exact and mask is None and width <= most
 
 
 def attend(q: Tensor, k: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from i2am.ops import sweeps
 
 READS = ("r2g", "g2r", "mass", "sram", "expected", "landing", "entropy", "col_lse")  # as the custom op is asked
+REACH = {torch.float32: 60.0, torch.float64: 500.0}  # max L − min M (nats) up to which both sides are one
+CLOSE = 20.0  # nats of a log-sum-exp up to which ln P = S − L has an error of 1e-6
 BASE = frozenset({"r2g", "g2r", "sram"})  # what the fused op computes; the rest is one plain attention
 
 Span = tuple[int, int]
@@ -103,6 +105,10 @@ def forward(
     if fused and dtype == torch.float32:
         asked = _fused(q, k, v, mask, regions, setting, reads, backend, asked)
         v = None
+        further = {"expected", "landing", "entropy"} & set(reads)
+        close = "entropy" not in reads or float(_magnitude(asked.row_lse)) <= CLOSE
+        if further and close and within_reach(asked.row_lse, asked.col_lse, setting):
+            return _beside(q, k, mask, x, y, setting, reads, asked)
     side = _own_columns(q, k, v, x, setting, reads, dtype)
     if side is not None or asked.row_lse.numel() == 0 or "entropy" in reads:
         wide, row_lse, entropy = sweeps.attend(
@@ -205,6 +211,69 @@ def _fused(
         mass=asked.mass if mass is None else mass,
         sram=asked.sram if everywhere is None else everywhere,
     )
+
+
+def _beside(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    x: Tensor | None,
+    y: Tensor | None,
+    setting: Setting,
+    reads: Sequence[str],
+    asked: Outputs,
+) -> Outputs:
+    """Return expected, landing and entropy, both sides' normalisers being known: one sweep for all three."""
+    (B, H), Q, n = q.shape[:2], setting.queries[1] - setting.queries[0], len(setting.keys)
+    span = slice(0, k.shape[2]) if "entropy" in reads else setting.hull  # the entropy is one over all keys
+    values = weights = entropy = None
+    if x is not None:
+        shared = (setting.members(asked.row_lse)[:, :, None] * x.to(asked.row_lse)[:, :, None]).flatten(2)
+        shared = setting.among_keys(shared, k.shape[2])[:, span]  # [1 | B, keys, n c]
+        values = shared.unsqueeze(1).expand(B, H, -1, -1)
+    u, w = factors(asked.row_lse, asked.col_lse, setting)  # [B, H, Q, 1], [B, H, hull, 1]
+    if y is not None:
+        weights = y.to(u).unsqueeze(1) * u  # [B, H, Q, c]
+    if "entropy" in reads:
+        entropy = asked.row_lse.new_empty(B, H, Q)
+    places, landing = sweeps.weigh(
+        q[:, :, setting.generated],
+        k[:, :, span],
+        asked.row_lse[:, :, setting.generated],
+        scale=setting.scale,
+        mask=None if mask is None else mask[:, :, setting.generated, span],
+        values=values,
+        weights=weights,
+        entropy=entropy,
+    )
+    if places is not None and x is not None:
+        places = places.reshape(B, H, Q, n, x.shape[2]).permute(3, 0, 1, 2, 4)
+        asked = asked._replace(expected=places.clone(memory_format=torch.contiguous_format))
+    if landing is not None:
+        inside = slice(setting.hull.start - span.start, setting.hull.stop - span.start)
+        asked = asked._replace(landing=landing[:, :, inside] * w)
+    return asked if entropy is None else asked._replace(entropy=entropy)
+
+
+def within_reach(row_lse: Tensor, col_lse: Tensor, setting: Setting) -> bool:
+    """Return whether C can be had from P: the largest L lies no more than REACH above the smallest M."""
+    lowest = col_lse.masked_fill(col_lse.isneginf(), float("inf")).amin()  # what is fully masked has no say
+    return bool(row_lse[:, :, setting.generated].amax() - lowest <= REACH[row_lse.dtype])
+
+
+def factors(row_lse: Tensor, col_lse: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
+    """Return ``u [B, H, Q, 1]`` and ``w [B, H, hull, 1]`` with ``C = P ∘ u wᵀ``, around each head's middle."""
+    row_lse = row_lse[:, :, setting.generated]
+    low = col_lse.masked_fill(col_lse.isneginf(), float("inf")).amin(2, keepdim=True)
+    middle = ((row_lse.amax(2, keepdim=True) + low) / 2).nan_to_num(0.0, 0.0, 0.0)  # [B, H, 1]
+    u = (row_lse - middle).exp()
+    w = (middle - col_lse).exp().masked_fill(col_lse.isneginf(), 0.0)
+    return u.unsqueeze(3), w.unsqueeze(3)
+
+
+def _magnitude(lse: Tensor) -> Tensor:
+    """Return the largest magnitude among log-sum-exps, fully masked ones apart."""
+    return lse.masked_fill(lse.isneginf(), 0.0).abs().amax()
 
 
 def _own_columns(

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from i2am.ops import flash, workers
-from i2am.ops.heads import product
+from i2am.ops.heads import evenly, product
 
 CPU_TILE, GPU_TILE = 1 << 20, 1 << 24  # elements: what stays in a CPU's caches; what keeps a GPU busy
+KEYS, PART = 512, 1 << 18  # keys and elements of a tile that is a part of rows, on a CPU: for a core's own cache
 LOG2E = math.log2(math.e)  # torch's exp2 is 4× as fast as its exp on x86
-LN2 = math.log(2.0)
 TINY = 1e-30  # below any row sum that is not 0
 IMPOSSIBLE = -1e4  # ln p of a pair that is masked: p ln p is 0 there, and must not be 0 · inf
 
@@ -82,7 +82,7 @@ def weigh(
     mask: Tensor | None,
     values: Tensor | None = None,
     weights: Tensor | None = None,
-    surprise: Tensor | None = None,
+    entropy: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ``P values [B, H, Nq, w]`` and ``Pᵀ weights [B, H, Nk, u]`` for ``P = exp(scale q kᵀ + mask − lse)``.
 
@@ -91,28 +91,30 @@ def weigh(
         lse: ``[B, H, Nq]`` natural log-sum-exp.
         values: ``[B, H, Nk, w]``.
         weights: ``[B, H, Nq, u]``.
-        surprise: ``[B, H, Nq]`` to be filled with ``−Σ p ln p``, or None.
+        entropy: ``[B, H, Nq]`` to be filled with ``−Σ p ln p``, or None.
     """
     B, H, Nq, _ = q.shape
-    across = None if values is None else lse.new_empty(B, H, Nq, values.shape[-1])
+    across = None if values is None else lse.new_zeros(B, H, Nq, values.shape[-1])
     down = None if weights is None else lse.new_zeros(B, H, weights.shape[-1], k.shape[2])
+    if entropy is not None:
+        entropy.zero_()
 
     def sweep(at: Place, heads: _Heads) -> None:
         below, own = heads.relative_to(lse[at]), None if values is None else values[at].contiguous()
-        room, second = heads.room(), heads.room() if surprise is not None else None
-        for rows in heads.tiles():
-            s = below(rows, room)  # log p in their unit
-            if surprise is not None:
+        room, second = heads.room(), heads.room() if entropy is not None else None
+        for rows, keys in heads.parts():
+            s = below(rows, keys, room)  # log p in their unit
+            if entropy is not None:
                 assert second is not None
-                s, p = s.clamp_min_(IMPOSSIBLE), heads.exp_to(s, second)
-                torch.mul(s, p, out=s)
-                surprise[at][:, rows] = s.sum(2).mul_(-1.0 / heads.unit)
+                s = s if heads.bias is None else s.clamp_min_(IMPOSSIBLE)
+                p = heads.exp_to(s, second)
+                entropy[at][:, rows].sub_(s.mul_(p).sum(2), alpha=1.0 / heads.unit)
             else:
-                p = heads.exp_(s)  # [G, R, Nk]
+                p = heads.exp_(s)  # [G, R, K]
             if across is not None and own is not None:
-                across[at][:, rows] = torch.bmm(p, own)
+                across[at][:, rows].baddbmm_(p, own[:, keys])
             if down is not None and weights is not None:
-                down[at].baddbmm_(weights[at][:, rows].transpose(1, 2), p)
+                down[at][:, :, keys].baddbmm_(weights[at][:, rows].transpose(1, 2), p)
 
     _each(q, k, mask, scale, sweep)
     return across, None if down is None else down.transpose(2, 3)
@@ -146,10 +148,10 @@ def backward(
     Returns:
         ``dq [B, H, Nq, d]``, ``dk [B, H, Nk, d]``, ``dv [B, H, Nk, outputs]``, in the dtype of the statistics.
     """
-    if surprise is None and flash.takes(q, left.shape[-1] + 1, mask):
+    if surprise is None and flash.takes(q, left.shape[-1] + 1, mask, pays=True):
         return flash.backward(q, k, lse, left, right, delta, scale=scale, outputs=outputs)
     (B, H, Nq, d), Nk = q.shape, k.shape[2]
-    dq, dk, dv = lse.new_empty(B, H, Nq, d), lse.new_zeros(B, H, Nk, d), lse.new_zeros(B, H, Nk, outputs)
+    dq, dk, dv = lse.new_zeros(B, H, Nq, d), lse.new_zeros(B, H, Nk, d), lse.new_zeros(B, H, Nk, outputs)
     left = torch.cat([left, -delta.unsqueeze(3)], 3)
     right = torch.cat([right, right.new_ones(B, H, Nk, 1)], 3)
 
@@ -157,27 +159,27 @@ def backward(
         plain = k[at].to(lse.dtype) * scale  # [G, Nk, d]
         r = right[at].transpose(1, 2)  # [G, w + 1, Nk]
         below = heads.relative_to(None if surprise is not None else lse[at])
-        first, second, third = heads.room(), heads.room(), heads.room() if surprise is not None else None
-        for rows in heads.tiles():
-            s = below(rows, first)  # [G, R, Nk]
+        size = None if surprise is None else CPU_TILE if q.is_cpu else GPU_TILE
+        first, second, third = heads.room(size), heads.room(size), heads.room(size if surprise is not None else 0)
+        for rows, keys in heads.parts() if surprise is None else heads.whole():
+            s = below(rows, keys, first)  # [G, R, K]
             l = left[at][:, rows]  # [G, R, w + 1]
             if surprise is None:
                 p = heads.exp_(s)
-                ds = product(l, r, heads.part(second, rows))
+                ds = product(l, r[:, :, keys], _shaped(second, s))
             else:
-                assert third is not None
-                p = torch.sub(s, _finite(lse[at][:, rows] * heads.unit).unsqueeze(2), out=heads.part(third, rows))
+                p = torch.sub(s, _finite(lse[at][:, rows] * heads.unit).unsqueeze(2), out=_shaped(third, s))
                 p = heads.exp_(p)
-                s.clamp_min_(IMPOSSIBLE * heads.unit) if heads.bias is not None else None
-                mean = torch.mul(s, p, out=heads.part(second, rows)).sum(2, keepdim=True)
+                s = s if heads.bias is None else s.clamp_min_(IMPOSSIBLE * heads.unit)
+                mean = torch.mul(s, p, out=_shaped(second, s)).sum(2, keepdim=True)
                 s.sub_(mean / p.sum(2, keepdim=True).clamp_min_(TINY))
-                ds = product(l, r, heads.part(second, rows))
+                ds = product(l, r, _shaped(second, s))
                 ds.addcmul_(s, surprise[at][:, rows].unsqueeze(2), value=1.0 / heads.unit)
             if outputs:
-                dv[at].baddbmm_(p.transpose(1, 2), l[..., :outputs])
+                dv[at][:, keys].baddbmm_(p.transpose(1, 2), l[..., :outputs])
             ds.mul_(p)
-            dq[at][:, rows] = product(ds, plain)
-            dk[at].baddbmm_(ds.transpose(1, 2), heads.q[:, rows].to(lse.dtype), alpha=scale)
+            dq[at][:, rows].baddbmm_(ds, plain[:, keys])
+            dk[at][:, keys].baddbmm_(ds.transpose(1, 2), heads.q[:, rows].to(lse.dtype), alpha=scale)
 
     _each(q, k, mask, scale, sweep)
     return dq, dk, dv
@@ -192,51 +194,60 @@ class _Heads(NamedTuple):
     unit: float  # logits are unit × the natural ones: LOG2E; 1 with an additive mask, whose finfo.min would overflow
 
     def tiles(self) -> Iterator[slice]:
-        """Yield the queries in tiles of about equal size."""
-        Nq, step = self.q.shape[1], self.step()
-        for start in range(0, Nq, step):
-            yield slice(start, min(start + step, Nq))
-
-    def step(self) -> int:
-        """Return the queries of a tile."""
+        """Yield the queries in tiles of about equal size, with all keys."""
         (G, Nq, d), Nk = self.q.shape, self.k.shape[1]
-        most = max(1, (CPU_TILE if self.q.is_cpu else GPU_TILE) // (G * max(Nk, d)))
-        return -(-Nq // -(-Nq // most))
+        return evenly(slice(0, Nq), max(1, (CPU_TILE if self.q.is_cpu else GPU_TILE) // (G * max(Nk, d))))
 
-    def room(self) -> Tensor:
-        """Return memory for a tile: the next takes the place of the last in the caches."""
+    def whole(self) -> Iterator[tuple[slice, slice]]:
+        """Yield the same tiles with their keys."""
+        everything = slice(0, self.k.shape[1])
+        return ((rows, everything) for rows in self.tiles())
+
+    def parts(self) -> Iterator[tuple[slice, slice]]:
+        """Yield tiles of some queries and some keys."""
+        (G, Nq, d), Nk = self.q.shape, self.k.shape[1]
+        width, most = (KEYS, PART) if self.q.is_cpu else (Nk, GPU_TILE)
+        for rows in evenly(slice(0, Nq), max(1, most // (G * max(min(width, Nk), d)))):
+            for keys in evenly(slice(0, Nk), width):
+                yield rows, keys
+
+    def room(self, size: int | None = None) -> Tensor:
+        """Return memory for a tile of ``size`` elements, by default of :meth:`parts`; the next one takes it again."""
         G, Nk, _ = self.k.shape
-        return self.k.new_empty(G * self.step() * Nk)
-
-    def part(self, room: Tensor, rows: slice) -> Tensor:
-        """Return what of ``room`` a tile takes, ``[G, R, Nk]``."""
-        G, R, Nk = len(self.k), rows.stop - rows.start, self.k.shape[1]
-        return room[: G * R * Nk].view(G, R, Nk)
+        if size is None:
+            width, most = (KEYS, PART) if self.q.is_cpu else (Nk, GPU_TILE)
+            size = max(most, G * min(width, Nk))
+        elif size:
+            size = max(size, G * Nk)
+        return self.k.new_empty(size)
 
     def logits(self, rows: slice) -> Tensor:
         """Return a tile of logits ``[G, R, Nk]``."""
-        return self._masked(product(self.q[:, rows].to(self.k.dtype), self.k.transpose(1, 2)), rows)
+        everything = slice(0, self.k.shape[1])
+        return self._masked(product(self.q[:, rows].to(self.k.dtype), self.k.transpose(1, 2)), rows, everything)
 
-    def relative_to(self, lse: Tensor | None) -> Callable[[slice, Tensor], Tensor]:
+    def relative_to(self, lse: Tensor | None) -> Callable[[slice, slice, Tensor], Tensor]:
         """Return what computes a tile of logits less their rows' ``lse [G, Nq]``, in the memory given to it.
 
         The log-sum-exp is one more column of q, that of k holding ones: subtracting it costs nothing.
         """
         q, k = self.q, self.k
         if lse is not None:
-            q = torch.cat([q.to(k.dtype), _finite(lse * -self.unit, math.inf).unsqueeze(2)], 2)
+            q = torch.cat([q.to(k.dtype), -_finite(lse * self.unit).unsqueeze(2)], 2)
             k = torch.cat([k, torch.ones_like(k[:, :, :1])], 2)
         k = k.transpose(1, 2)
 
-        def below(rows: slice, room: Tensor) -> Tensor:
-            return self._masked(product(q[:, rows].to(k.dtype), k, self.part(room, rows)), rows)
+        def below(rows: slice, keys: slice, room: Tensor) -> Tensor:
+            shape = len(k), rows.stop - rows.start, keys.stop - keys.start
+            room = room[: math.prod(shape)].view(shape)
+            return self._masked(product(q[:, rows].to(k.dtype), k[:, :, keys], room), rows, keys)
 
         return below
 
-    def _masked(self, s: Tensor, rows: slice) -> Tensor:
+    def _masked(self, s: Tensor, rows: slice, keys: slice) -> Tensor:
         if self.bias is None:
             return s
-        bias = self.bias[:, rows]
+        bias = self.bias[:, rows, keys]
         return s.masked_fill_(~bias, -math.inf) if bias.dtype == torch.bool else s.add_(bias)
 
     def exp_(self, s: Tensor) -> Tensor:
@@ -245,7 +256,7 @@ class _Heads(NamedTuple):
 
     def exp_to(self, s: Tensor, room: Tensor) -> Tensor:
         """Return the exponential of a tile ``s`` in other memory."""
-        room = room[: s.numel()].view(s.shape)
+        room = _shaped(room, s)
         return torch.exp2(s, out=room) if self.unit == LOG2E else torch.mul(s, LOG2E, out=room).exp2_()
 
 
@@ -263,5 +274,10 @@ def _each(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, sweep: Callab
     workers.run([partial(one, at) for at in places], lambda found: None, q.device)
 
 
-def _finite(x: Tensor, masked: float = -math.inf) -> Tensor:
-    return x.masked_fill(x == masked, 0.0)
+def _shaped(room: Tensor, like: Tensor) -> Tensor:
+    """Return what of ``room`` a tile takes, in its shape."""
+    return room[: like.numel()].view(like.shape)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.masked_fill(x.isneginf(), 0.0)

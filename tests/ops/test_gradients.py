@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import i2am
-from i2am.ops import READS, Sums, accumulate, backward, naive, readouts, sweeps
+from i2am.ops import READS, Sums, accumulate, backward, forward, naive, readouts, sweeps
 from i2am.ops.results import Readouts
 
 FIELDS = ("out", "row_lse", *READS)
@@ -138,7 +138,7 @@ def test_large_logits(peak, mask):
 @pytest.mark.parametrize("kind", ["whole", "gaps"])
 def test_between_the_sides(kind, monkeypatch):
     """Where both sides cannot be one product, or float64 has to help out, the result is the same."""
-    monkeypatch.setattr(backward, "REACH", {torch.float32: -1.0, torch.float64: -1.0})
+    monkeypatch.setattr(forward, "REACH", {torch.float32: -1.0, torch.float64: -1.0})
     compare(*problem(kind=kind, mask="bool"), "streaming", 1e-5)
     monkeypatch.setattr(backward, "LARGE", 0.0)
     compare(*problem(kind=kind, mask="bool"), "streaming", 1e-6)

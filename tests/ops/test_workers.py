@@ -43,6 +43,23 @@ def test_same_bits_whatever_the_number_of_threads(form, Nk, threads, monkeypatch
         assert all(torch.equal(x, y) for x, y in zip(found[n], found[1], strict=True)), n
 
 
+@pytest.mark.parametrize("queries", [slice(0, 700), slice(300, 400), slice(3, 60), slice(650, 700)])
+@pytest.mark.parametrize("blocks", [1, 1 << 30])
+def test_pieces_in_any_order(blocks, queries, monkeypatch):
+    """No piece reads or writes what is another's."""
+    monkeypatch.setattr(streaming, "LONG", 0)
+    monkeypatch.setattr(streaming, "BLOCKS", blocks)
+    monkeypatch.setattr(blockwise, "TILE", 1 << 14)
+    q, k, v = torch.randn(1, 2, 700, 40), torch.randn(1, 2, 300, 40), torch.randn(1, 2, 300, 24)
+
+    def call():
+        return i2am.attention(q, k, v, queries=queries, keys=slice(30, 140), backend="streaming")
+
+    want = call()
+    monkeypatch.setattr(workers, "run", lambda tasks, then, device=None: then([t() for t in tasks[::-1]][::-1]))
+    assert all(torch.equal(x, y) for x, y in zip(call(), want, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_small_calls_have_the_same_bits_too(dtype, threads):
     """Torch would split them, or not, by the number of its threads."""
