@@ -83,6 +83,22 @@ class Sums(NamedTuple):
     mass: Tensor | None = None  # [B, H, Q]
     sram: Tensor | None = None  # [B, H, R, K]
 
+    def fresh(self, *, heads: slice = slice(None), queries: int | None = None, keys: int | None = None) -> Sums:
+        """Return sums that begin at zero, of the same things.
+
+        Args:
+            heads: which of these heads.
+            queries, keys: how many. None: as many as these have.
+        """
+        B, H, Q = self.r2g[:, heads].shape
+        Q, K = queries if queries is not None else Q, keys if keys is not None else self.g2r.shape[-1]
+        return Sums(
+            self.r2g.new_zeros(B, H, Q),
+            self.g2r.new_zeros(B, H, K),
+            None if self.mass is None else self.mass.new_zeros(B, H, Q),
+            None if self.sram is None else self.sram.new_zeros(B, H, self.sram.shape[2], K),
+        )
+
     @classmethod
     def bundled(
         cls, r2g: Sequence[Tensor], g2r: Sequence[Tensor], mass: Sequence[Tensor], sram: Sequence[Tensor]

@@ -32,7 +32,7 @@ class KeySetSums:
         self._joins: list[tuple[Sums, list[Sums]]] = []
         for one, total in zip(sets, totals, strict=True):
             spans = _spans(TokenSet.of(one.tokens, keys, "keys"))
-            own = [total] if len(spans) == 1 else [_like(total, span.stop - span.start) for span in spans]
+            own = [total] if len(spans) == 1 else [total.fresh(keys=span.stop - span.start) for span in spans]
             if len(spans) > 1:
                 self._joins.append((total, own))
             self.keys += spans
@@ -57,13 +57,3 @@ def _spans(tokens: TokenSet) -> list[slice]:
         return [slice(tokens.positions.start, tokens.positions.stop)]
     breaks = [0, *(np.flatnonzero(np.diff(tokens.positions) != 1) + 1).tolist(), tokens.count]
     return [slice(int(tokens.positions[a]), int(tokens.positions[b - 1]) + 1) for a, b in pairwise(breaks)]
-
-
-def _like(total: Sums, keys: int) -> Sums:
-    """Return empty sums of so many of a set's keys."""
-    return Sums(
-        torch.zeros_like(total.r2g),
-        total.g2r.new_zeros(*total.g2r.shape[:-1], keys),
-        None if total.mass is None else torch.zeros_like(total.mass),
-        None if total.sram is None else total.sram.new_zeros(*total.sram.shape[:-1], keys),
-    )

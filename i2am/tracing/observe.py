@@ -210,7 +210,7 @@ class Observer:
         waiting, self._waiting = self._waiting, []
         self.regions.settle(tiles, canvas)
         for layer, place, seen, totals in waiting:
-            scratch = [_zeros_like(total) for total in totals]
+            scratch = [total.fresh() for total in totals]
             self._add(seen, scratch, self.regions.on_tile(layer, place, seen.layout.grid))
             for total, one in zip(totals, scratch, strict=True):
                 if total.sram is not None and one.sram is not None:
@@ -322,13 +322,11 @@ class _Aside:
     @staticmethod
     def _fresh(total: Sums, keys: int, roll: Tensor | None, weight: Tensor | None) -> Sums:
         """Return sums in which what is worked on begins at zero, and the rest is the totals' own."""
-        changes: dict[str, Any] = {}
-        if weight is not None:
-            changes["r2g"] = torch.zeros_like(total.r2g)
-        if roll is not None:
-            changes["g2r"] = total.g2r.new_zeros(*total.g2r.shape[:-1], keys)
-            changes["sram"] = None if total.sram is None else total.sram.new_zeros(*total.sram.shape[:-1], keys)
-        return total._replace(**changes)
+        if weight is None and roll is None:
+            return total
+        fresh = total.fresh(keys=None if roll is None else keys)
+        kept = total if weight is None else total._replace(r2g=fresh.r2g)
+        return kept if roll is None else kept._replace(g2r=fresh.g2r, sram=fresh.sram)
 
     def add(self) -> None:
         """Add what was worked on to the totals."""
@@ -339,12 +337,6 @@ class _Aside:
                 total.g2r.add_(torch.einsum("bhk,bkx->bhx", one.g2r, roll.to(one.g2r)))
                 if total.sram is not None and one.sram is not None:
                     total.sram.add_(torch.einsum("bhrk,bkx->bhrx", one.sram, roll.to(one.sram)))
-
-
-def _zeros_like(total: Sums) -> Sums:
-    """Return sums of the same shapes that begin at zero."""
-    mass, sram = (None if x is None else torch.zeros_like(x) for x in (total.mass, total.sram))
-    return Sums(torch.zeros_like(total.r2g), torch.zeros_like(total.g2r), mass, sram)
 
 
 def among_others(out: Tensor | None, call: AttentionCall, samples: slice) -> Tensor:

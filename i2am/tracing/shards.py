@@ -133,18 +133,7 @@ class Share(NamedTuple):
 
     def fresh(self, total: Sums, queries: Selector) -> Sums:
         """Return sums that begin at zero, of this process's heads and generated queries."""
-        count = len(self.chosen(queries)[0])
-
-        def zeros(x: Tensor | None, by_query: bool) -> Tensor | None:
-            if x is None:
-                return None
-            own = x[:, self.heads]
-            return torch.zeros_like(own[..., :count] if by_query else own)
-
-        r2g, g2r = zeros(total.r2g, True), zeros(total.g2r, False)
-        assert r2g is not None
-        assert g2r is not None
-        return Sums(r2g, g2r, zeros(total.mass, True), zeros(total.sram, False))
+        return total.fresh(heads=self.heads, queries=len(self.chosen(queries)[0]))
 
     def accumulate(
         self,
