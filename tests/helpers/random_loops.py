@@ -551,6 +551,12 @@ def make_scheduler(loop: Loop):
 def truth(loop: Loop, seen: list[Seen], layer: str) -> dict[str, list[torch.Tensor | None]]:
     """Return what a layer's maps are, a time group each: ``r2g [B, h, w]``, ``g2r [B, K]``, ``part [B, K]``."""
     out: dict[str, list[torch.Tensor | None]] = {"r2g": [], "g2r": [], "part": []}
+    if not loop.placed and len({s.label.place for s in seen}) == 1:  # one call and no more: nobody said it was a tile
+        loop = replace(loop, tiles=())
+
+    def place(s: Seen) -> tuple[int, int]:
+        return s.label.place if loop.tiles else (0, 0)
+
     for group in range(loop.time_groups):
         mine = [s for s in seen if s.layer == layer and s.label.group == group]
         if not mine:
@@ -560,9 +566,9 @@ def truth(loop: Loop, seen: list[Seen], layer: str) -> dict[str, list[torch.Tens
         out["g2r"].append(torch.stack([s.g2r.mean(1) for s in mine]).mean(0))
         whole = canvas(loop) if loop.tiles else mine[0].r2g.shape[-2:]
         cell = 8 // mine[0].r2g.shape[-1] if loop.tiles else 1
-        r2g, cover = mean_on_picture([(s.r2g.mean(1), s.label.place) for s in mine], whole, cell)
+        r2g, cover = mean_on_picture([(s.r2g.mean(1), place(s)) for s in mine], whole, cell)
         out["r2g"].append(r2g)
-        rows, _ = mean_on_picture([(s.rows.mean(1), s.label.place) for s in mine], whole, cell)
+        rows, _ = mean_on_picture([(s.rows.mean(1), place(s)) for s in mine], whole, cell)
         quarter = (slice(None), slice(0, cover.shape[0] // 2), slice(0, cover.shape[1] // 2))
         out["part"].append(rows[quarter].sum((1, 2)) / (cover[quarter[1:]] > 0).sum())
     return out
