@@ -51,6 +51,7 @@ class TokenLayout(NamedTuple):
     weights: tuple[Tensor | None, ...] | None = None  # per reference [1, Q]: an adapter's scale, and mask at each query
     sets: tuple[KeySet, ...] = ()  # other keys that are told apart; they may overlap
     parts: tuple[int, ...] | None = None  # stretches of the sequence that context parallelism splits one by one
+    whole_keys: bool = False  # which are no part of that sequence: every process has all of them
 
 
 class KeySets(NamedTuple):

@@ -55,6 +55,7 @@ class Flux(JointTransformer):
         super().__init__(transformer, references, self_attention=self_attention)
         self._positions = Positions()
         self._generated: Segment | None = None
+        self._tokens = 0  # of pictures
 
     def layout(self, given: dict[str, Any]) -> TokenLayout:
         text = given["encoder_hidden_states"].shape[1]
@@ -62,7 +63,7 @@ class Flux(JointTransformer):
         if is_cloze(given["img_ids"], given["hidden_states"].shape[-1], own):
             return self._cloze(given, text, own)
         generated, references = apart(self._positions.segments(given["img_ids"]))
-        self._generated = generated
+        self._generated, self._tokens = generated, given["hidden_states"].shape[1]
         asked = references or self.references or self.self_attention or self.key_sets.asked
         if not asked and self.has_adapters():
             return TokenLayout(generated.grid, ())
@@ -105,7 +106,14 @@ class Flux(JointTransformer):
             for i in range(images)
         )
         queries = slice(self._generated.start, self._generated.stop)
-        context.layers[-1].awaits = TokenLayout(self._generated.grid, references, queries, keys=images * T)
+        context.layers[-1].awaits = TokenLayout(
+            self._generated.grid,
+            references,
+            queries,
+            keys=images * T,
+            parts=(self._tokens,) if self.shards else None,
+            whole_keys=True,
+        )
 
 
 class LongCat(Flux):

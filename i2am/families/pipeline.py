@@ -11,7 +11,7 @@ from torch import nn
 from i2am.families import CHANNELS, RESIDUAL, Family, Request, View, no_reference_keys
 from i2am.families.ip_adapter import has_ip_adapter
 from i2am.families.kandinsky import added_key_attentions
-from i2am.families.registry import facts_of, read_model, why_not, with_adapter
+from i2am.families.registry import calls_own_code, facts_of, read_model, why_not, with_adapter
 from i2am.families.tokens import patch_grid
 from i2am.families.unet import channels_beside
 from i2am.tracing.guidance import Told
@@ -144,6 +144,8 @@ def _latent_pixels(pipe: Any) -> int:
 
 def _why_not(pipe: Any, unet: nn.Module) -> str:
     """Return why a UNet pipeline without adapter has no reference keys."""
+    if facts_of(type(pipe)) is None and calls_own_code(type(pipe)):
+        return why_not(type(pipe))
     if channels_beside(unet):
         return with_adapter(type(pipe), CHANNELS)
     if getattr(pipe, "controlnet", None) is not None or getattr(pipe, "adapter", None) is not None:

@@ -64,13 +64,26 @@ def read_model(model: nn.Module, request: Request, *, entry: str) -> Family:
 
 
 def facts_of(kind: type[Any]) -> PipelineFacts | None:
-    """Return what is known of a pipeline class: of its own name before those of the classes that it is made from."""
+    """Return what is known of a pipeline class: of its own name before those of the classes that it is made from.
+
+    Others' classes may have the name of one of diffusers (PASD's, IDM-VTON's), and work differently.
+    """
     every = [facts for family in families() for facts in family.pipelines]
-    for name in (base.__name__ for base in kind.__mro__):
+    for name in (base.__name__ for base in kind.__mro__ if is_known(base)):
         fitting = [facts for facts in every if fnmatch.fnmatchcase(name, facts.pattern)]
         if fitting:
             return max(fitting, key=lambda facts: len(facts.pattern))
     return None
+
+
+def is_known(kind: type[Any]) -> bool:
+    """Tell whether a class is diffusers' own, or this package's."""
+    return kind.__module__.split(".")[0] in ("diffusers", "i2am")
+
+
+def calls_own_code(kind: type[Any]) -> bool:
+    """Tell whether a pipeline's call is neither diffusers' nor this package's."""
+    return not is_known(next((base for base in kind.__mro__ if "__call__" in vars(base)), kind))
 
 
 class Verdict(NamedTuple):
@@ -141,6 +154,12 @@ def why_not(kind: type[Any]) -> str:
     facts, parameters = facts_of(kind), call_parameters(kind)
     if facts is not None and facts.refused is not None:
         reason = facts.refused
+    elif facts is None and calls_own_code(kind):
+        reason = (
+            f"{UNKNOWN} how {kind.__name__} uses its image, which is {kind.__module__}'s and not diffusers': say which "
+            "attention of its model looks at it, with i2am.patch_unet or i2am.patch_modules(model, layers=…, "
+            "reference=…)"
+        )
     elif not _pictures(parameters):
         reason = "it draws from text alone"
     else:

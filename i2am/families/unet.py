@@ -86,7 +86,7 @@ class UNetFamily(Family):
         return attentions(self.unet)
 
     def by_default(self, layer: str) -> bool:
-        return not layer.startswith(("mid_block", "middle_block"))
+        return not any(part in ("mid_block", "middle_block") for part in layer.split("."))
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardInputs:
         sample = argument_of(self.unet, args, kwargs, 0, "sample")

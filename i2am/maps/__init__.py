@@ -319,8 +319,8 @@ class AttributionMaps(FramedLayers):
     def _recorded(self, weights: RegionOnGrid, count: int, reverse: bool = False) -> RecordedRegions:
         if not self._entries:
             raise ValueError(
-                'these maps keep no queries and keys: trace with record="qk" to ask any patch afterwards, or register '
-                'patches beforehand with sram={"name": (y, x)}'
+                "these maps keep no queries and keys (a forward that fails half-way leaves none): trace with "
+                'record="qk" to ask any patch afterwards, or register patches beforehand with sram={"name": (y, x)}'
             )
         return RecordedRegions(self._entries, weights, count, reverse)
 

@@ -17,6 +17,10 @@ from torch import Tensor
 BFLOAT16 = 2.0**-7  # models are given timesteps in their own dtype: half a step of its mantissa, and some
 
 
+class Unexplained(ValueError):
+    """A call of which neither the pipeline nor the evidence says what it is: what was counted before may be wrong."""
+
+
 class StepInfo(NamedTuple):
     """Place of one evaluation of the model in a run; None: the clock cannot know."""
 
@@ -33,6 +37,8 @@ class Clock:
     """Tells the time of one evaluation of the model."""
 
     knows_steps = False  # before the first evaluation, how many there will be
+    called: tuple[int, int] | None = None  # size of the last call's latents, where they were taken for the picture
+    on_other_size: Callable[[Any, Any], None] = staticmethod(lambda size, whole: None)  # told what they are a part of
     cut_short = False  # the run before this one had not ended when its scheduler was set anew
 
     def read(self, timestep: float, time_groups: int) -> StepInfo:
@@ -61,7 +67,7 @@ class TimestepClock(Clock):
         self.restart()
 
     def restart(self) -> None:
-        self._started = False
+        self._highest: float | None = None  # timestep of the calls so far
 
     def read(self, timestep: float, time_groups: int) -> StepInfo:
         if not 0 <= timestep <= self.num_train_timesteps:
@@ -69,12 +75,14 @@ class TimestepClock(Clock):
                 f"timestep {timestep:g} is outside [0, {self.num_train_timesteps}): pass num_steps= or scheduler= so "
                 "that steps are counted instead"
             )
-        if not self._started and timestep < self.num_train_timesteps / 10 and timestep != int(timestep):
-            raise ValueError(
-                f"the first call's timestep is {timestep:g}: a sigma rather than a timestep of "
-                f"[0, {self.num_train_timesteps})? Pass num_steps= or scheduler= so that steps are counted instead"
+        early = self._highest is None and timestep < self.num_train_timesteps / 10
+        if timestep != int(timestep) and (early or (self._highest is not None and self._highest <= 1)):
+            first = "the first call's timestep is" if early else f"calls were at timesteps up to {self._highest:g}, now"
+            raise Unexplained(
+                f"{first} {timestep:g}: a sigma rather than a timestep of [0, {self.num_train_timesteps})? Pass "
+                "num_steps= or scheduler= so that steps are counted instead"
             )
-        self._started = True
+        self._highest = timestep if self._highest is None else max(self._highest, timestep)
         return StepInfo(max(time_groups - 1 - int(timestep * time_groups / self.num_train_timesteps), 0))
 
 
@@ -104,7 +112,7 @@ class CountingClock(Clock):
         first = not self._seen
         if not self._seen or self._seen[-1] != timestep:
             if len(self._seen) == self.num_steps:
-                raise ValueError(
+                raise Unexplained(
                     f"the model is called at a {self.num_steps + 1}th timestep, {timestep:g}, in a run of "
                     f"num_steps={self.num_steps}: correct num_steps, pass scheduler= instead, or reset() the tracer "
                     "before a run over other timesteps"
@@ -164,12 +172,16 @@ class SchedulerClock(Clock):
         self._start = None
         self._counted: int | None = None  # at the last evaluation
         self._latents: tuple[int, ...] | None = None
+        self.called = None
 
     def on_step(self, sample: object) -> None:
         """Note that the scheduler has stepped ``sample``."""
         self._count += 1
         if isinstance(sample, Tensor):
             self._latents = tuple(sample.shape)
+            if self.called is not None and sample.ndim >= 4 and self.called != self._latents[-2:]:
+                self.on_other_size(self.called, self._latents[-2:])
+        self.called = None
 
     def on_set_timesteps(self) -> None:
         """Note that the scheduler begins a run."""

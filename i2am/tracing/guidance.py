@@ -12,11 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from i2am.tracing.clock import StepInfo
-
-
-class Unexplained(ValueError):
-    """A call of which neither the pipeline nor the evidence says what it is: what was counted before may be wrong."""
+from i2am.tracing.clock import StepInfo, Unexplained
 
 
 class Told(NamedTuple):
@@ -37,7 +33,8 @@ class Verdict(NamedTuple):
     parts: int = 1  # of the batch
     how: str = ""  # how that is known, or why nothing counts
     provisional: bool = False  # which part is conditional shows in the reference keys alone
-    seen: bool = False  # repeated latents alone say so: looked at once more in the run's second evaluation
+    seen: bool = False  # repeated latents say so: looked at once more in the run's second evaluation
+    doubt: str = ""  # what to say where there is no second one, and nothing else says so
 
 
 class Guidance:
@@ -67,6 +64,7 @@ class Guidance:
         self._doubted: set[tuple[int, Told]] = set()  # those of which the second evaluation is looked at, too
         self._last: tuple[Tensor, float, tuple[Tensor, ...]] | None = None  # latents, timestep, conditioning
         self._taken: int | None = None  # steps of the scheduler at the last call
+        self.doubt: str | None = ""  # what the second evaluation is to settle; None: it has
         self.call = 0  # index of the running call among those of its evaluation
         self.calls = 0  # the most that one evaluation has had
         self.by_calls = False  # the index names a call
@@ -101,6 +99,7 @@ class Guidance:
         if info.taken is not None:  # other tiles may have been evaluated since
             info, self._taken = info._replace(stepped=info.taken != self._taken), info.taken
         again = self._again(latents, conditioning, timestep, info, told)
+        before = None if self._last is None else self._last[0]
         self._last = latents, timestep, tuple(conditioning)
         if again == "other latents" and self.mode != "none":
             if told.extra is not None:
@@ -122,8 +121,9 @@ class Guidance:
         if wanted is not None and self.call != wanted:
             return Verdict(None, how=f"call {self.call} of an evaluation, the conditional one is {wanted}")
         key = latents.shape[0], told
-        if key in self._doubted and self.call == 0:
+        if key in self._doubted and self.call == 0 and not (before is not None and _same(before, latents)):
             self._doubted.remove(key)
+            self.doubt = None
             if not _repeats(latents, self._layout[key].parts):
                 raise Unexplained(
                     f"the batch of {key[0]} began with the same latents {self._layout[key].parts} times, as guidance "
@@ -135,6 +135,7 @@ class Guidance:
             self._layout[key] = self._look(latents, conditioning, told, wanted, from_keys)
             if known is None and self._layout[key].seen:
                 self._doubted.add(key)
+                self.doubt = self._layout[key].doubt
         return self._layout[key]
 
     def settle(self, latents: int, verdict: Verdict, told: Told) -> None:
@@ -246,7 +247,13 @@ class Guidance:
             return Verdict(_part(batch, parts, full[0]), parts, how, seen=known is None)
         if parts == 2:
             how = "latents repeat: [unconditional, conditional], diffusers' order"
-            return Verdict(_part(batch, 2, 1), 2, how, provisional=from_keys, seen=known is None)
+            doubt = (
+                f"a batch of {batch} held the same latents twice in the only evaluation of a run: guidance, or "
+                "pictures of one seed? Pass guidance=1 where the second half is conditional, guidance='none' where "
+                "every sample counts"
+            )
+            sure = from_keys or known is not None
+            return Verdict(_part(batch, 2, 1), 2, how, from_keys, known is None, "" if sure else doubt)
         raise Unexplained(
             f"the batch of {batch} holds the same latents {parts} times: guidance of {parts} parts, or several "
             "pictures of one seed? Nothing tells which part is conditional: pass its index and how many there are, "

@@ -57,6 +57,9 @@ def whole_call(
 ) -> AttentionCall:
     """Return the attention of which one process has computed its share, in the model's order of tokens.
 
+    Keys that are no part of the sequence (an IP-Adapter's) come from every process alike, and attention over so many
+    copies of them is attention over one: that is kept.
+
     Args:
         processes: among which it is shared out.
         layer: that waits for it.
@@ -67,7 +70,9 @@ def whole_call(
     Raises:
         ValueError: the tokens of a process are not those that the model's parts make.
     """
-    parts = _parts(processes, layer, layer.awaits)
+    layout = layer.awaits
+    parts = _parts(processes, layer, layout)
+    copied = layout.keys if isinstance(layout, TokenLayout) and layout.whole_keys else None
     ring, ulysses = processes.at
     rows = processes.held(parts, ring)
     order = [processes.held(parts, (ring + i) % processes.ring) for i in range(processes.ring)]
@@ -76,20 +81,25 @@ def whole_call(
     q, mask, scale = blocks[0][0], blocks[0][3], blocks[0][6]
     seen = [q.shape[1], *(block[1].shape[1] for block in blocks), query.shape[1], key.shape[1], q.shape[2]]
     mine = len(processes.mine(parts))
-    wanted = [len(rows), *map(len, order), mine, mine, heads.stop - heads.start]
+    held = [len(places) if copied is None else copied * processes.ulysses for places in order]
+    wanted = [len(rows), *held, mine, mine if copied is None else copied, heads.stop - heads.start]
     if seen != wanted:
         raise ValueError(
             f"layer {layer.name}: context parallelism of {processes.ring}×{processes.ulysses} processes (ring × "
             f"Ulysses) shares out tokens {parts} so that this one has {wanted} (queries, blocks of keys, its own "
             f"queries and keys, heads), but its attention has {seen}: trace in one process"
         )
-    if mask is not None and (processes.ring > 1 or mask.shape[-2] > 1):
+    if mask is not None and (processes.ring > 1 or mask.shape[-2] > 1 or copied is not None):
+        why = "with a row per query, of which each process has its own"
+        if processes.ring > 1:
+            why = "in a ring, where diffusers lays this process's part of it over the keys of every other, too"
         raise ValueError(
-            f"layer {layer.name}: an attention mask with "
-            f"{'a ring of processes' if processes.ring > 1 else 'a row per query'}, each of which has its own part of "
-            "it: trace in one process"
+            f"layer {layer.name}: an attention mask {why}: use Ulysses without such a mask, or one process"
         )
-    k = _ordered(torch.cat([block[1] for block in blocks], dim=1), np.concatenate(order), 1)
+    if copied is None:
+        k = _ordered(torch.cat([block[1] for block in blocks], dim=1), np.concatenate(order), 1)
+    else:
+        k = blocks[0][1][:, :copied]
     if mask is not None and mask.shape[-1] > 1:
         mask = _ordered(mask, rows, -1)
     whole = processes.ring == 1

@@ -176,6 +176,14 @@ def placed_at(place: Place, cell: tuple[float, float], tokens: Grid) -> Tile:
     return Tile(top / cell[0], left / cell[1], tokens)
 
 
+def needs_place(size: Grid, whole: Grid) -> str:
+    """Say that a call was on a part of the picture, and that nothing tells which."""
+    return (
+        f"the model's latents are {size[0]}×{size[1]}, those that the scheduler steps are {whole[0]}×{whole[1]}: a "
+        "tile needs its place on the picture: with tracer.tile(top, left): model(…)"
+    )
+
+
 def check_place(place: Grid, size: Grid, canvas: Grid) -> None:
     """Refuse a tile that does not lie on the picture."""
     if any(p < 0 or p + s > c for p, s, c in zip(place, size, canvas, strict=True)):

@@ -15,9 +15,9 @@ from i2am.maps import AttributionMaps
 from i2am.maps.frames import PICTURE, Video
 from i2am.references import Grid, choose_layers
 from i2am.tracing import claims, hooks
-from i2am.tracing.clock import Clock, StepInfo, read_timestep
+from i2am.tracing.clock import Clock, StepInfo, Unexplained, read_timestep
 from i2am.tracing.evidence import frames_of, settle_by_keys
-from i2am.tracing.guidance import Guidance, Told, Unexplained
+from i2am.tracing.guidance import Guidance, Told
 from i2am.tracing.intercept import (
     ForwardContext,
     close_context,
@@ -36,8 +36,8 @@ from i2am.tracing.qk_size import check_limit, record_size
 from i2am.tracing.regions import RegisteredRegions
 from i2am.tracing.shards import Processes
 from i2am.tracing.sums import Place, SumStore
-from i2am.tracing.tiles import check_place, extent, on_canvas
-from i2am.tracing.who import Caller, PipelineCaller, ThreadCaller
+from i2am.tracing.tiles import check_place, extent, needs_place, on_canvas
+from i2am.tracing.who import Caller, PipelineCaller, ThreadCaller, replaced
 from i2am.tracing.words import AskedSets
 
 
@@ -79,6 +79,7 @@ class Tracer:
         self._ledger = Ledger(type(model).__name__, None if pipe is None else type(pipe).__name__)
         self._local = threading.local()  # the place of the tile that this thread's next call is
         self.entered = False
+        clock.on_other_size = lambda size, whole: self._spoil(needs_place(size, whole))
         try:  # a failure or an interrupt on the way in leaves nothing behind
             if settings.record is not None and not clock.knows_steps:
                 raise ValueError(
@@ -141,6 +142,7 @@ class Tracer:
         self._video = PICTURE
         self._canvas: Grid | None = None  # of the tiles, where the pipeline says
         self._spoiled: str | None = None  # why what was counted can't be trusted
+        self._doubts: dict[Place, str | None] = {}  # what the guidance of one evaluation leaves open; None: settled
         self._observer = Observer(self._settings, self._sums, self._record, self._regions, self._ledger.note)
 
     @contextmanager
@@ -172,13 +174,12 @@ class Tracer:
         Raises:
             ValueError: nothing was recorded, or what was recorded can't be trusted; says why.
         """
-        if self._spoiled is not None:
-            raise ValueError(
-                f"there are no maps that can be trusted: {self._spoiled} (reset() forgets what was recorded)"
-            )
+        spoiled = next(filter(None, (self._spoiled, *self._doubts.values())), None)
+        if spoiled is not None:
+            raise ValueError(f"there are no maps that can be trusted: {spoiled} (reset() forgets what was recorded)")
         if not self._sums.tracks:
             calls = max((g.calls for g in self._guidance.values()), default=0)
-            raise ValueError(self._ledger.nothing() + self._unmet(calls))
+            raise ValueError(self._ledger.nothing() + self._unmet(calls) + replaced(self.pipe, self._model()))
         tracks, canvas = list(self._sums.tracks.values()), None
         if self._ledger.tiles:
             canvas = self._canvas_latents()
@@ -259,9 +260,8 @@ class Tracer:
             ledger.pass_by(f"calls beside the denoising: {forward.aside}")
             return
         timestep = read_timestep(forward.timestep)
-        info = self._read_clock(timestep)
-        told = self._told()
         try:
+            info, told = self._read_clock(timestep), self._told()
             if info.first and self._caller.same_call(caller.frame) and self._clock.cut_short:
                 raise Unexplained(
                     f"the scheduler was set anew in the middle of a run of {self._ledger.pipeline}: another pipeline "
@@ -284,11 +284,14 @@ class Tracer:
         except Unexplained as error:
             self._spoil(str(error))
             raise
+        if guidance.doubt is None or self._doubts.get(place, "") is not None:
+            self._doubts[place] = guidance.doubt
         if verdict.samples is None:
             ledger.pass_by(f"calls beside the denoising: {verdict.how}")
             return
         if place is None:
             self._regions.see(_size(forward))
+            self._clock.called = _size(forward) if forward.stepped else None
         context = ForwardContext(
             owner=self,
             attend=observer.attend,
@@ -333,11 +336,7 @@ class Tracer:
         whole = (stepped[-2], stepped[-1]) if stepped is not None and len(stepped) >= 4 and forward.stepped else None
         if place is None:
             if whole is not None and whole != size:
-                raise Unexplained(
-                    f"the model's latents are {size[0]}×{size[1]}, those that the scheduler steps are "
-                    f"{whole[0]}×{whole[1]}: a tile needs its place on the picture: "
-                    "with tracer.tile(top, left): model(…)"
-                )
+                raise Unexplained(needs_place(size, whole))
             if self._tiles:
                 raise ValueError(
                     "a call without a place came after tiles with one: place every call with tracer.tile(…)"

@@ -137,6 +137,18 @@ def images_of_call(pipe: Any) -> int | None:
     return latents.shape[0] if isinstance(latents, Tensor) else None
 
 
+def replaced(pipe: Any, model: Any) -> str:
+    """Say that a pipeline runs another model now than the one that is traced, if it does."""
+    parts = [] if pipe is None else list(vars(pipe).values())
+    own = [part for p in parts if hasattr(p, "components") for part in vars(p).values()]  # of a combined pipeline's
+    if pipe is None or any(part is model for part in [*parts, *own]):
+        return ""
+    return (
+        f" ({type(pipe).__name__} no longer has the {type(model).__name__} that is traced: trace it after its model is "
+        "set)"
+    )
+
+
 def _executing(thread: int, frame_id: int, code: object) -> bool:
     """Tell whether a frame is still on a thread's stack."""
     frame = sys._current_frames().get(thread)

@@ -137,7 +137,9 @@ def test_kolors_projects_its_text_besides():
     """Its UNet projects the text where IP-Adapters project pictures: both are kept, and one is a reference."""
     pipe = pipelines.sdxl("full")
     unet = pipe.unet
-    assert registry.verdict_on(type("KolorsPipeline", (object,), {"__call__": lambda self: None})).adapter
+    assert registry.verdict_on(
+        type("KolorsPipeline", (object,), {"__module__": "diffusers", "__call__": lambda self: None})
+    ).adapter
     unet.register_module("text_encoder_hid_proj", torch.nn.Linear(2 * pipelines.CONTEXT, 2 * pipelines.CONTEXT))
     go = run_at(pipe, ip_adapter_image=pipelines.image(seed=3), **PROMPT)
     calls = capture(unet, go)

@@ -251,7 +251,7 @@ def test_an_exception_inside_leaves_nothing():
         raise RuntimeError("stop")
 
     handle = model.model.warp_zero_crossattn_blks[1].attn2.to_out.register_forward_hook(fail)
-    with i2am.patch_modules(model.model, where=SPATIAL, reference=SAME, num_steps=4) as tracer:
+    with i2am.patch_modules(model.model, where=SPATIAL, reference=SAME, num_steps=4, guidance=1) as tracer:
         with pytest.raises(RuntimeError, match="stop"):
             model.sample(**given)
         handle.remove()

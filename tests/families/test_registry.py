@@ -62,3 +62,22 @@ def test_unknown_transformers_and_descriptions_are_refused():
         i2am.patch_transformer(
             diffusers.DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1)
         )
+
+
+def test_others_classes_of_the_same_name_are_not_taken_for_diffusers():
+    """PASD's pipeline is called like diffusers' for ControlNets, but its UNet looks at the small picture."""
+    pipe = pipelines.sd_controlnet()
+
+    def call(self, prompt, image):
+        raise AssertionError
+
+    name, bases = "StableDiffusionControlNetPipeline", (diffusers.DiffusionPipeline,)
+    foreign = type(name, bases, {"__module__": "pasd.pipelines", "__call__": call, "__init__": lambda self: None})()
+    for part in ("unet", "controlnet", "scheduler", "vae", "text_encoder"):
+        object.__setattr__(foreign, part, getattr(pipe, part))
+    told = r"does not know how StableDiffusionControlNetPipeline uses.*pasd\.pipelines.*patch_modules"
+    with pytest.raises(ValueError, match=told):
+        i2am.trace(foreign)
+    own = type("Mine", (type(pipe),), {"__module__": "mine", "__call__": lambda self, **given: None})
+    with pytest.raises(ValueError, match="residuals of a ControlNet"):  # made from diffusers', which is known
+        i2am.trace(own(**pipe.components, requires_safety_checker=False))

@@ -19,6 +19,7 @@ from tests.helpers.tiny_models import unet as pipelines
 
 SRAM = {"point": (5, 9), "area": torch.arange(48.0).reshape(4, 12)}
 KONTEXT = dict(sram=SRAM, text=True, itself=True, record="qk", time_groups=2)
+ADAPTERS = dict(sram=SRAM, record="qk", time_groups=2)
 EVENLY, UNEVENLY = 8, 5  # text tokens, over two processes or four
 
 
@@ -38,6 +39,29 @@ def kontext(text=EVENLY, **config):
         generator=generator(),
         output_type="np",
         _auto_resize=False,
+        **dit.flux_prompt(text),
+    )
+
+
+def ip_adapters(text=EVENLY, **config):
+    """Kontext's reference and two IP-Adapters, the second of two images, whose tokens every process has."""
+    pipe, _ = kontext(**config)
+    prompts.add_flux_ip_adapters(pipe.transformer, (4, 6))
+
+    def embeds(count, seed):
+        return torch.randn(1, count, 12, generator=torch.Generator().manual_seed(seed))
+
+    return pipe, lambda: pipe(
+        image=pipelines.image((32, 16)),
+        width=48,
+        height=16,
+        max_area=48 * 16,
+        num_inference_steps=2,
+        generator=generator(),
+        output_type="np",
+        _auto_resize=False,
+        ip_adapter_image_embeds=[embeds(1, 3), embeds(2, 4)],
+        negative_ip_adapter_image_embeds=[embeds(1, 5), embeds(2, 6)],
         **dit.flux_prompt(text),
     )
 
@@ -111,6 +135,20 @@ CASES = {
         "native",
     ),
     "ring anything": (lambda: kontext(UNEVENLY), dict(ring_degree=2, ring_anything=True), KONTEXT, "_native_flash"),
+    "ip-adapters": (ip_adapters, dict(ulysses_degree=2), ADAPTERS, "native"),
+    "ip-adapters over a ring": (ip_adapters, dict(ring_degree=2), ADAPTERS, "_native_flash"),
+    "ip-adapters, uneven": (
+        lambda: ip_adapters(UNEVENLY, num_attention_heads=3, attention_head_dim=16),
+        dict(ulysses_degree=2, ulysses_anything=True),
+        ADAPTERS,
+        "native",
+    ),
+    "ip-adapters both ways": (
+        lambda: ip_adapters(num_attention_heads=4, attention_head_dim=16),
+        dict(ring_degree=2, ulysses_degree=2),
+        ADAPTERS,
+        "_native_flash",
+    ),
     "flux2": (flux2, dict(ulysses_degree=2), dict(time_groups=2), "native"),
     "qwen": (qwen, dict(ulysses_degree=2), dict(time_groups=2, record="qk"), "native"),
     "wan": (

@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 
-from i2am.tracing.clock import CountingClock, SchedulerClock, StepInfo, TimestepClock, read_timestep
+from i2am.tracing.clock import CountingClock, SchedulerClock, StepInfo, TimestepClock, Unexplained, read_timestep
 from tests.helpers.tiny_models import unet as pipelines
 
 
@@ -216,3 +216,7 @@ def test_sigmas_are_no_timesteps():
         clock.read(14.6, 5)
     assert clock.read(981, 5).group == 0
     assert clock.read(14.6, 5).group == 4  # the end of a schedule that began high
+    flow = TimestepClock()
+    assert flow.read(1.0, 5).group == 4  # the last of a schedule, or the first sigma
+    with pytest.raises(Unexplained, match=r"up to 1, now 0\.75: a sigma rather than a timestep"):
+        flow.read(0.75, 5)

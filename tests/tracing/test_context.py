@@ -260,6 +260,36 @@ def test_guidance_in_calls_of_their_own_on_a_unet(parts):
         assert tracer.maps().batch == 1
 
 
+def test_pictures_of_one_seed_in_a_run_of_one_step_are_not_taken_for_guidance():
+    """Nothing tells them from guidance then: a user does. Embeddings of zeros do."""
+    unet, x = pipelines.unet(), torch.randn(1, 4, 16, 16).expand(2, -1, -1, -1)
+    given = dict(reference=i2am.Reference(grid=(4, 4), skip=1), num_steps=1)
+    context = torch.randn(2, 17, pipelines.CONTEXT)
+    with i2am.patch_unet(unet, **given) as tracer, torch.no_grad():
+        unet(x, 500, context)
+        with pytest.raises(ValueError, match="held the same latents twice in the only evaluation of a run"):
+            tracer.maps()
+        unet(x, 500, context)  # a second run of it says no more
+        with pytest.raises(ValueError, match="held the same latents twice in the only evaluation of a run"):
+            tracer.maps()
+    for guidance, images in ((1, 1), ("none", 2)):
+        with i2am.patch_unet(unet, **given, guidance=guidance) as tracer, torch.no_grad():
+            unet(x, 500, context)
+        assert tracer.maps().ulam("r2g").shape == (images, 16, 16)
+    with i2am.patch_unet(unet, **given) as tracer, torch.no_grad():
+        unet(x, 500, torch.cat([torch.zeros_like(context[:1]), context[1:]]))
+    assert tracer.maps().ulam("r2g").shape == (1, 16, 16)
+
+
+def test_a_pipeline_that_is_given_another_model_is_told_so():
+    pipe = pipelines.sd("full")
+    with i2am.trace(pipe) as tracer:
+        pipe.unet = pipelines.sd("full").unet
+        pipe("a", ip_adapter_image=pipelines.image(), num_inference_steps=1, output_type="latent", width=16, height=16)
+    with pytest.raises(ValueError, match="no longer has the UNet2DConditionModel that is traced"):
+        tracer.maps()
+
+
 def test_self_attention_guidance_calls_on_degraded_latents_do_not_count():
     module = pytest.importorskip("diffusers.pipelines.deprecated.stable_diffusion_sag.pipeline_stable_diffusion_sag")
     pipe = pipelines.quiet(module.StableDiffusionSAGPipeline(**pipelines._sd_parts(4, ("full",))))

@@ -63,8 +63,13 @@ def test_two_processes(tmp_path):
 
 
 @pytest.mark.slow
+def test_ip_adapters_whose_tokens_every_process_has(tmp_path):
+    compare(2, ["ip-adapters", "ip-adapters over a ring", "ip-adapters, uneven"], tmp_path)
+
+
+@pytest.mark.slow
 def test_four_processes_both_ways(tmp_path):
-    compare(4, ["unified"], tmp_path)
+    compare(4, ["unified", "ip-adapters both ways"], tmp_path)
 
 
 @pytest.mark.slow

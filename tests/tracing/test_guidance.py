@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from i2am.tracing.clock import StepInfo
-from i2am.tracing.guidance import Guidance, Told, Unexplained
+from i2am.tracing.clock import StepInfo, Unexplained
+from i2am.tracing.guidance import Guidance, Told
 from i2am.tracing.options import TraceSettings
 
 STEPPED, SAME_STEP, UNKNOWN = (StepInfo(0, step=0, stepped=s) for s in (True, False, None))

@@ -305,6 +305,7 @@ def test_guidance_by_identical_latents(unet):
     def ulam(latents, c, **kwargs):
         with i2am.patch_unet(unet, reference=REFERENCE, **kwargs) as tracer:
             forward(unet, latents, t, c)
+            forward(unet, 0.9 * latents, t - 1, c)  # the next step: were they pictures of one seed, it would show
         return tracer.maps().ulam("g2r")
 
     every = ulam(halves, context, guidance="none")

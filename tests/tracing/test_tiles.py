@@ -51,6 +51,24 @@ def test_tiles_without_a_place_are_refused(setting):
             tiled(unet, scheduler, context, (0,))
 
 
+def test_a_scheduler_that_steps_more_than_was_looked_at(setting):
+    """The only step of a run over tiles, all of which count by the user's word: nothing else would tell."""
+    unet, scheduler, context = setting
+    scheduler.set_timesteps(1)
+    with i2am.patch_unet(unet, reference=REFERENCE, scheduler=scheduler, guidance="none") as tracer, torch.no_grad():
+        x, t = torch.randn(1, 4, 16, 28), scheduler.timesteps[0]
+        for left in (0, 12):
+            unet(x[..., left : left + 16], t, context[:1])
+        scheduler.step(x, t, x)
+        with pytest.raises(ValueError, match=r"latents are 16×16, those that the scheduler steps are 16×28"):
+            tracer.maps()
+        tracer.reset()
+        scheduler.set_timesteps(1)
+        unet(x, t, context[:1])
+        scheduler.step(x, t, x)
+        assert tracer.maps().ulam("r2g").shape == (1, 16, 28)
+
+
 @pytest.mark.parametrize("lefts", [(0, 12), (12, 0)], ids=["in order", "the other way round"])
 def test_each_tile_in_its_place(setting, lefts, tmp_path):
     unet, scheduler, context = setting
@@ -170,7 +188,7 @@ def test_regions_of_tiles(setting, layer, cell, kind, tmp_path):
 
 def test_registered_regions_need_the_same_tiles_in_each_step(setting):
     unet, scheduler, context = setting
-    given = dict(reference=REFERENCE, scheduler=scheduler, sram={"eye": (3, 13)}, time_groups=1)
+    given = dict(reference=REFERENCE, scheduler=scheduler, sram={"eye": (3, 13)}, time_groups=1, guidance=1)
     with i2am.patch_unet(unet, **given) as tracer:
         tiled(unet, scheduler, context, (0, 12), place=tracer.tile, steps=1)
         one = tracer.maps().sram("eye")  # a single step: the tiles are all that there were
