@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import sys
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -69,21 +70,25 @@ def facts_of(kind: type[Any]) -> PipelineFacts | None:
     Others' classes may have the name of one of diffusers (PASD's, IDM-VTON's), and work differently.
     """
     every = [facts for family in families() for facts in family.pipelines]
-    for name in (base.__name__ for base in kind.__mro__ if is_known(base)):
+    for name in (base.__name__ for base in kind.__mro__ if not is_namesake(base)):
         fitting = [facts for facts in every if fnmatch.fnmatchcase(name, facts.pattern)]
         if fitting:
             return max(fitting, key=lambda facts: len(facts.pattern))
     return None
 
 
-def is_known(kind: type[Any]) -> bool:
-    """Tell whether a class is diffusers' own, or this package's."""
-    return kind.__module__.split(".")[0] in ("diffusers", "i2am")
+def is_namesake(kind: type[Any]) -> bool:
+    """Tell whether a class has the name of one of diffusers, and is another's."""
+    return not _is_own(kind) and kind.__name__ in dir(sys.modules.get("diffusers"))
 
 
 def calls_own_code(kind: type[Any]) -> bool:
     """Tell whether a pipeline's call is neither diffusers' nor this package's."""
-    return not is_known(next((base for base in kind.__mro__ if "__call__" in vars(base)), kind))
+    return not _is_own(next((base for base in kind.__mro__ if "__call__" in vars(base)), kind))
+
+
+def _is_own(kind: type[Any]) -> bool:
+    return kind.__module__.split(".")[0] in ("diffusers", "i2am")
 
 
 class Verdict(NamedTuple):

@@ -174,7 +174,8 @@ class Tracer:
         Raises:
             ValueError: nothing was recorded, or what was recorded can't be trusted; says why.
         """
-        spoiled = next(filter(None, (self._spoiled, *self._doubts.values())), None)
+        doubts = self._doubts.values() if self._sums.tracks else ()
+        spoiled = next(filter(None, (self._spoiled, *doubts)), None)
         if spoiled is not None:
             raise ValueError(f"there are no maps that can be trusted: {spoiled} (reset() forgets what was recorded)")
         if not self._sums.tracks:

@@ -301,9 +301,6 @@ def test_a_panorama_of_a_solver_of_order_2_is_refused():
 def test_views_that_have_no_place(views, message):
     from i2am.families.registry import facts_of
 
-    class StableDiffusionPanoramaPipeline:
-        pass
-
-    facts = facts_of(StableDiffusionPanoramaPipeline)
+    facts = facts_of(type("StableDiffusionPanoramaPipeline", (), {"__module__": "diffusers"}))
     with pytest.raises(ValueError, match=message):
         facts.views({"batch_view": views, "latents": torch.zeros(1, 4, 16, 28)})
