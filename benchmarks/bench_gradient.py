@@ -112,4 +112,4 @@ def test_gradient(benchmark, capsys, case):
     inputs = leaves(case)
     calls = {name: lambda provider=provider: step(provider, inputs) for name, provider in providers.items()}
     label = f"{H} head{'s' * (H > 1)}, {N} × {N}, d {d}, forward and backward"
-    show(capsys, label, compare(benchmark, "gradient", label, calls, rounds=3 if N > 4096 else 9))
+    show(capsys, label, compare(benchmark, "gradient", label, calls, rounds=3 if N > 4096 else 9, processor=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ def compare(
     around: Mapping[str, Callable] | None = None,
     rounds: int = 7,
     flops: float | None = None,
+    processor: bool = False,
 ) -> dict[str, dict]:
     """Times every provider once a round, in turn, so that a neighbour on the machine slows them all.
 
@@ -27,6 +29,7 @@ def compare(
         table: which table of the report the case belongs to.
         providers: name → what to time; the first is the baseline.
         around: name → a context manager entered around a provider's call, and not timed.
+        processor: whether the ratio of processor times is reported, too: what a busy machine does not change much.
         flops: of the forward alone, whoever runs it: on a GPU the rate is reported, too.
 
     Returns:
@@ -36,6 +39,8 @@ def compare(
     """
     around = around or {}
     times: dict[str, list[float]] = {name: [] for name in providers}
+    spent: dict[str, list[float]] = {name: [] for name in providers}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     memory = {}
     for name, provider in providers.items():
         with around.get(name, nullcontext)():
@@ -46,7 +51,9 @@ def compare(
     for _ in range(rounds):
         for name, provider in providers.items():
             with around.get(name, nullcontext)():
+                start = time.process_time()
                 times[name].append(seconds(provider))
+                spent[name].append(time.process_time() - start)
     baseline = times[next(iter(providers))]
     found = {}
     for name, series in times.items():
@@ -57,9 +64,14 @@ def compare(
             "lowest": min(ratios),
             "extra_bytes": memory[name],
         }
+        if processor:
+            pairs = zip(spent[name], spent[next(iter(providers))], strict=True)
+            found[name]["processor_ratio"] = median(t / b for t, b in pairs)
         if flops is not None and torch.cuda.is_available():
             found[name]["tflops"] = flops / median(series) / 1e12
     benchmark.extra_info.update(table=table, case=case, providers=found)
+    if load is not None:
+        benchmark.extra_info.update(load_before=load)
     ours = "i2am" if "i2am" in providers else list(providers)[-1]
     with around.get(ours, nullcontext)():
         benchmark.pedantic(providers[ours], rounds=1)
@@ -81,6 +93,7 @@ def show(capsys, case: str, found: Mapping[str, dict]) -> None:
         for name, row in found.items():
             print(
                 f"  {name:24s}{row['seconds'] * 1e3:10.1f} ms {row['ratio']:7.2f} ×  (lowest {row['lowest']:.2f})"
-                f" {row['extra_bytes'] / 2**20:8.0f} MiB"
+                + (f" {row['processor_ratio']:6.2f} × processor" if "processor_ratio" in row else "")
+                + f" {row['extra_bytes'] / 2**20:8.0f} MiB"
                 + (f" {row['tflops']:7.1f} TFLOP/s" if "tflops" in row else "")
             )

@@ -1,6 +1,7 @@
 """Writes docs/benchmarks.md, a CSV and the figures from what ``make bench`` measured.
 
-``python -m benchmarks.report results/bench.json --static results/static.txt``
+``python -m benchmarks.report results/bench.json --static results/static.txt``; ``--page`` and ``--title`` write another
+page, with the tables that were measured and nothing else.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TITLES = {
     "op": "Attention with both maps, against `scaled_dot_product_attention` without any",
+    "busy 0": "Attention with both maps over `scaled_dot_product_attention`: wall time and processor time",
+    "busy 6": "Beside six busy processes: the same, wall time and processor time",
+    "gradient": "Forward and backward, against those of `scaled_dot_product_attention`",
     "model": "One step of a UNet, against the untraced step",
     "fixed": "Fixed cost: a UNet so small that hooks and checks are what tracing costs",
     "highres": "High-resolution super-resolution: aligned reference, one head, d 64",
@@ -30,7 +34,7 @@ largest pipe bound, a lower limit and no measurement.
 {text}
 ```
 """
-HEADER = """# Benchmarks
+HEADER = """# {title}
 
 Written by `make bench`; nothing here is typed by hand. Every provider is verified against float64 before it is timed.
 Providers take turns within a round, and a ratio is the median over rounds of a provider's time over the baseline's in
@@ -42,7 +46,7 @@ noise.
 - `materialise`: eager attention that keeps the N × N tensor. `daam`: the same, keeping a heat map a key.
   `hook`: the I2AM authors' manner, forward hooks that recompute q and k. All written afresh for this suite.
 
-Machine: {machine}
+Machine: {machine}{load}
 """
 
 
@@ -61,13 +65,26 @@ def machine(measured: dict) -> str:
 
 
 def write_csv(measured: dict, file: Path) -> None:
-    """Rows of other machines stay; this machine's are replaced."""
+    """Rows of other machines and tables stay; this machine's are replaced."""
     key = machine(measured)
+    tables = {row["table"] for row in rows(measured["benchmarks"])}
     kept = []
     if file.exists():
         with file.open(newline="") as source:
-            kept = [row for row in csv.DictReader(source) if row["machine"] != key]
-    fields = ["machine", "date", "table", "case", "provider", "seconds", "ratio", "lowest", "extra_bytes", "tflops"]
+            kept = [row for row in csv.DictReader(source) if row["machine"] != key or row["table"] not in tables]
+    fields = [
+        "machine",
+        "date",
+        "table",
+        "case",
+        "provider",
+        "seconds",
+        "ratio",
+        "lowest",
+        "processor_ratio",
+        "extra_bytes",
+        "tflops",
+    ]
     with file.open("w", newline="") as target:
         writer = csv.DictWriter(target, fields)
         writer.writeheader()
@@ -77,9 +94,15 @@ def write_csv(measured: dict, file: Path) -> None:
         )
 
 
-def markdown(measured: dict) -> str:
-    parts = [HEADER.format(machine=machine(measured))]
+def markdown(measured: dict, heading: str = "Benchmarks") -> str:
     infos = [b["extra_info"] for b in measured["benchmarks"]]
+    loads = [info["load_before"] for info in infos if "load_before" in info]
+    load = (
+        f"\n\nLoad average before each case, others' work included: {min(loads):.1f} to {max(loads):.1f}"
+        if loads
+        else ""
+    )
+    parts = [HEADER.format(title=heading, machine=machine(measured), load=load)]
     for table, title in TITLES.items():
         cases = [info for info in infos if info.get("table") == table]
         if cases:
@@ -90,7 +113,8 @@ def markdown(measured: dict) -> str:
         if info.get("table") == "record":
             sizes = ", ".join(f"{name} {nbytes / 1e6:,.0f} MB" for name, nbytes in info["record_bytes"].items())
             parts.append(f"## What a record takes\n\n{info['case']}: {sizes}.\n")
-    parts.append("![Time and extra memory against the number of tokens](images/bench-growth.png)\n")
+    if any(info.get("table") == "growth" for info in infos):
+        parts.append("![Time and extra memory against the number of tokens](images/bench-growth.png)\n")
     return "\n".join(parts)
 
 
@@ -111,12 +135,16 @@ def _table(cases: list[dict]) -> Iterator[str]:
 def _cell(found: dict | None) -> str:
     if found is None:
         return ""
-    memory = f"{found['extra_bytes'] / 2**20:,.0f} MiB"
+    memory = f"{found['extra_bytes'] / 2**20:,.0f} MiB" if "extra_bytes" in found else ""
+    if found.get("ratio") != 1.0 and "processor_ratio" in found:
+        shown = f"{found['ratio']:.2f} ×, {found['processor_ratio']:.2f} × processor time"
+        return f"{shown}, {memory}" if memory else shown
     if "tflops" in found:
         memory += f", {found['tflops']:.0f} TFLOP/s"
     if found.get("ratio") in (None, 1.0):
         seconds = found["seconds"]
-        return f"{seconds * 1e3:.1f} ms, {memory}" if seconds < 1 else f"{seconds:.2f} s, {memory}"
+        shown = f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+        return f"{shown}, {memory}" if memory else shown
     return f"{found['ratio']:.2f} ×, {memory}"
 
 
@@ -158,6 +186,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measured", type=Path, nargs="+", help="pytest-benchmark's JSON, of one machine")
     parser.add_argument("--static", type=Path, help="what benchmarks.static printed")
+    parser.add_argument("--title", default="Benchmarks", help="title of the page")
+    parser.add_argument("--page", default="benchmarks", help="name of the page")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     options = parser.parse_args()
     measured, *more = (json.loads(file.read_text(encoding="utf-8")) for file in options.measured)
@@ -167,11 +197,11 @@ def main() -> None:
     (options.docs / "images").mkdir(parents=True, exist_ok=True)
     write_csv(measured, options.docs / "benchmarks.csv")
     plot(measured, options.docs / "images" / "bench-growth.png")
-    text = markdown(measured)
+    text = markdown(measured, options.title)
     if options.static:
         text += "\n" + STATIC.format(text=options.static.read_text(encoding="utf-8").strip())
-    (options.docs / "benchmarks.md").write_text(text, encoding="utf-8")
-    print(f"wrote {options.docs}/benchmarks.md, benchmarks.csv and images/bench-growth.png")
+    (options.docs / f"{options.page}.md").write_text(text, encoding="utf-8")
+    print(f"wrote {options.docs}/{options.page}.md and benchmarks.csv")
 
 
 if __name__ == "__main__":

@@ -109,9 +109,13 @@ class Blockwise:
         heads.row_lse[:, rows] = (sums.log2() - self._q[:, rows, -1]).mul_(LN2)
         self._rows[:, rows] = inverse = sums.reciprocal()
         if heads.out is not None:
-            heads.out[:, rows] = totals[0][:, :, :width].mul_(inverse.unsqueeze(2))
+            mean, factor = totals[0][:, :, :width], inverse.unsqueeze(2)
+            if heads.out.dtype == mean.dtype:
+                torch.mul(mean, factor, out=heads.out[:, rows])
+            else:
+                heads.out[:, rows] = mean.mul_(factor)
         if heads.keeps_mass and both(rows, heads.queries) == rows:
-            mass = ones[:, :, 1 : 1 + len(self._mass)] * inverse.unsqueeze(2)  # [G, R, n]
+            mass = ones[:, :, 1 : 1 + len(self._mass)] * self._rows[:, rows].unsqueeze(2)  # [G, R, n]
             self._mass[:, :, within(rows, heads.queries)] = mass.permute(2, 0, 1)
         return bool((sums < LIMIT).all())  # not so where they are NaN
 
