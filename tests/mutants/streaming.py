@@ -3,41 +3,68 @@
 from tests.mutants import Mutant
 
 TESTS = ["tests/ops/test_streaming.py"]
+SHIFTED, BLOCKWISE, HEADS = "i2am/ops/shifted.py", "i2am/ops/blockwise.py", "i2am/ops/heads.py"
 STREAMING, SWEEPS, BACKWARD = "i2am/ops/streaming.py", "i2am/ops/sweeps.py", "i2am/ops/backward.py"
 READOUTS, FLASH = "i2am/ops/readouts.py", "i2am/ops/flash.py"
 GRADIENTS = ["tests/ops/test_gradients.py"]
 TESTS_OF = dict.fromkeys((SWEEPS, BACKWARD, READOUTS, FLASH), GRADIENTS)
 MUTANTS = [
-    Mutant(STREAMING, "col_lse[at] = lse / heads.unit", "col_lse[at] = lse", "in powers of two"),
     Mutant(STREAMING, "regions[at[0] % len(regions)]", "regions[0]", "the first image's regions"),
-    Mutant(STREAMING, "self.sums *= self.heads.exp_(self.top - top)", "pass", "a stronger row does not rescale"),
     Mutant(
         STREAMING,
-        "first, last = max(rows.start, heads.queries.start)",
-        "first, last = max(rows.start, 0)",
-        "queries before the generated ones",
+        "if found is None:\n        sweeps = Shifted(heads)\n        found = sweeps.columns([",
+        "if False:\n        sweeps = Shifted(heads)\n        found = sweeps.columns([",
+    ),
+    Mutant(HEADS, "self.sram.add_(spent[:, 1:])", "self.sram.add_(spent[:, :-1])", "the mean as a region"),
+    Mutant(HEADS, "1.0 / Q, dtype=dtype)", "1.0, dtype=dtype)", "G2R is a sum"),
+    Mutant(HEADS, "bias if bias.shape[2] == 1 else bias[:, :, keys]", "bias", "a mask of other keys"),
+    Mutant(HEADS, "self.bias if self.bias.shape[1] == 1 else self.bias[:, rows]", "self.bias[:, :1]", "one row's mask"),
+    Mutant(HEADS, "slice(span.start - outer.start, span.stop - outer.start)", "slice(0, span.stop - span.start)"),
+    Mutant(
+        HEADS, "return slice(start, max(start, min(one.stop, other.stop)))", "return slice(start, max(start, one.stop))"
     ),
     Mutant(
-        STREAMING, "reference.sram.add_(total[:, 1:])", "reference.sram.add_(total[:, :-1])", "the mean as a region"
-    ),
-    Mutant(STREAMING, "inverse = sums.clamp_min_(TINY).reciprocal_()", "inverse = sums.reciprocal_()"),
-    Mutant(STREAMING, "WEAK = 2.0**-80", "WEAK = 0.0", "underflown columns are taken as they are"),
-    Mutant(STREAMING, "weak + columns.hull.start", "weak", "weak columns of the first keys"),
-    Mutant(STREAMING, "lse[:, weak] = exact * heads.unit", "lse[:, weak] = exact"),
-    Mutant(STREAMING, "lse = _finite(_within(lse, hull, reference))", "lse = _within(lse, hull, reference)"),
-    Mutant(
-        STREAMING, "if whole is None or repaired:", "if whole is None:", "repaired columns are looked at as they were"
+        SHIFTED, "inverse = sums.clamp_min_(TINY).reciprocal_()", "inverse = sums.reciprocal_()", "masked rows: inf"
     ),
     Mutant(
-        STREAMING,
-        "reference.r2g.add_(shares.mul_(whole.weights), alpha=1.0 / width)",
-        "reference.r2g.add_(shares, alpha=1.0 / width)",
-        "rows keep their shifts",
+        SHIFTED,
+        "part.sums.mul_(self._exp_(part.top - top)).add_(",
+        "part.sums.add_(",
+        "a stronger row rescales nothing",
     ),
-    Mutant(STREAMING, "step = -(-length // -(-length // most))", "step = length // -(-length // most)"),
-    Mutant(STREAMING, "bias if bias.shape[2] == 1 else bias[:, :, keys]", "bias", "a mask of other keys"),
-    Mutant(STREAMING, "self.bias if self.bias.shape[1] == 1 else self.bias[:, rows]", "self.bias[:, :1]"),
-    Mutant(STREAMING, "if rows == slice(0, Nq):", "if rows.start == 0:", "the first tile taken for the whole"),
+    Mutant(SHIFTED, "WEAK = 2.0**-80", "WEAK = 0.0", "underflown columns are taken as they are"),
+    Mutant(SHIFTED, "columns + self._heads.hull.start)", "columns)", "weak columns of the first keys"),
+    Mutant(SHIFTED, "return exact * self._unit", "return exact", "in another unit"),
+    Mutant(SHIFTED, "            self._kept = None\n", "", "repaired columns are looked at as they were"),
+    Mutant(
+        SHIFTED,
+        "reference.r2g.add_(shares.mul_(kept.undo), alpha",
+        "reference.r2g.add_(shares, alpha",
+        "rows keep shifts",
+    ),
+    Mutant(
+        SHIFTED, "if rows == slice(0, heads.q.shape[1]):", "if rows.start == 0:", "the first tile taken for the whole"
+    ),
+    Mutant(SHIFTED, "return self._lse / self._unit", "return self._lse", "in powers of two"),
+    Mutant(BLOCKWISE, "if not all(part.good for part in parts):", "if not parts[0].good:", "one piece out of range"),
+    Mutant(BLOCKWISE, "return bool((sums < LIMIT).all())", "return True", "rows out of range are taken as they are"),
+    Mutant(BLOCKWISE, "part.sums[:, 0] * (part.top - self._top).exp2_()", "part.sums[:, 0]", "pieces are not rescaled"),
+    Mutant(BLOCKWISE, "self._columns[:, weak] = 0.0", "pass", "weak columns are added twice"),
+    Mutant(BLOCKWISE, "columns + self._heads.hull.start, :d]", "columns, :d]", "weak columns of the first keys"),
+    Mutant(BLOCKWISE, "counts = both(tile, heads.queries) == tile", "counts = True", "all queries count"),
+    Mutant(
+        BLOCKWISE,
+        "heads.hull.start <= keys.start < heads.hull.stop and size <= left",
+        "size <= left",
+        "kept beside the hull",
+    ),
+    Mutant(BLOCKWISE, ".to(lse) / r.size for r in", ".to(lse) for r in", "a sum over weak columns"),
+    Mutant(
+        BLOCKWISE,
+        "heads.weights[:, there] * self._rows[:, tile].unsqueeze(1)",
+        "heads.weights[:, there]",
+        "rows not normalised",
+    ),
     Mutant(SWEEPS, "(total.log() + top / heads.unit).squeeze(2)", "(total.log() + top).squeeze(2)"),
     Mutant(
         SWEEPS,
@@ -46,7 +73,7 @@ MUTANTS = [
     ),
     Mutant(SWEEPS, "s.masked_fill_(~bias, -math.inf) if", "s.masked_fill_(bias, -math.inf) if", "the mask, inverted"),
     Mutant(SWEEPS, "LOG2E if mask is None or mask.dtype == torch.bool else 1.0", "LOG2E", "a bias in another unit"),
-    Mutant(SWEEPS, "heads.q[:, rows].to(lse.dtype)), alpha=scale)", "heads.q[:, rows].to(lse.dtype)))", "dk unscaled"),
+    Mutant(SWEEPS, "heads.q[:, rows].to(lse.dtype), alpha=scale)", "heads.q[:, rows].to(lse.dtype))", "dk unscaled"),
     Mutant(SWEEPS, "/ p.sum(2, keepdim=True).clamp_min_(TINY)", "", "rows of a part of the keys"),
     Mutant(BACKWARD, "delta -= dlse.unsqueeze(3)", "delta += dlse.unsqueeze(3)"),
     Mutant(BACKWARD, "epsilon -= dlse", "pass", "the column log-sum-exp has no gradient"),
