@@ -12,9 +12,9 @@ module of this folder, ``tests/mutants/<area>.py``, with two names::
 
 A mutant is (file, text that occurs there exactly once, text in its place[, what is wrong]). Each is put into a copy of
 the repository, never into the working tree, and the area's tests run there (see server.py) until one fails: killed. If
-none does, it survived: write the test that sees it. A mutant whose text is no longer found, or that cannot be imported, is an error
-of the list. Add mutants that a good engineer could have written; a mutant that changes nothing anyone could see (equal
-behaviour) does not belong here.
+none does, it survived: write the test that sees it. A mutant whose text is no longer found, or that cannot be
+imported, is an error of the list (``--check`` finds the former at once). Add mutants that a good engineer could have
+written; one that changes nothing anyone could see (equal behaviour) does not belong here.
 """
 
 from typing import NamedTuple
