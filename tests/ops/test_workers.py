@@ -60,6 +60,18 @@ def test_pieces_in_any_order(blocks, queries, monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(call(), want, strict=True))
 
 
+def test_gradients_have_the_same_bits_too(threads):
+    found = []
+    for n in (1, 2, 4):
+        threads(n)
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, 3, 700, 40).requires_grad_() for _ in range(3))
+        one = i2am.attention(q, k, v, read=("r2g", "g2r", "entropy"), keys=slice(3, 300))
+        loss = one.out.square().sum() + one.r2g.square().sum() + one.g2r.square().sum() + one.entropy.sum()
+        found.append(torch.autograd.grad(loss, (q, k, v)))
+    assert all(torch.equal(x, y) for more in found[1:] for x, y in zip(more, found[0], strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_small_calls_have_the_same_bits_too(dtype, threads):
     """Torch would split them, or not, by the number of its threads."""
