@@ -121,9 +121,10 @@ class OwnReferences:
             if key in self._compared:
                 continue
             keys = k[:, :, TokenSet.of(reference.tokens, k.shape[2], "keys").index]
-            before, then, first = self._last.get(key, (place, when, keys))
-            if before == place or then != when:
+            before, then, first = self._last.get(key, (None, None, keys))
+            if before is None or then != when:
                 self._last[key] = place, when, keys
+            if before is None or then != when or before == place:  # of several calls on a tile the first is kept
                 continue
             del self._last[key]
             self._compared.add(key)

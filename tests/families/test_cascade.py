@@ -6,7 +6,7 @@ import torch
 
 import i2am
 from tests import support_table as support
-from tests.helpers.tiny_models import context, dit, videos
+from tests.helpers.tiny_models import dit, videos
 from tests.helpers.tiny_models import unet as pipelines
 from tests.helpers.tokens import capture_calls, generated
 from tests.helpers.truth import Truth, assert_peak
@@ -39,7 +39,7 @@ def prior():
 
 
 def pipeline():
-    parts = dict(tokenizer=None, text_encoder=context.Device(), feature_extractor=None, image_encoder=None)
+    parts = dict(tokenizer=None, text_encoder=dit.Device(), feature_extractor=None, image_encoder=None)
     return pipelines.quiet(
         diffusers.StableCascadePriorPipeline(prior=prior(), scheduler=diffusers.DDPMWuerstchenScheduler(), **parts)
     )

@@ -250,6 +250,20 @@ def test_each_tile_with_a_reference_of_its_own(window, tmp_path):
         maps.where_did_it_go((2, 2))
 
 
+def test_two_calls_on_each_tile_are_no_reference_of_its_own(setting):
+    unet, scheduler, context = setting
+    scheduler.set_timesteps(2)
+    with i2am.patch_unet(unet, reference=REFERENCE, scheduler=scheduler, guidance="none") as tracer, torch.no_grad():
+        x = torch.randn(1, 4, 16, 28)
+        for t in scheduler.timesteps:
+            for left in (0, 12):
+                for one in context.split(1):
+                    with tracer.tile(0, left):
+                        unet(x[..., left : left + 16], t, one)
+            x = scheduler.step(x, t, x).prev_sample
+    assert tracer.maps().ulam("g2r").shape == (1, 4, 4)
+
+
 def test_a_place_is_a_row_and_a_column(setting):
     with i2am.patch_unet(setting[0], reference=REFERENCE) as tracer, pytest.raises(ValueError, match="row and column"):
         tracer.tile(-1, 0).__enter__()

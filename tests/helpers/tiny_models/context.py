@@ -8,28 +8,13 @@ import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
-from tests.helpers.tiny_models.dit import TEXT, flow, flux_vae, text_tokens
+from tests.helpers.tiny_models.dit import TEXT, Device, flow, flux_vae, text_tokens, wan_vae
 from tests.helpers.tiny_models.unet import quiet
 
 
 def stand_in(pipeline, **methods):
     """Return a subclass of ``pipeline`` of the same name, with methods of its own."""
     return type(pipeline.__name__, (pipeline,), {"__module__": pipeline.__module__} | methods)
-
-
-def wan_vae(channels: int = 4, *, halvings: int = 1):
-    from diffusers import AutoencoderKLWan
-
-    torch.manual_seed(0)
-    return AutoencoderKLWan(
-        base_dim=2,
-        z_dim=channels,
-        dim_mult=[1] * (halvings + 1),
-        num_res_blocks=1,
-        temperal_downsample=[False] * halvings,
-        latents_mean=[0.0] * channels,
-        latents_std=[1.0] * channels,
-    ).eval()
 
 
 def z_image(captions=(7, 7), siglip=(3, 2)):
@@ -122,12 +107,6 @@ def qwen21(sizes=((32, 64), (32, 32)), *, causal: bool = True):
     kind = stand_in(QwenImage21Pipeline, __init__=init, encode_prompt=encode_prompt, _encode_vae_image=encode_image)
     parts = dict(vae=None, text_encoder=Device(), processor=None)
     return quiet(kind(scheduler=flow(), transformer=transformer, **parts))
-
-
-class Device(torch.nn.Module):
-    """What a pipeline asks of a text encoder whose embeddings are given."""
-
-    dtype, device = torch.float32, torch.device("cpu")
 
 
 def omnigen():

@@ -49,6 +49,27 @@ def flux_vae(levels: int = 2) -> AutoencoderKL:
     ).eval()
 
 
+def wan_vae(channels: int = 4, *, halvings: int = 1):
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    return AutoencoderKLWan(
+        base_dim=2,
+        z_dim=channels,
+        dim_mult=[1] * (halvings + 1),
+        num_res_blocks=1,
+        temperal_downsample=[False] * halvings,
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
+    ).eval()
+
+
+class Device(torch.nn.Module):
+    """What a pipeline asks of a text encoder whose embeddings are given."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+
 def flux_transformer(in_channels: int = 16, **config) -> FluxTransformer2DModel:
     torch.manual_seed(0)
     defaults = dict(
@@ -186,7 +207,7 @@ def longcat():
 
 
 def fibo():
-    from diffusers import AutoencoderKLWan, BriaFiboEditPipeline, BriaFiboTransformer2DModel
+    from diffusers import BriaFiboEditPipeline, BriaFiboTransformer2DModel
 
     torch.manual_seed(0)
     transformer = BriaFiboTransformer2DModel(
@@ -199,15 +220,7 @@ def fibo():
         axes_dims_rope=[4, 6, 6],
         text_encoder_dim=8,
     ).eval()
-    vae = AutoencoderKLWan(  # 16 pixels a latent, as published
-        base_dim=2,
-        z_dim=4,
-        dim_mult=[1] * 5,
-        num_res_blocks=1,
-        temperal_downsample=[False] * 4,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).eval()
+    vae = wan_vae(halvings=4)  # 16 pixels a latent, as published
 
     class Pipeline(BriaFiboEditPipeline):
         """Five text tokens, of which the negative prompt leaves two as padding."""
@@ -224,13 +237,7 @@ def fibo():
 
     Pipeline.__name__ = BriaFiboEditPipeline.__name__
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    return quiet(
-        Pipeline(transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=_TextEncoder(), tokenizer=None)
-    )
-
-
-class _TextEncoder(torch.nn.Module):
-    dtype, device = torch.float32, torch.device("cpu")
+    return quiet(Pipeline(transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=Device(), tokenizer=None))
 
 
 def dreamlite(mobile: bool = False):
@@ -261,6 +268,4 @@ def dreamlite(mobile: bool = False):
             return text_tokens(5, batch=len(prompts)), torch.ones(len(prompts), 5)
 
     Pipeline.__name__ = Pipeline.__mro__[1].__name__
-    return quiet(
-        Pipeline(text_encoder=_TextEncoder(), tokenizer=None, processor=None, vae=vae, unet=unet, scheduler=flow())
-    )
+    return quiet(Pipeline(text_encoder=Device(), tokenizer=None, processor=None, vae=vae, unet=unet, scheduler=flow()))
