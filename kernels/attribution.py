@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from i2am.kernels.primitives import DEAD, LOG2E, dot_qk, load_head, logits
+from i2am.kernels.primitives import DEAD, LOG2E, dot_qk, load_head, logits, of_head
 from i2am.kernels.tiles import (
     FEW_KEYS,
     Call,
@@ -31,8 +31,8 @@ SIZES = ["sizes", "query_span", "key_span", "tiles_per_group", "tiles_per_split"
 
 @triton.jit(do_not_specialize=STRIDES + SIZES)
 def attribution_kernel(
-    q, q_strides,                        # [B, H, Nq, D]; strides of B, H and N
-    k, k_strides,                        # [B, H, Nk, D]
+    q, q_strides,                        # [B, H, Nq, D]; strides of B, H and N. A descriptor ends with query_span,
+    k, k_strides,                        # [B, H, Nk, D]  or key_span
     mask, mask_strides,                  # [B, H, Nq, Nk] bool, additive or None
     regions, region_strides,             # [1 | B, R, Q] weights, or None
     row_lse,                             # [B, H, Nq] natural
@@ -57,15 +57,11 @@ def attribution_kernel(
     slot of every partial.
     """
     i_bh, i_group, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    H, Nq, Nk = sizes[0], sizes[1], sizes[2]
+    H, Nq = sizes[0], sizes[1]
     i_b, i_h = i_bh // H, i_bh % H
     Q, K = query_span[1] - query_span[0], key_span[1] - key_span[0]
     query_tiles = tl.cdiv(Q, BM)
-    if mask is not None:
-        mask += i_b * mask_strides[0] + i_h * mask_strides[1]
-        strides_of_mask = (mask_strides[2], mask_strides[3])
-    else:
-        strides_of_mask = (0, 0)
+    mask, strides_of_mask = of_head(mask, mask_strides, i_b, i_h)
     row_lse += i_bh * Nq
     column_lse += i_bh * column_stride
     row_lse_max += i_bh * query_tiles
@@ -85,11 +81,11 @@ def attribution_kernel(
     for i_n in range(first_n, tl.minimum(first_n + tiles_per_group, tl.cdiv(K, BN))):
         o_j = i_n * BN + tl.arange(0, BN)  # [BN] among the reference keys
         m_n = o_j < K
-        # Past the end the last key again: a zero's P could be infinite.
-        b_k = load_head(k, k_strides, i_b, i_h, key_span[0] + i_n * BN, Nk, BN, D, D_MAIN, D_TAIL, UNIT, True)
-        o_n = tl.minimum(key_span[0] + o_j, Nk - 1)
+        # Past the end the last key again: a zero's P could be infinite, and a key of nobody's need not be a number.
+        b_k = load_head(k, k_strides, i_b, i_h, key_span[0] + i_n * BN, key_span[1], BN, D, D_MAIN, D_TAIL, UNIT, True)
+        o_n = tl.minimum(key_span[0] + o_j, key_span[1] - 1)
         b_column = tl.load(column_lse + o_j, mask=m_n, other=float("-inf")) * LOG2E  # [BN]
-        b_column = tl.where(b_column > DEAD, b_column, float("inf"))  # nothing is divided by a masked column's sum
+        b_column = tl.where(b_column <= DEAD, float("inf"), b_column)  # nothing is divided by a masked column's sum
         c = tl.min(b_column, 0)
         b_cf = tl.where(b_column == float("inf"), 0.0, tl.exp2(c - b_column))  # [BN]
         b_g = tl.zeros([BM // 16, 8, BN], tl.float32)  # partial over rows
@@ -101,26 +97,28 @@ def attribution_kernel(
             o_i = i_m * BM + tl.arange(0, BM)  # [BM] among the generated queries
             m_m = o_i < Q
             o_m = query_span[0] + o_i
-            b_q = load_head(q, q_strides, i_b, i_h, query_span[0] + i_m * BM, Nq, BM, D, D_MAIN, D_TAIL, UNIT)
+            b_q = load_head(
+                q, q_strides, i_b, i_h, query_span[0] + i_m * BM, query_span[1], BM, D, D_MAIN, D_TAIL, UNIT
+            )
             b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)  # [BM, BN]
             # A descriptor has no last key again: what lies past the end is masked.
             b_x, factor = logits(
-                b_s, scale, mask, strides_of_mask, o_m, o_n if UNIT > 0 else key_span[0] + o_j, Nq, Nk,
-                EVEN_N if UNIT == 0 else True, ROW_MASK,
+                b_s, scale, mask, strides_of_mask, o_m, o_n if UNIT > 0 else key_span[0] + o_j,
+                query_span[1], key_span[1], EVEN_N if UNIT == 0 else True, ROW_MASK,
             )  # fmt: skip
 
             near = tl.load(row_lse_max + i_m) - c <= REACH
             b_r = tl.zeros([BM], tl.float32)
             if not near:  # loads the columns' sums again, so that the usual path need not keep them in registers
                 b_far = tl.load(column_lse + o_j, mask=m_n, other=float("-inf")) * LOG2E  # [BN]
-                b_far = tl.where(b_far > DEAD, b_far, float("inf"))
+                b_far = tl.where(b_far <= DEAD, float("inf"), b_far)
                 b_r = tl.sum(tl.exp2(b_x * factor - b_far[None, :]), 1)
 
             b_row = tl.load(row_lse + o_m, mask=m_m, other=float("-inf")) * LOG2E  # [BM]
-            m_live = b_row > DEAD
-            b_row = tl.where(m_live, b_row, float("inf"))
+            m_dead = b_row <= DEAD  # a NaN stays one
+            b_row = tl.where(m_dead, float("inf"), b_row)
             b_p = tl.exp2(b_x * factor - b_row[:, None])  # [BM, BN]
-            b_rf = tl.where(m_live, tl.exp2(b_row - c), 0.0)  # [BM]
+            b_rf = tl.where(m_dead, 0.0, tl.exp2(b_row - c))  # [BM]
             b_r = tl.where(near, b_rf * tl.sum(b_p * b_cf[None, :], 1), b_r)
             m_later = m_m & (i_n > first_n)
             tl.store(r2g_partial + o_i, b_r + tl.load(r2g_partial + o_i, mask=m_later, other=0.0), mask=m_m)

@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from i2am.kernels.primitives import LN2, LOG2E, dot_qk, load_head, log2_add, logits
+from i2am.kernels.primitives import LN2, LOG2E, dot_qk, load_head, log2_add, logits, of_head
 from i2am.kernels.tiles import (
     FEW_KEYS,
     Call,
@@ -56,6 +56,7 @@ def column_lse_kernel(
         b_row = tl.load(row_lse + i_bh * Nq + o_m, mask=o_m < query_span[1], other=float("-inf"))
         query_tiles = tl.cdiv(query_span[1] - query_span[0], BM)
         if row_lse_max is not None:
+            b_row = tl.where(b_row == b_row, b_row, float("inf"))  # NaN: pass 2 must not start from such a row's P
             tl.store(row_lse_max + i_bh * query_tiles + i_m, tl.max(b_row, 0) * LOG2E)
     else:
         o_j = i_n * BN + tl.arange(0, BN)  # [BN]
@@ -73,11 +74,7 @@ def column_lse_kernel(
 
         if tl.min(b_sound, 0) == 0:
             i_b, i_h = i_bh // H, i_bh % H
-            if mask is not None:
-                mask += i_b * mask_strides[0] + i_h * mask_strides[1]
-                strides_of_mask = (mask_strides[2], mask_strides[3])
-            else:
-                strides_of_mask = (0, 0)
+            mask, strides_of_mask = of_head(mask, mask_strides, i_b, i_h)
             o_n = key_span[0] + o_j
             b_column = tl.full([BN], float("-inf"), tl.float32)
             for i_split in range(first_split, last_split):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from i2am.kernels.accumulate import add
-from i2am.kernels.primitives import DEAD, LN2, LOG2E, dot_qk, load_head, logits
+from i2am.kernels.primitives import DEAD, LN2, LOG2E, dot_qk, load_head, logits, of_head
 from i2am.kernels.tiles import (
     FEW_KEYS,
     Call,
@@ -70,11 +70,7 @@ def few_attribution_kernel(
     row_splits = tl.num_programs(1) - 1 - R
     column_partial += i_bh * splits * K
     if i_split < row_splits:
-        if mask is not None:
-            mask += i_b * mask_strides[0] + i_h * mask_strides[1]
-            strides_of_mask = (mask_strides[2], mask_strides[3])
-        else:
-            strides_of_mask = (0, 0)
+        mask, strides_of_mask = of_head(mask, mask_strides, i_b, i_h)
         row_lse += i_bh * Nq
         first = i_split * tiles_per_split * BM
         last = tl.minimum(first + tiles_per_split * BM, Q)
@@ -88,7 +84,7 @@ def few_attribution_kernel(
                 m_n = o_n < stop
                 b_k = load_head(k, k_strides, i_b, i_h, i_n, stop, BN, D, D_MAIN, D_TAIL, UNIT)
                 b_column = merge_columns(column_partial, splits, K, o_n - key_span[0], m_n, SPLITS)
-                b_column = tl.where(b_column > DEAD, b_column, float("inf"))  # a masked column is shared out to nobody
+                b_column = tl.where(b_column <= DEAD, float("inf"), b_column)  # a masked column is shared out to nobody
                 tl.debug_barrier()  # the sums read below were written by other threads for the previous key tile
                 for i_m in range(first, last, BM):
                     o_i = i_m + tl.arange(0, BM)  # [BM] among the generated queries
@@ -103,7 +99,7 @@ def few_attribution_kernel(
                     tl.store(p_r2g + o_i, tl.load(p_r2g + o_i, mask=m_m, other=0.0) + b_r, mask=m_m)
                     if mass is not None:
                         b_row = tl.load(row_lse + o_m, mask=m_m, other=float("-inf")) * LOG2E  # [BM]
-                        b_row = tl.where(b_row > DEAD, b_row, float("inf"))
+                        b_row = tl.where(b_row <= DEAD, float("inf"), b_row)
                         b_p = tl.where(m_n[None, :], tl.exp2(b_x * factor - b_row[:, None]), 0.0)
                         b_mass = tl.sum(b_p, 1)
                         tl.store(p_mass + o_i, tl.load(p_mass + o_i, mask=m_m, other=0.0) + b_mass, mask=m_m)

@@ -11,19 +11,17 @@ import triton.language as tl
 from i2am.kernels.attribution import precision
 from i2am.kernels.primitives import (
     DEAD,
-    LN2,
     LOG2E,
     dot_pv,
     dot_qk,
     load_head,
     log2_add,
     logits,
-    nearest,
-    power_of_two,
+    of_head,
     scale_head,
-    store_head,
     zero_head,
 )
+from i2am.kernels.rows import end_rows, soften
 from i2am.kernels.tiles import (
     FEW_KEYS,
     Call,
@@ -72,11 +70,7 @@ def few_forward_kernel(
     H, Nq, Nk = sizes[0], sizes[1], sizes[2]
     i_b, i_h = i_bh // H, i_bh % H
     K = key_span[1] - key_span[0]
-    if mask is not None:
-        mask += i_b * mask_strides[0] + i_h * mask_strides[1]
-        strides_of_mask = (mask_strides[2], mask_strides[3])
-    else:
-        strides_of_mask = (0, 0)
+    mask, strides_of_mask = of_head(mask, mask_strides, i_b, i_h)
     row_lse += i_bh * Nq
     i_slot = i_bh * tl.num_programs(1) + i_split
     column_partial += i_slot * K
@@ -97,19 +91,16 @@ def few_forward_kernel(
                 b_k = load_head(k, k_strides, i_b, i_h, i_n, Nk, BN, D, D_MAIN, D_TAIL, UNIT)
                 b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)
                 b_x, factor = logits(b_s, scale, mask, strides_of_mask, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
-                b_top = tl.maximum(b_m, nearest(tl.max(b_x, 1) * factor))
-                b_finite = tl.where(b_top == float("-inf"), 0.0, b_top)  # all masked: -inf - -inf is not a number
-                b_p = tl.exp2(b_x * factor - b_finite[:, None])  # [BM, BN]
-                b_rescale = power_of_two(b_m - b_finite)
-                b_l = b_l * b_rescale + tl.sum(b_p, 1)
-                b_m = b_top
+                b_p, b_rescale, b_m, b_l = soften(b_x, factor, b_m, b_l)
                 if v is not None:
                     b_v = load_head(v, v_strides, i_b, i_h, i_n, Nk, BN, D, D_MAIN, D_TAIL, UNIT)
                     b_o = dot_pv(b_p, b_v, scale_head(b_o, b_rescale, D_TAIL), D_TAIL, UPCAST)
-            tl.store(row_lse + o_m, (b_m + tl.log2(b_l)) * LN2, mask=o_m < Nq)
-            if v is not None:
-                b_o = scale_head(b_o, 1.0 / tl.where(b_l == 0.0, 1.0, b_l), D_TAIL)
-                store_head(out, out_strides, b_o, i_b, i_h, i_m, Nq, BM, D, D_MAIN, D_TAIL, OUT_UNIT)
+            end_rows(
+                b_o if v is not None else None, b_m, b_l, q, q_strides, k, k_strides, v, v_strides,
+                mask, strides_of_mask,
+                out, out_strides, row_lse, scale, i_b, i_h, i_m, Nq, Nk,
+                D, D_MAIN, D_TAIL, UNIT, OUT_UNIT, BM, BN, EVEN_N, ROW_MASK, UPCAST,
+            )  # fmt: skip
         tl.debug_barrier()  # the rows read below were written by other threads
 
     start, stop = tl.maximum(first, query_span[0]), tl.minimum(last, query_span[1])
@@ -135,9 +126,9 @@ def few_forward_kernel(
             b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)  # [BM, BN]
             b_x, factor = logits(b_s, scale, mask, strides_of_mask, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
             b_row = tl.load(row_lse + o_m, mask=m_m, other=float("-inf")) * LOG2E  # [BM]
-            m_live = b_row > DEAD  # nothing is divided by the sum of what was masked throughout
-            b_p = tl.exp2(b_x * factor - tl.where(m_live, b_row, float("inf"))[:, None])  # [BM, BN]
-            b_u = tl.where(m_live, tl.exp2(b_row - pivot), 0.0)  # [BM] at most 1
+            m_dead = b_row <= DEAD  # nothing is divided by the sum of what was masked throughout; a NaN stays one
+            b_p = tl.exp2(b_x * factor - tl.where(m_dead, float("inf"), b_row)[:, None])  # [BM, BN]
+            b_u = tl.where(m_dead, 0.0, tl.exp2(b_row - pivot))  # [BM] at most 1
             b_g += tl.sum(tl.reshape(b_p, [BM // 16, 2, 8, BN]), 1)
             b_c += tl.sum(tl.reshape(b_p * b_u[:, None], [BM // 16, 2, 8, BN]), 1)
             if sram_partial is not None:
@@ -152,7 +143,9 @@ def few_forward_kernel(
             tl.store(p_z, b_z, mask=(o_r < R)[:, None] & m_n[None, :])
         b_sum = tl.sum(tl.reshape(b_c, [BM // 2, BN]), 0)
         b_column = pivot + tl.log2(b_sum)
-        if tl.min(tl.where(m_n & (b_sum < TINY), 0, 1), 0) == 0:  # far below the rows: exactly, as log-sum-exps
+        if (
+            tl.min(tl.where((b_sum >= TINY) | ~m_n, 1, 0), 0) == 0
+        ):  # far below the rows, or NaN: exactly, as log-sum-exps
             b_column = tl.full([BN], float("-inf"), tl.float32)
             for i_m in range(start, stop, BM):
                 o_m = i_m + tl.arange(0, BM)

@@ -9,18 +9,18 @@ import triton
 import triton.language as tl
 
 from i2am.kernels.primitives import (
-    LN2,
     dot_pv,
     dot_qk,
     load_head,
     logits,
     nearest,
+    of_head,
     power_of_two,
     scale_head,
-    store_head,
     sum_columns,
     zero_head,
 )
+from i2am.kernels.rows import end_rows, soften
 from i2am.kernels.tiles import (
     FEW_KEYS,
     Call,
@@ -64,11 +64,7 @@ def attention_fwd_kernel(
     i_bh, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     H, Nq, Nk = sizes[0], sizes[1], sizes[2]
     i_b, i_h = i_bh // H, i_bh % H
-    if mask is not None:
-        mask += i_b * mask_strides[0] + i_h * mask_strides[1]
-        strides_of_mask = (mask_strides[2], mask_strides[3])
-    else:
-        strides_of_mask = (0, 0)
+    mask, strides_of_mask = of_head(mask, mask_strides, i_b, i_h)
     row_lse += i_bh * Nq
     i_slot = i_bh * tl.num_programs(1) + i_split
     key_first = key_span[0] // BN * BN  # the sums are kept in whole tiles: aligned, and without a mask
@@ -109,13 +105,7 @@ def attention_fwd_kernel(
             b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)
             b_x, factor = logits(b_s, scale, mask, strides_of_mask, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
 
-            # Softmax is shift-invariant: the maximum is rounded, so that rescaling is exact and needs no exponential.
-            b_top = tl.maximum(b_m, nearest(tl.max(b_x, 1) * factor))
-            b_finite = tl.where(b_top == float("-inf"), 0.0, b_top)  # all masked so far: -inf - -inf is not a number
-            b_p = tl.exp2(b_x * factor - b_finite[:, None])  # [BM, BN]
-            b_rescale = power_of_two(b_m - b_finite)
-            b_l = b_l * b_rescale + tl.sum(b_p, 1)
-            b_m = b_top
+            b_p, b_rescale, b_m, b_l = soften(b_x, factor, b_m, b_l)
 
             if column_sum is not None:  # noqa: SIM102 (the compiler's question, apart from the program's)
                 if generated & (i_n < key_span[1]) & (i_n >= key_first):
@@ -131,10 +121,11 @@ def attention_fwd_kernel(
                 b_v = load_head(v, v_strides, i_b, i_h, i_n, Nk, BN, D, D_MAIN, D_TAIL, UNIT)
                 b_o = dot_pv(b_p, b_v, scale_head(b_o, b_rescale, D_TAIL), D_TAIL, UPCAST)
 
-        tl.store(row_lse + o_m, (b_m + tl.log2(b_l)) * LN2, mask=o_m < Nq)
-        if v is not None:
-            b_o = scale_head(b_o, 1.0 / tl.where(b_l == 0.0, 1.0, b_l), D_TAIL)
-            store_head(out, out_strides, b_o, i_b, i_h, i_m * BM, Nq, BM, D, D_MAIN, D_TAIL, OUT_UNIT)
+        end_rows(
+            b_o if v is not None else None, b_m, b_l, q, q_strides, k, k_strides, v, v_strides, mask, strides_of_mask,
+            out, out_strides, row_lse, scale, i_b, i_h, i_m * BM, Nq, Nk,
+            D, D_MAIN, D_TAIL, UNIT, OUT_UNIT, BM, BN, EVEN_N, ROW_MASK, UPCAST,
+        )  # fmt: skip
 
 
 def constants(call: Call, tiles: Tiles, unit: int, out_unit: int, upcast: bool = False) -> dict[str, Any]:

@@ -142,6 +142,16 @@ def dot_pv(b_p, b_v, b_o, D_TAIL: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def of_head(mask, mask_strides, i_b, i_h):
+    """Return one head's mask, or None, and its strides of rows and columns."""
+    if mask is not None:
+        found = (mask + i_b * mask_strides[0] + i_h * mask_strides[1], (mask_strides[2], mask_strides[3]))
+    else:
+        found = (None, (0, 0))
+    return found
+
+
+@triton.jit
 def logits(
     b_s,  # [BM, BN] q kᵀ
     scale,
@@ -173,8 +183,8 @@ def logits(
             b_x = tl.where(tl.load(p, mask=m, other=0).to(tl.int1), b_x, float("-inf"))
         else:
             b_bias = tl.load(p, mask=m, other=float("-inf")).to(tl.float32)
-            b_bias = tl.where(b_bias == float("-inf"), b_bias, tl.maximum(b_bias * LOG2E, LOWEST))
-            b_x = b_x * scale + b_bias
+            b_x = b_x * scale + tl.maximum(b_bias * LOG2E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+            b_x = tl.where(b_bias == float("-inf"), float("-inf"), b_x)  # whatever the product is
             factor = 1.0
     return b_x, factor
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from i2am.kernels.attribution import precision
-from i2am.kernels.primitives import DEAD, LOG2E, dot_qk, load_head, logits
+from i2am.kernels.primitives import DEAD, LOG2E, dot_qk, load_head, logits, of_head
 from i2am.kernels.tiles import (
     FEW_KEYS,
     Call,
@@ -30,7 +30,7 @@ SIZES = ["sizes", "x_span", "y_span", "tiles_per_group", "tiles_per_split", "R"]
 @triton.jit(do_not_specialize=STRIDES + SIZES)
 def sweep_kernel(
     x, x_strides,                 # [B, H, Nx, D], the side that stays; strides of B, H and N
-    y, y_strides,                 # [B, H, Ny, D], the side that passes by
+    y, y_strides,                 # [B, H, Ny, D], the side that passes by; a descriptor ends with y_span
     mask, mask_strides,           # [B, H, Ny, Nx] bool, additive or None
     norm, norm_stride,            # [B·H, Y] natural log-sum-exp of the side that passes by; stride of B·H
     own, own_stride,              # [B·H, X] natural log-sum-exp of the side that stays, or None
@@ -54,11 +54,7 @@ def sweep_kernel(
     H, Nx, Ny = sizes[0], sizes[1], sizes[2]
     i_b, i_h = i_bh // H, i_bh % H
     X, Y = x_span[1] - x_span[0], y_span[1] - y_span[0]
-    if mask is not None:
-        mask += i_b * mask_strides[0] + i_h * mask_strides[1]
-        strides_of_mask = (mask_strides[2], mask_strides[3])
-    else:
-        strides_of_mask = (0, 0)
+    mask, strides_of_mask = of_head(mask, mask_strides, i_b, i_h)
     norm += i_bh * norm_stride
     i_slot = i_bh * tl.num_programs(2) + i_split
     if own is not None:
@@ -87,7 +83,7 @@ def sweep_kernel(
             b_column = tl.zeros([BM // 16, 8, BN], tl.float32)
         if own is not None:
             b_own_lse = tl.load(own + o_j, mask=m_n, other=float("-inf")) * LOG2E
-            b_own_lse = tl.where(b_own_lse > DEAD, b_own_lse, float("inf"))
+            b_own_lse = tl.where(b_own_lse <= DEAD, float("inf"), b_own_lse)
             b_own = tl.zeros([BM // 16, 8, BN], tl.float32)
         if weights is not None:
             b_z = tl.zeros([BR, BN], tl.float32)
@@ -95,17 +91,17 @@ def sweep_kernel(
         for i_m in range(first_m, last_m):
             o_i = i_m * BM + tl.arange(0, BM)  # [BM] among the side that passes by
             m_m = o_i < Y
-            b_y = load_head(y, y_strides, i_b, i_h, y_span[0] + i_m * BM, Ny, BM, D, D_MAIN, D_TAIL, UNIT)
+            b_y = load_head(y, y_strides, i_b, i_h, y_span[0] + i_m * BM, y_span[1], BM, D, D_MAIN, D_TAIL, UNIT)
             b_s = dot_qk(b_y, b_x, D_TAIL, UPCAST)  # [BM, BN]
             b_l, factor = logits(
                 b_s, scale, mask, strides_of_mask, y_span[0] + o_i, o_n, Ny, Nx, EVEN_N, ROW_MASK
             )  # fmt: skip
             b_norm = tl.load(norm + o_i, mask=m_m, other=float("-inf")) * LOG2E  # [BM]
-            m_live = b_norm > DEAD  # nothing is divided by the sum of what was masked throughout
-            b_p = tl.exp2(b_l * factor - tl.where(m_live, b_norm, float("inf"))[:, None])  # [BM, BN]
+            m_dead = b_norm <= DEAD  # nothing is divided by the sum of what was masked throughout; a NaN stays one
+            b_p = tl.exp2(b_l * factor - tl.where(m_dead, float("inf"), b_norm)[:, None])  # [BM, BN]
             b_total += tl.sum(tl.reshape(b_p, [BM // 16, 2, 8, BN]), 1)
             if column_sum is not None:
-                b_u = tl.where(m_live, tl.exp2(b_norm - pivot), 0.0)  # [BM]
+                b_u = tl.where(m_dead, 0.0, tl.exp2(b_norm - pivot))  # [BM]
                 b_column += tl.sum(tl.reshape(b_p * b_u[:, None], [BM // 16, 2, 8, BN]), 1)
             if own is not None:
                 b_e = tl.where(m_m[:, None], b_l * factor - b_own_lse[None, :], float("-inf"))

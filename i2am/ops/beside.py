@@ -134,7 +134,7 @@ def sweeps(
         rows = row_lse.view(-1)[queries[0] :]
         launch(
             sweep.sweep_kernel, a.launch,
-            head(k, a.launch, a.launch.tiles.n), k_strides, head(q, a.launch, a.launch.tiles.m), q_strides,
+            head(k, a.launch, a.launch.tiles.n), k_strides, head(q, a.launch, a.launch.tiles.m, queries[1]), q_strides,
             mask, by_key, rows, Nq, None, 0, regions, weight_strides,
             g2r, column_sum, pivots, None, sram,
             factor, (H, Nk, Nq), span, queries, a.tiles_per_group, a.tiles_per_split, call.regions,
@@ -148,7 +148,7 @@ def sweeps(
         )  # fmt: skip
         launch(
             sweep.sweep_kernel, b.launch,
-            head(q, b.launch, b.launch.tiles.n), q_strides, head(k, b.launch, b.launch.tiles.m), k_strides,
+            head(q, b.launch, b.launch.tiles.n), q_strides, head(k, b.launch, b.launch.tiles.m, span[1]), k_strides,
             mask, by_query, col_lse, K, None if mass is None else rows, Nq, None, NONE3,
             r2g, None, None, mass, None,
             factor, (H, Nq, Nk), queries, span, b.tiles_per_group, b.tiles_per_split, 0,

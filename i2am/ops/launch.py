@@ -127,10 +127,11 @@ def start_accumulate(
     )  # fmt: skip
 
 
-def head(x: Tensor, what: Launch, rows: int) -> Any:
-    """Return what loads tiles of ``x [B, H, N, d]``: its pointer, or a tensor descriptor."""
+def head(x: Tensor, what: Launch, rows: int, stop: int | None = None) -> Any:
+    """Return what loads tiles of ``x [B, H, N, d]``: its pointer, or a descriptor that gives zeros from ``stop`` on."""
     if not what.tiles.tma:
         return x
+    x = x[:, :, :stop]
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(x, x.shape, x.stride(), [1, 1, rows, what.constants["D_MAIN"]])

@@ -258,8 +258,8 @@ def _run(
         )
         a = r.attribution
         launch(
-            attribution.attribution_kernel, a, head(q, a, a.tiles.m), q_strides, head(k, a, a.tiles.n), k_strides,
-            mask, mask_strides, regions,
+            attribution.attribution_kernel, a, head(q, a, a.tiles.m, queries[1]), q_strides,
+            head(k, a, a.tiles.n, span[1]), k_strides, mask, mask_strides, regions,
             NONE3 if regions is None else (regions.stride(0) * (regions.shape[0] > 1), *regions.stride()[1:]),
             row_lse, col_lse.view(-1)[span[0] - start :] if span[0] > start else col_lse, stop - start, row_lse_max,
             r2g_partial, g2r_partial, mass_partial, sram_partial,

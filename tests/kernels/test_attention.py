@@ -385,9 +385,9 @@ def descriptors(monkeypatch):
     seen = []
     real = host.head
 
-    def head(x, what, rows):
+    def head(x, what, *rows):
         seen.append(what.tiles.tma)
-        return real(x, what, rows)
+        return real(x, what, *rows)
 
     monkeypatch.setattr(host, "device_of", lambda device: tiles.Device(1 << 16, "none", True))
     monkeypatch.setattr(host, "head", head)
