@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from i2am.kernels.primitives import DEAD, LOG2E, dot_qk, load_head, logits, of_head
+from i2am.kernels.primitives import DEAD, LOG2E, dot_qk, load_head, logits
 from i2am.kernels.tiles import (
     FEW_KEYS,
     Call,
@@ -61,7 +61,8 @@ def attribution_kernel(
     i_b, i_h = i_bh // H, i_bh % H
     Q, K = query_span[1] - query_span[0], key_span[1] - key_span[0]
     query_tiles = tl.cdiv(Q, BM)
-    mask, strides_of_mask = of_head(mask, mask_strides, i_b, i_h)
+    if mask is not None:
+        mask += i_b * mask_strides[0] + i_h * mask_strides[1]
     row_lse += i_bh * Nq
     column_lse += i_bh * column_stride
     row_lse_max += i_bh * query_tiles
@@ -103,7 +104,7 @@ def attribution_kernel(
             b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)  # [BM, BN]
             # A descriptor has no last key again: what lies past the end is masked.
             b_x, factor = logits(
-                b_s, scale, mask, strides_of_mask, o_m, o_n if UNIT > 0 else key_span[0] + o_j,
+                b_s, scale, mask, mask_strides, o_m, o_n if UNIT > 0 else key_span[0] + o_j,
                 query_span[1], key_span[1], EVEN_N if UNIT == 0 else True, ROW_MASK,
             )  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from i2am.kernels.primitives import LN2, LOG2E, dot_qk, load_head, log2_add, logits, of_head
+from i2am.kernels.primitives import LN2, LOG2E, dot_qk, load_head, log2_add, logits
 from i2am.kernels.tiles import (
     FEW_KEYS,
     Call,
@@ -74,7 +74,8 @@ def column_lse_kernel(
 
         if tl.min(b_sound, 0) == 0:
             i_b, i_h = i_bh // H, i_bh % H
-            mask, strides_of_mask = of_head(mask, mask_strides, i_b, i_h)
+            if mask is not None:
+                mask += i_b * mask_strides[0] + i_h * mask_strides[1]
             o_n = key_span[0] + o_j
             b_column = tl.full([BN], float("-inf"), tl.float32)
             for i_split in range(first_split, last_split):
@@ -89,7 +90,7 @@ def column_lse_kernel(
                         b_q = load_head(q, q_strides, i_b, i_h, i_m, Nq, BM, D, D_MAIN, D_TAIL, UNIT)
                         b_k = load_head(k, k_strides, i_b, i_h, key_span[0] + i_n * BN, Nk, BN, D, D_MAIN, D_TAIL, UNIT)
                         b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)
-                        b_x, factor = logits(b_s, scale, mask, strides_of_mask, o_m, o_n, Nq, Nk, True, ROW_MASK)
+                        b_x, factor = logits(b_s, scale, mask, mask_strides, o_m, o_n, Nq, Nk, True, ROW_MASK)
                         b_x = tl.where((o_m < last)[:, None], b_x, float("-inf"))  # [BM, BN]
                         b_top = tl.max(b_x, 0) * factor  # [BN]
                         b_top = tl.where(b_top == float("-inf"), 0.0, b_top)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from i2am.kernels.accumulate import add
-from i2am.kernels.primitives import DEAD, LN2, LOG2E, dot_qk, load_head, logits, of_head
+from i2am.kernels.primitives import DEAD, LN2, LOG2E, dot_qk, load_head, logits
 from i2am.kernels.tiles import (
     FEW_KEYS,
     Call,
@@ -70,7 +70,8 @@ def few_attribution_kernel(
     row_splits = tl.num_programs(1) - 1 - R
     column_partial += i_bh * splits * K
     if i_split < row_splits:
-        mask, strides_of_mask = of_head(mask, mask_strides, i_b, i_h)
+        if mask is not None:
+            mask += i_b * mask_strides[0] + i_h * mask_strides[1]
         row_lse += i_bh * Nq
         first = i_split * tiles_per_split * BM
         last = tl.minimum(first + tiles_per_split * BM, Q)
@@ -94,7 +95,7 @@ def few_attribution_kernel(
                         q, q_strides, i_b, i_h, query_span[0] + i_m, query_span[1], BM, D, D_MAIN, D_TAIL, UNIT
                     )
                     b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)  # [BM, BN]
-                    b_x, factor = logits(b_s, scale, mask, strides_of_mask, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
+                    b_x, factor = logits(b_s, scale, mask, mask_strides, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
                     b_r = tl.sum(tl.exp2(b_x * factor - b_column[None, :]), 1) * (1.0 / (stop - start))
                     tl.store(p_r2g + o_i, tl.load(p_r2g + o_i, mask=m_m, other=0.0) + b_r, mask=m_m)
                     if mass is not None:

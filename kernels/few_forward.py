@@ -17,7 +17,6 @@ from i2am.kernels.primitives import (
     load_head,
     log2_add,
     logits,
-    of_head,
     scale_head,
     zero_head,
 )
@@ -70,7 +69,8 @@ def few_forward_kernel(
     H, Nq, Nk = sizes[0], sizes[1], sizes[2]
     i_b, i_h = i_bh // H, i_bh % H
     K = key_span[1] - key_span[0]
-    mask, strides_of_mask = of_head(mask, mask_strides, i_b, i_h)
+    if mask is not None:
+        mask += i_b * mask_strides[0] + i_h * mask_strides[1]
     row_lse += i_bh * Nq
     i_slot = i_bh * tl.num_programs(1) + i_split
     column_partial += i_slot * K
@@ -90,14 +90,14 @@ def few_forward_kernel(
                 o_n = i_n + tl.arange(0, BN)  # [BN]
                 b_k = load_head(k, k_strides, i_b, i_h, i_n, Nk, BN, D, D_MAIN, D_TAIL, UNIT)
                 b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)
-                b_x, factor = logits(b_s, scale, mask, strides_of_mask, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
+                b_x, factor = logits(b_s, scale, mask, mask_strides, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
                 b_p, b_rescale, b_m, b_l = soften(b_x, factor, b_m, b_l)
                 if v is not None:
                     b_v = load_head(v, v_strides, i_b, i_h, i_n, Nk, BN, D, D_MAIN, D_TAIL, UNIT)
                     b_o = dot_pv(b_p, b_v, scale_head(b_o, b_rescale, D_TAIL), D_TAIL, UPCAST)
             end_rows(
                 b_o if v is not None else None, b_m, b_l, q, q_strides, k, k_strides, v, v_strides,
-                mask, strides_of_mask,
+                mask, mask_strides,
                 out, out_strides, row_lse, scale, i_b, i_h, i_m, Nq, Nk,
                 D, D_MAIN, D_TAIL, UNIT, OUT_UNIT, BM, BN, EVEN_N, ROW_MASK, UPCAST,
             )  # fmt: skip
@@ -124,7 +124,7 @@ def few_forward_kernel(
             m_m = o_m < stop
             b_q = load_head(q, q_strides, i_b, i_h, i_m, stop, BM, D, D_MAIN, D_TAIL, UNIT)
             b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)  # [BM, BN]
-            b_x, factor = logits(b_s, scale, mask, strides_of_mask, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
+            b_x, factor = logits(b_s, scale, mask, mask_strides, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
             b_row = tl.load(row_lse + o_m, mask=m_m, other=float("-inf")) * LOG2E  # [BM]
             m_dead = b_row <= DEAD  # nothing is divided by the sum of what was masked throughout; a NaN stays one
             b_p = tl.exp2(b_x * factor - tl.where(m_dead, float("inf"), b_row)[:, None])  # [BM, BN]
@@ -151,7 +151,7 @@ def few_forward_kernel(
                 o_m = i_m + tl.arange(0, BM)
                 b_q = load_head(q, q_strides, i_b, i_h, i_m, stop, BM, D, D_MAIN, D_TAIL, UNIT)
                 b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)
-                b_x, factor = logits(b_s, scale, mask, strides_of_mask, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
+                b_x, factor = logits(b_s, scale, mask, mask_strides, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
                 b_x = tl.where((o_m < stop)[:, None], b_x, float("-inf"))
                 b_top = tl.max(b_x, 0) * factor  # [BN]
                 b_top = tl.where(b_top == float("-inf"), 0.0, b_top)

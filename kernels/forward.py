@@ -14,7 +14,6 @@ from i2am.kernels.primitives import (
     load_head,
     logits,
     nearest,
-    of_head,
     power_of_two,
     scale_head,
     sum_columns,
@@ -64,7 +63,8 @@ def attention_fwd_kernel(
     i_bh, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     H, Nq, Nk = sizes[0], sizes[1], sizes[2]
     i_b, i_h = i_bh // H, i_bh % H
-    mask, strides_of_mask = of_head(mask, mask_strides, i_b, i_h)
+    if mask is not None:
+        mask += i_b * mask_strides[0] + i_h * mask_strides[1]
     row_lse += i_bh * Nq
     i_slot = i_bh * tl.num_programs(1) + i_split
     key_first = key_span[0] // BN * BN  # the sums are kept in whole tiles: aligned, and without a mask
@@ -80,7 +80,7 @@ def attention_fwd_kernel(
         b_k = load_head(k, k_strides, i_b, i_h, key_first, Nk, BN, D, D_MAIN, D_TAIL, UNIT)
         o_m, o_n = fresh * BM + tl.arange(0, BM), key_first + tl.arange(0, BN)
         b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)
-        b_x, factor = logits(b_s, scale, mask, strides_of_mask, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
+        b_x, factor = logits(b_s, scale, mask, mask_strides, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
         m_counts = (o_m >= query_span[0]) & (o_m < tl.minimum(query_span[1], last * BM))  # none of another split's
         tl.store(row_lse + o_m, tl.max(b_x, 1) * factor, mask=m_counts)
         tl.debug_barrier()
@@ -103,7 +103,7 @@ def attention_fwd_kernel(
             o_n = i_n + tl.arange(0, BN)  # [BN]
             b_k = load_head(k, k_strides, i_b, i_h, i_n, Nk, BN, D, D_MAIN, D_TAIL, UNIT)
             b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)
-            b_x, factor = logits(b_s, scale, mask, strides_of_mask, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
+            b_x, factor = logits(b_s, scale, mask, mask_strides, o_m, o_n, Nq, Nk, EVEN_N, ROW_MASK)
 
             b_p, b_rescale, b_m, b_l = soften(b_x, factor, b_m, b_l)
 
@@ -122,7 +122,7 @@ def attention_fwd_kernel(
                 b_o = dot_pv(b_p, b_v, scale_head(b_o, b_rescale, D_TAIL), D_TAIL, UPCAST)
 
         end_rows(
-            b_o if v is not None else None, b_m, b_l, q, q_strides, k, k_strides, v, v_strides, mask, strides_of_mask,
+            b_o if v is not None else None, b_m, b_l, q, q_strides, k, k_strides, v, v_strides, mask, mask_strides,
             out, out_strides, row_lse, scale, i_b, i_h, i_m * BM, Nq, Nk,
             D, D_MAIN, D_TAIL, UNIT, OUT_UNIT, BM, BN, EVEN_N, ROW_MASK, UPCAST,
         )  # fmt: skip

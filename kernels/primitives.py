@@ -142,21 +142,11 @@ def dot_pv(b_p, b_v, b_o, D_TAIL: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def of_head(mask, mask_strides, i_b, i_h):
-    """Return one head's mask, or None, and its strides of rows and columns."""
-    if mask is not None:
-        found = (mask + i_b * mask_strides[0] + i_h * mask_strides[1], (mask_strides[2], mask_strides[3]))
-    else:
-        found = (None, (0, 0))
-    return found
-
-
-@triton.jit
 def logits(
     b_s,  # [BM, BN] q kᵀ
     scale,
     mask,  # one head's [Nq, Nk], or None
-    mask_strides,  # of its rows and columns
+    mask_strides,  # of B, H, rows and columns
     o_m,
     o_n,
     M,
@@ -175,10 +165,10 @@ def logits(
             b_x = tl.where((o_n < N)[None, :], b_x, float("-inf"))
     else:
         m = (o_n < N)[None, :]
-        p = mask + o_n.to(tl.int64)[None, :] * mask_strides[1]
+        p = mask + o_n.to(tl.int64)[None, :] * mask_strides[3]
         if ROW_MASK:
             m = m & (o_m < M)[:, None]
-            p = p + o_m.to(tl.int64)[:, None] * mask_strides[0]
+            p = p + o_m.to(tl.int64)[:, None] * mask_strides[2]
         if mask.dtype.element_ty.is_int1():
             b_x = tl.where(tl.load(p, mask=m, other=0).to(tl.int1), b_x, float("-inf"))
         else:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from i2am.kernels.attribution import precision
-from i2am.kernels.primitives import DEAD, LOG2E, dot_qk, load_head, logits, of_head
+from i2am.kernels.primitives import DEAD, LOG2E, dot_qk, load_head, logits
 from i2am.kernels.tiles import (
     FEW_KEYS,
     Call,
@@ -54,7 +54,8 @@ def sweep_kernel(
     H, Nx, Ny = sizes[0], sizes[1], sizes[2]
     i_b, i_h = i_bh // H, i_bh % H
     X, Y = x_span[1] - x_span[0], y_span[1] - y_span[0]
-    mask, strides_of_mask = of_head(mask, mask_strides, i_b, i_h)
+    if mask is not None:
+        mask += i_b * mask_strides[0] + i_h * mask_strides[1]
     norm += i_bh * norm_stride
     i_slot = i_bh * tl.num_programs(2) + i_split
     if own is not None:
@@ -94,7 +95,7 @@ def sweep_kernel(
             b_y = load_head(y, y_strides, i_b, i_h, y_span[0] + i_m * BM, y_span[1], BM, D, D_MAIN, D_TAIL, UNIT)
             b_s = dot_qk(b_y, b_x, D_TAIL, UPCAST)  # [BM, BN]
             b_l, factor = logits(
-                b_s, scale, mask, strides_of_mask, y_span[0] + o_i, o_n, Ny, Nx, EVEN_N, ROW_MASK
+                b_s, scale, mask, mask_strides, y_span[0] + o_i, o_n, Ny, Nx, EVEN_N, ROW_MASK
             )  # fmt: skip
             b_norm = tl.load(norm + o_i, mask=m_m, other=float("-inf")) * LOG2E  # [BM]
             m_dead = b_norm <= DEAD  # nothing is divided by the sum of what was masked throughout; a NaN stays one
