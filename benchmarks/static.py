@@ -16,6 +16,7 @@ refuses worse.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections import Counter
@@ -33,6 +34,8 @@ SCORES = 8192  # the tile that clocks are given for
 RECORD = Path(__file__).with_suffix(".json")
 RECORDED = {"sm_90": (64, 128), "sm_80": (64, 128)}
 OURS = {"attention": "i2am pass 1", "attribution": "i2am pass 2"}
+FEW = {"few-forward": "i2am few keys, first launch", "few-attribution": "i2am few keys, second launch"}
+FEW_LOOPS = {"few-forward": 2, "few-attribution": 1}  # the rest of them take exact columns or further references: rare
 TMA_TILES = (Tiles(128, 64, 4, 2), Tiles(128, 128, 8, 2))
 
 
@@ -118,8 +121,11 @@ def _aligned(c: Configuration) -> Configuration:
     return c._replace(attributes=c.attributes | {at: x for at, x in aligned.items() if at not in constant})
 
 
-def measure(name: str, c: Configuration, arch: str, rare: bool = False) -> Cost:
-    """Compile one kernel and read its cost; of architectures without known rates, registers and memory only."""
+def measure(name: str, c: Configuration, arch: str, rare: bool = False, loops: int | None = None) -> Cost:
+    """Compile one kernel and read its cost; of architectures without known rates, registers and memory only.
+
+    ``loops``: of the main loops the first so many.
+    """
     compiled, tiles = aot.compile_for(c, arch), c.tiles
     found = aot.inspect(compiled, arch)
     resources = found["registers"], found["spills"], found["shared"]
@@ -127,7 +133,7 @@ def measure(name: str, c: Configuration, arch: str, rare: bool = False) -> Cost:
     if processor is None:
         return Cost(name, *resources)
     per_score, clocks, bound, issue_bound = Counter(), Counter(), 0.0, 0.0
-    for loop in sass.main_loops(aot.assembly(compiled, arch), rare):
+    for loop in itertools.islice(sass.main_loops(aot.assembly(compiled, arch), rare), loops):
         per_warp = sass.usage(loop)
         here = {}
         for pipe in sass.PIPES:
@@ -160,6 +166,10 @@ def costs(arch: str, head_dims: Iterable[int], peers: bool = True) -> Iterator[t
             kernel = c.name.split()[0]
             if kernel in OURS:
                 yield d, measure(OURS[kernel], c, arch, rare=kernel == "attribution")
+        for c in aot.configurations(aot.TARGETS[arch], ["fp16"], [d], ["image tokens"]):
+            kernel = c.name.split()[0]
+            if kernel in FEW and (peers or arch == "sm_90"):  # 257 keys, one reference; the record is of Hopper alone
+                yield d, measure(FEW[kernel], c, arch, loops=FEW_LOOPS[kernel])
         for c in baselines(d, arch) if peers else ():
             yield d, measure(c.name, c, arch)
 
