@@ -12,6 +12,7 @@ import csv
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,22 +30,48 @@ WARM_UP = 60  # steps
 DECAY = 0.995  # of the averaged weights
 KNOWN = 0.1  # weight of the loss where the picture is given
 CANVAS = 1024  # pixels: places that a super-resolution must tell apart
-# Tokens from other places that a super-resolution must not confuse with its own, by share of the run: none while it
-# learns to look, in the end a quarter of those that fill the canvas.
-ELSEWHERE = ((0.3, 0), (0.5, 192), (0.85, 192), (0.9, 1024))
-# Pictures grow with the run: (share of it, pixels a side). Small ones have few places, so looking at the right one is
-# learned in minutes; but group norms see the whole picture, so a model of small ones alone is lost in a large one.
-GROWTH = {"superres": ((0.0, 32), (0.12, 64), (0.6, 128)), "inpainting": ((0.0, 32), (0.7, 64))}
-SHRINK = {"superres": 2, "inpainting": 1}  # by which power of their side pictures get fewer per step
 TOGETHER = {"inpainting": ("exemplar", "tryon")}  # one model for both tasks, to be tuned to each of them
 NOISY = 2.0  # noise levels are drawn from 1 - u², since without noise a model needs no reference
 DETAIL = 4.0  # gain of the details that a super-resolution diffuses: their standard deviation is 0.14 in pictures
-# Weight of the flow supervision at first, the share of the run in which it fades, and what stays of it: without any, a
-# super-resolution's finest layers forget again where they looked, since their neighbours serve nearly as well.
-FLOW = {"superres": (0.1, 0.4, 0.03), "inpainting": (0.1, 0.4, 0.0)}
-DRAWS = {"superres": 1, "inpainting": 2}  # noise levels per task: cutting one costs a fifth of a step
-STARTED = {"superres": 0.2, "inpainting": 0.7}  # share of it that a run from another's weights leaves out
 HELD_OUT = 16  # tasks of heldout.csv
+Schedule = tuple[tuple[float, int], ...]  # (share of the run, what holds from there on)
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """What a run is shown, and when, in shares of it.
+
+    Args:
+        growth: pixels a side of the pictures. Small ones have few places, so looking at the right one is learned in
+            minutes; but group norms see the whole picture, so a model of small ones alone is lost in a large one.
+        flow: weight of the flow supervision at first, the share of the run in which it fades, and what stays of it.
+        elsewhere: tokens from other places that a super-resolution must not confuse with its own, interpolated.
+        shrink: by which power of their side pictures get fewer per step.
+        draws: noise levels per task: cutting one costs a fifth of a step.
+        started: share of the curriculum that a run from another's weights leaves out.
+    """
+
+    growth: Schedule
+    flow: tuple[float, float, float]
+    elsewhere: Schedule = ((0.0, 0),)
+    shrink: int = 2
+    draws: int = 1
+    started: float = 0.0
+
+
+CURRICULA = {
+    "inpainting": Curriculum(((0.0, 32), (0.7, 64)), (0.1, 0.4, 0.0), shrink=1, draws=2, started=0.7),
+    # No tokens from elsewhere while it learns to look, in the end a quarter of those that fill the canvas. Some flow
+    # supervision stays, or its finest layers forget where they looked, since their neighbours serve nearly as well.
+    "superres": Curriculum(
+        ((0.0, 32), (0.12, 64), (0.6, 128)),
+        (0.1, 0.4, 0.03),
+        elsewhere=((0.3, 0), (0.5, 192), (0.85, 192), (0.9, 1024)),
+        started=0.2,
+    ),
+    # A second run of it, for large pictures: half as many tokens from elsewhere as fill the canvas, nearly all along.
+    "places": Curriculum(((0.0, 64), (0.85, 128)), (0.1, 1.0, 0.05), elsewhere=((0.0, 1024), (0.25, 2048))),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,13 +85,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mixing", type=int, default=0, help="transformer layers over the reference (an ablation)")
     parser.add_argument("--rate", type=float, default=LEARNING_RATE, help=f"learning rate (default {LEARNING_RATE})")
     parser.add_argument("--start", type=Path, help="weights to go on from (default: random ones)")
+    parser.add_argument(
+        "--places", action="store_true", help="for superres, from weights: learn to tell a large picture's places apart"
+    )
     parser.add_argument("--snapshots", type=int, default=12, help="averaged weights to keep along the way")
     parser.add_argument("--out", type=Path, help="folder (default zoo-training/NAME)")
     args = parser.parse_args(argv)
+    if args.places and (args.name != "superres" or args.start is None):
+        parser.error("--places goes on from a superres: superres --start FILE --places")
     out = args.out or Path("zoo-training") / args.name
     torch.set_num_threads(1)  # models this small lose more to threads that wait for each other
     out.mkdir(parents=True, exist_ok=True)
-    run = Run(args.name, args.seed, args.mixing, out, rate=args.rate, start=args.start)
+    curriculum = "places" if args.places else None
+    run = Run(args.name, args.seed, args.mixing, out, rate=args.rate, start=args.start, curriculum=curriculum)
     print(f"written to {train(run, args.minutes, args.batch, args.snapshots)}")
 
 
@@ -106,10 +139,18 @@ class Run:
     """A training run: the model, its averaged weights, the optimiser, and what was seen."""
 
     def __init__(
-        self, name: str, seed: int, mixing: int, out: Path, rate: float = LEARNING_RATE, start: Path | None = None
+        self,
+        name: str,
+        seed: int,
+        mixing: int,
+        out: Path,
+        rate: float = LEARNING_RATE,
+        start: Path | None = None,
+        curriculum: str | None = None,
     ):
         self.name, self.seed, self.mixing, self.out, self.rate = name, seed, mixing, out, rate
-        self.kind = "superres" if name == "superres" else "inpainting"
+        self.course = curriculum or ("superres" if name == "superres" else "inpainting")
+        self.curriculum = CURRICULA[self.course]
         self.tasks = TOGETHER.get(name, (name,))
         self.shape: dict[str, object] = dict(detail=DETAIL) if name == "superres" else dict(fine=True)  # of the model
         self.started_from: dict[str, object] | None = None
@@ -136,10 +177,10 @@ class Run:
         rate = self.rate * min(1, (len(self.losses) + 1) / WARM_UP) * (0.02 + 0.98 * math.cos(done * math.pi / 2))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        skipped = 0.0 if self.started_from is None else STARTED[self.kind]
+        skipped = 0.0 if self.started_from is None else self.curriculum.started
         self.done = skipped + (1 - skipped) * done
         sample = self._draw(batch)
-        first, fade, rest = FLOW[self.kind]
+        first, fade, rest = self.curriculum.flow
         weight = rest + (first - rest) * max(0.0, 1 - done / fade)
         with self.flow:
             loss = self.loss(sample)
@@ -156,9 +197,9 @@ class Run:
 
     def _draw(self, batch: int) -> data.Sample:
         """Cut ``batch / DRAWS`` tasks, each of them DRAWS times in a row; fewer large pictures than small ones."""
-        draws = DRAWS[self.kind]
-        size = max(size for start, size in GROWTH[self.kind] if start <= self.done)
-        count = max(round(batch / draws * (32 / size) ** SHRINK[self.kind]), 1)
+        draws = self.curriculum.draws
+        size = max(size for start, size in self.curriculum.growth if start <= self.done)
+        count = max(round(batch / draws * (32 / size) ** self.curriculum.shrink), 1)
         task = self.tasks[len(self.losses) % len(self.tasks)]
         sample = data.TASKS[task](self.cutter, count, size)
         return data.Sample(*(x if x is None else x.repeat_interleave(draws, 0) for x in sample))
@@ -187,7 +228,7 @@ class Run:
             return self.pipe.prepare(sample.scene, sample.mask, sample.reference, sample.pose, origin)
         origin = torch.randint(CANVAS - size, (batch, 2), generator=self.noise).float()
         prepared = self.pipe.prepare(sample.reference, origin)
-        count = round(np.interp(self.done, *zip(*ELSEWHERE, strict=True)))
+        count = round(np.interp(self.done, *zip(*self.curriculum.elsewhere, strict=True)))
         if count == 0:
             return prepared
         elsewhere = self._elsewhere(sample.reference, origin, size, count)
@@ -259,7 +300,7 @@ class Run:
 
     def checkpoint(self) -> None:
         state = {
-            "run": [self.name, self.seed, self.mixing],
+            "run": [self.name, self.seed, self.mixing, self.course],
             "model": self.model.state_dict(),
             "average": self.average,
             "optimiser": self.optimiser.state_dict(),
@@ -275,7 +316,7 @@ class Run:
 
     def _resume(self) -> None:
         state = torch.load(self._file, weights_only=True)
-        if state["run"] != [self.name, self.seed, self.mixing]:
+        if state["run"] != [self.name, self.seed, self.mixing, self.course]:
             raise SystemExit(f"{self._file} is of another run ({state['run']}): choose another --out")
         self.model.load_state_dict(state["model"])
         self.average = state["average"]
@@ -294,6 +335,8 @@ class Run:
             "rate": self.rate,
         }
         facts |= self.shape
+        if self.course == "places":
+            facts["places"] = True
         if self.started_from is not None:
             facts["started from"] = self.started_from
         return save(name or self.name, self.average, file, facts)

@@ -374,10 +374,30 @@ def test_training_goes_on_from_another_models_weights(tmp_path):
         assert torch.equal(p, tuned.average[n])
         assert torch.allclose(p, base.average[n], atol=1e-3)
     tuned.step(2, 0.0)
-    assert tuned.done == train.STARTED["inpainting"]  # the first part of the curriculum is left out
+    assert tuned.done == train.CURRICULA["inpainting"].started  # the first part of the curriculum is left out
     _, facts = read(tuned.save(tmp_path / "tryon.safetensors"))
     assert facts["started from"]["seed"] == 3
     with pytest.raises(SystemExit, match="another architecture"):
+        train.Run("superres", 0, 0, tmp_path, start=file)
+
+
+def test_places_of_large_pictures_are_taught_in_a_run_of_their_own(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["superres", "--places"])
+    assert "--start FILE --places" in capsys.readouterr().err
+    base = train.Run("superres", 3, 0, tmp_path / "base")
+    (tmp_path / "base").mkdir()
+    file = base.save(tmp_path / "base" / "superres.safetensors")
+    run = train.Run("superres", 0, 0, tmp_path, start=file, curriculum="places")
+    counts = []
+    elsewhere = run._elsewhere
+    monkeypatch.setattr(run, "_elsewhere", lambda *args: (counts.append(args[-1]), elsewhere(*args))[1])
+    for done in (0.0, 0.3):
+        run.step(1, done)
+    assert counts == [1024, 2048]
+    assert read(run.save(tmp_path / "superres.safetensors"))[1]["places"]
+    run.checkpoint()
+    with pytest.raises(SystemExit, match="another run"):
         train.Run("superres", 0, 0, tmp_path, start=file)
 
 
