@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 COMPARED = ("plain", "flow", "inside")
 CONDITIONS = {
     "scratch": COMPARED,
+    "coarse": ("plain", "flow"),
     "tryon": COMPARED,
     "weight": ("flow, a tenth",),
     "lasting": ("flow, 400 steps",),
@@ -39,6 +40,8 @@ def plan(part: str, quick: bool = False) -> Plan:
     small = QUICK if quick else {}
     if part == "tuning":
         return Plan("tuning", size=64, rate=1e-4, shipped=True, **small)
+    if part == "coarse":
+        return Plan("coarse", size=64, fine=False, **small)
     return Plan("tryon", task="tryon", **small) if part == "tryon" else Plan("scratch", **small)
 
 

@@ -45,11 +45,12 @@ class Plan:
     rate: float = 1e-3  # constant after the warm-up: one run then serves every number of steps
     decay: float = 0.99  # of the averaged weights, which are measured
     shipped: bool = False  # whether it starts from the shipped weights
+    fine: bool = True  # attention to 2-px patches from 2-px cells; False: 4-px patches, in a UNet of three levels
     steps: int = 4  # of a measured picture
     samples: int = 208
 
     def pipeline(self, seed: int) -> zoo.ZooPipeline:
-        return zoo.load(self.task) if self.shipped else build(self.task, seed, fine=True)
+        return zoo.load(self.task) if self.shipped else build(self.task, seed, fine=self.fine)
 
 
 class Run:

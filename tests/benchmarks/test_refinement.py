@@ -172,5 +172,5 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path):
 def test_the_whole_program_at_a_small_size(tmp_path):
     arguments = ["--quick", "--seeds", "0", "--steps", "1", "--state", str(tmp_path / "state"), "--docs", str(tmp_path)]
     text = command.main(arguments).read_text()
-    assert text.count("**After 1 steps**") == 6
+    assert text.count("**After 1 steps**") == 7
     assert "not measured" not in text.lower()
