@@ -1,8 +1,8 @@
 """``python -m benchmarks.highres``: a large super-resolution traced on a CPU, with its time and its peak memory.
 
-The zoo's ``superres`` was trained on at most 128 px; here it enlarges a photograph it never saw to 1024 px, where the
-finest attention has 65,536 queries and 16,385 keys a head. Written: overlays of R2G and G2R, SRAM of four places, and
-a table of sizes. Nothing of a traced run's memory grows as the attention does.
+The zoo's large ``superres`` was trained on at most 128 px; here it enlarges a photograph it never saw to 1024 px,
+where the finest attention has 65,536 queries and 16,385 keys a head. Written: overlays of R2G and G2R, SRAM of four
+places, and a table of sizes. Nothing of a traced run's memory grows as the attention does.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def aligned(size: int, weights: Path | None) -> float:
 
 
 def load(weights: Path | None) -> zoo.ZooPipeline:
-    return zoo.load("superres") if weights is None else read(weights)[0]
+    return zoo.load("superres", "large") if weights is None else read(weights)[0]
 
 
 def photograph(side: int) -> torch.Tensor:

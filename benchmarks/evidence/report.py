@@ -50,8 +50,9 @@ USED = """
 ## Do the models use their reference?
 
 The same tasks with the right reference and with another task's. A model that ignored its reference would score alike.
-`exemplar` and `tryon` are given the scene; `superres` gets nothing but noise, and sees the small picture through
-attention alone, so that an enlargement without any model is the harder rival.
+`exemplar` and `tryon` are given the scene. `superres` sees the small picture through attention alone, and paints the
+detail that its plain enlargement lacks; another's reference is another's enlargement, too, so that it says little here
+that the error grows, and an enlargement without any model is the harder rival.
 """
 
 
@@ -152,8 +153,8 @@ place (*mean*), from the true source, in pixels of the reference (64 px; superre
 of cells whose best patch is within an eighth of the reference's side.
 
 In the first part of their training `exemplar` and `tryon` were told where cells of the object should look; `superres`
-never was. So their tables do not show that attention finds its sources untaught; they show that SRAM reads where a
-model looks, that it keeps looking there, and which layers do.
+was told all along. So their tables do not show that attention finds its sources untaught; they show that SRAM reads
+where a model looks, that it keeps looking there, and which layers do.
 """
 
 

@@ -39,7 +39,7 @@ Schedule = tuple[tuple[float, int], ...]  # (share of the run, what holds from t
 
 @dataclass(frozen=True)
 class Curriculum:
-    """What a run is shown, and when, in shares of it.
+    """Course of a run: what it is shown, and when, in shares of it.
 
     Args:
         growth: pixels a side of the pictures. Small ones have few places, so looking at the right one is learned in

@@ -264,6 +264,10 @@ def test_places_of_a_larger_picture_are_those_of_its_parts():
 def test_the_zoo_refuses_strangers(tmp_path):
     with pytest.raises(ValueError, match="exemplar, tryon, superres"):
         zoo.load("portrait")
+    with pytest.raises(ValueError, match="superres has no variant 'small'; its variants: 'large'"):
+        zoo.load("superres", "small")
+    with pytest.raises(ValueError, match="tryon has no variant 'large'; its variants: none"):
+        zoo.load("tryon", variant="large")
     with pytest.raises(FileNotFoundError, match="no zoo model"):
         read(tmp_path / "nothing.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"12345678")
@@ -276,9 +280,15 @@ def test_the_zoo_refuses_strangers(tmp_path):
         read(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
-def test_shipped_weights_are_small_and_say_how_they_were_made(name):
-    file = zoo.WEIGHTS / f"{name}.safetensors"
+def test_shipped_weights_are_small_and_say_how_they_were_made():
+    files = {file.stem: file for file in zoo.WEIGHTS.glob("*.safetensors")}
+    assert files.keys() == {*zoo.NAMES, *(f"{name}-{v}" for name, vs in zoo.VARIANTS.items() for v in vs)}
+    assert sum(file.stat().st_size for file in files.values()) <= 20e6
+    for file in files.values():
+        _shipped(file)
+
+
+def _shipped(file):
     assert file.stat().st_size <= 8e6
     _, facts = read(file)
     assert facts["steps"] > 500
@@ -295,9 +305,10 @@ def test_trained_models_use_their_reference(name):
     assert errors[1] > 2 * errors[0], errors
 
 
-def test_trained_super_resolution_looks_at_the_aligned_place():
+@pytest.mark.parametrize("variant", [None, "large"])
+def test_trained_super_resolution_looks_at_the_aligned_place(variant):
     """At twice the size of most of its training, too: no place is taken for another."""
-    pipe, size = zoo.load("superres"), 128
+    pipe, size = zoo.load("superres", variant), 128
     task = data.superres(data.Cutter("held-out", np.random.default_rng(5), recolour=False), 2, size)
     with i2am.trace(pipe, record="qk", layers="up_blocks.1.attentions.1.*") as tracer:
         paint(pipe, task)
