@@ -55,10 +55,15 @@ def end_rows(
     there is a mask, it is written again without what a row does not see. That costs the usual walk nothing.
     """
     o_m = first + tl.arange(0, BM)
-    tl.store(row_lse + o_m, (b_m + tl.log2(b_l)) * LN2, mask=o_m < Nq)
     if v is not None:
-        if mask is not None:  # noqa: SIM102 (the compiler's question, apart from the program's)
-            if broken_head(b_o, D_TAIL) > 0.0:
+        if mask is not None:
+            # By way of memory that is the program's own: Triton 3.6 and 3.7 do not compile a product's reduction to
+            # one number for tensor memory.
+            tl.store(row_lse + o_m, broken_rows(b_o, D_TAIL), mask=o_m < Nq)
+            tl.debug_barrier()
+            found = tl.max(tl.load(row_lse + o_m, mask=o_m < Nq, other=0.0), 0)
+            tl.debug_barrier()
+            if found > 0.0:
                 b_o = zero_head(BM, D_MAIN, D_TAIL)
                 for i_n in tl.range(0, Nk, BN, num_stages=1):  # how many such values a row sees
                     o_n = i_n + tl.arange(0, BN)
@@ -80,6 +85,7 @@ def end_rows(
                     b_o = dot_pv(b_p, keep_finite(b_v, D_TAIL), b_o, D_TAIL, UPCAST)
         b_o = scale_head(b_o, 1.0 / tl.where(b_l == 0.0, 1.0, b_l), D_TAIL)
         store_head(out, out_strides, b_o, i_b, i_h, first, Nq, BM, D, D_MAIN, D_TAIL, OUT_UNIT)
+    tl.store(row_lse + o_m, (b_m + tl.log2(b_l)) * LN2, mask=o_m < Nq)
 
 
 # ------------------------------------------------------------------------------------------- values that are not finite
@@ -92,12 +98,12 @@ def broken(b_x):
 
 
 @triton.jit
-def broken_head(b_x, D_TAIL: tl.constexpr):
-    """Return 1 if any number of a head's tile is NaN or infinite, else 0."""
+def broken_rows(b_x, D_TAIL: tl.constexpr):
+    """Return ``[BLOCK]``: 1 if any number of a head's row is NaN or infinite, else 0."""
     b = tl.max(tl.where(broken(b_x[0]), 1.0, 0.0), 1)
     if D_TAIL > 0:
         b = tl.maximum(b, tl.max(tl.where(broken(b_x[1]), 1.0, 0.0), 1))
-    return tl.max(b, 0)
+    return b
 
 
 @triton.jit
