@@ -99,7 +99,7 @@ against the shipped weights.
 GUIDANCE = """
 ## Guidance by the gradient
 
-The shipped `exemplar` samples, and before each step its latents move against the gradient of a loss on its own
+The `exemplar` of version 0.1 samples, and before each step its latents move against the gradient of a loss on its own
 attention, by a share of their length. `inside` knows the mask; `flow` is told the truth, which no user has: a bound.
 """
 
