@@ -103,6 +103,10 @@ class Trace:
         bound.apply_defaults()
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         self._live = given["transformer_options"]
+        if "multigpu_thread_device" in self._live:
+            raise ValueError(
+                "I2AM Trace: the model samples on several GPUs at once: trace on one, without MultiGPU nodes"
+            )
         if conditional(self._live) is None:  # a call for the negative prompt alone
             return executor(*args, **kwargs)
         if kind is None or (kind == "Flux" and type(executor.class_obj).__name__ != "Flux"):
@@ -122,20 +126,24 @@ class Trace:
             self._joint, self._calls, self._patch, self._live = None, [], None, {}
         return out
 
-    def joint_call(self, q: Tensor, k: Tensor, heads: int, mask: Tensor | None, reshaped: bool) -> None:
-        """Add a joint attention call of the running forward."""
+    def joint_call(self, q: Tensor, k: Tensor, heads: int, mask: Tensor | None, given: dict[str, Any]) -> None:
+        """Add a joint attention call of the running forward; ``given`` are its options."""
         joint = self._joint
         if joint is None:
             return
-        q, k = (x if reshaped else _split(x, heads) for x in (q, k))
-        layer = f"{self._live.get('block_type', 'double')}_blocks.{self._live.get('block_index', 0)}"
+        if "block_index" not in self._live:
+            raise ValueError("I2AM Trace: this ComfyUI does not say which block is running: update it")
+        if given.get("enable_gqa"):
+            raise ValueError("I2AM Trace: several heads share their keys, and i2am knows no such model of ComfyUI")
+        q, k = (x if given.get("skip_reshape") else _split(x, heads) for x in (q, k))
+        layer = f"{self._live.get('block_type', 'double')}_blocks.{self._live['block_index']}"
         if q.shape[2] != joint.total or k.shape[2] != joint.total:
             raise ValueError(
                 f"{layer}: attention over {q.shape[2]} × {k.shape[2]} tokens, but text, picture and reference latents "
                 f"make {joint.total}: another node adds tokens, and I2AM Trace can't tell which"
             )
         queries = slice(joint.text, joint.text + joint.grid[0] * joint.grid[1])
-        self._add(q, k, layer, joint.grid, joint.keys(), queries=queries, mask=_mask(mask))
+        self._add(q, k, layer, joint.grid, joint.keys(), queries, _mask(mask), given.get("scale"))
 
     # ---------------------------------------------------------------------------------------- IPAdapter's attn2 patches
 
@@ -161,7 +169,7 @@ class Trace:
 
     def _through(self, function: Callable[..., Tensor], patches: dict[Any, Any]) -> Callable[..., Tensor]:
         def observed(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
-            if kwargs.get("skip_reshape") or args or kwargs.get("mask") is not None:
+            if args or any(kwargs.get(name) is not None for name in ("skip_reshape", "mask", "scale", "enable_gqa")):
                 raise ValueError("I2AM Trace: this IPAdapter calls attention in a way that i2am does not know")
             block, index = self._live["block"], self._live.get("block_index", 0)
             layer = f"{block[0]}_blocks.{block[1]}.{index}.attn2"
@@ -204,6 +212,7 @@ class Trace:
         keys: Sequence[i2am.Reference],
         queries: slice = slice(None),
         mask: Tensor | None = None,
+        scale: float | None = None,
     ) -> None:
         """Add one call of the conditional samples."""
         samples = conditional(self._live)
@@ -213,7 +222,7 @@ class Trace:
         self._only_middle &= layer.startswith("middle")
         where: dict[str, Any] = {"layer": layer, "step": step, "grid": grid, "keys": keys, "queries": queries}
         with torch.no_grad():
-            sums.attention(q, k, None, samples=chosen, attn_mask=mask, **where)
+            sums.attention(q, k, None, samples=chosen, attn_mask=mask, scale=scale, **where)
 
     def _by_default(self, layer: str) -> bool:
         """Return whether a layer is in the default set of the maps: the paper leaves a UNet's mid block out."""
@@ -259,7 +268,7 @@ class _Override:
         self, function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
     ) -> Any:
         mask = args[0] if args else kwargs.get("mask")
-        self.trace.joint_call(q, k, heads, mask, bool(kwargs.get("skip_reshape")))
+        self.trace.joint_call(q, k, heads, mask, kwargs)
         run = function if self.before is None else partial(self.before, function)
         return run(q, k, v, heads, *args, **kwargs)
 

@@ -19,9 +19,9 @@ def attention(q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape
     if "_inside" not in kw and "optimized_attention_override" in (transformer_options or {}):
         override = transformer_options["optimized_attention_override"]
         given = {"skip_reshape": skip_reshape, "transformer_options": transformer_options, "_inside": True}
-        return override(attention, q, k, v, heads, mask=mask, **given)
+        return override(attention, q, k, v, heads, mask=mask, **kw, **given)
     q, k, v = (x if skip_reshape else x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=kw.get("scale")).transpose(1, 2).flatten(2)
 
 
 class Executor:
@@ -49,9 +49,10 @@ class Flux(nn.Module):
 
     patch_size = 2
 
-    def __init__(self):
+    def __init__(self, **options):
         super().__init__()
         torch.manual_seed(0)
+        self.options = options  # of its attention
         self.inside, self.outside = nn.Linear(16, WIDTH), nn.Linear(WIDTH, 16)
         self.blocks = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(3))
 
@@ -72,7 +73,7 @@ class Flux(nn.Module):
             )
             h = h + attention(
                 q, k, v, HEADS, mask=kwargs.get("attention_mask"), skip_reshape=True,
-                transformer_options=transformer_options,
+                transformer_options=transformer_options, **self.options,
             )  # fmt: skip
         own = self.outside(h[:, TEXT : TEXT + pictures[0].shape[1]])
         return F.pixel_shuffle(own.transpose(1, 2).unflatten(2, (x.shape[-2] // 2, x.shape[-1] // 2)), 2)

@@ -49,6 +49,8 @@ def record(patcher):
         kept = [
             x.clone() if kwargs.get("skip_reshape") else x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k)
         ]
+        if "scale" in kwargs:
+            kept[0] = kept[0] * (kwargs["scale"] * kept[0].shape[-1] ** 0.5)
         mask = args[0] if args else kwargs.get("mask")
         layer = f"{options['block_type']}_blocks.{options['block_index']}"
         calls.append((layer, options["cond_or_uncond"], *kept, mask))
@@ -105,6 +107,7 @@ def real(kind):
 JOINT = [
     pytest.param("stand-in", False, id="together"),
     pytest.param("stand-in", True, id="calls apart"),
+    pytest.param("scaled", False, id="a scale of its own"),
     pytest.param("flux", False, id="ComfyUI's Flux"),
     pytest.param("qwen", False, id="ComfyUI's Qwen-Image"),
 ]
@@ -113,7 +116,8 @@ JOINT = [
 @pytest.mark.parametrize(("kind", "apart"), JOINT)
 def test_reference_latents_in_context(pack, kind, apart):
     """Two references; the truth is recomputed from the calls that an earlier override saw."""
-    model = comfyui.Flux() if kind == "stand-in" else real(kind)
+    own = {"stand-in": {}, "scaled": {"scale": 0.3}}
+    model = comfyui.Flux(**own[kind]) if kind in own else real(kind)
     base = comfyui.Patcher(model)
     calls = record(base)
     x, references = rand(2, 4, 12, 8), [rand(2, 4, 4, 8, seed=1), rand(2, 4, 6, 4, seed=2)]
@@ -268,6 +272,15 @@ def test_what_can_not_be_known_is_refused(pack, traced, monkeypatch):
     with pytest.raises(ValueError, match=r"input_blocks\.1\.0\.attn2: 1 of 2 IPAdapters ran"):
         comfyui.sample(some, x, run["positive"], run["negative"])
     assert module.optimized_attention is before
+    grouped, trace = node(pack, "I2AMTrace").trace(comfyui.Patcher(comfyui.Flux(enable_gqa=True)), 5, False)
+    with pytest.raises(ValueError, match="several heads share their keys"):
+        comfyui.sample(grouped, x, **run)
+    grouped.model_options["transformer_options"]["multigpu_thread_device"] = torch.device("cpu")
+    with pytest.raises(ValueError, match="several GPUs at once"):
+        comfyui.sample(grouped, x, **run)
+    trace._joint = True
+    with pytest.raises(ValueError, match="does not say which block is running"):  # before late 2025
+        trace.joint_call(x, x, 1, None, {})
 
 
 def _adds_tokens(forward):
