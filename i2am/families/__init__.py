@@ -35,6 +35,7 @@ class ForwardInputs(NamedTuple):
     grid: Grid | None = None  # of the latents, where their shape does not tell (tokens)
     frames: int = 1  # of a video: attention sees each as an image of the batch
     strip: int = 1  # frames of a video below each other in ``grid``: attention sees all at once
+    lead: int = 0  # frames of the same video that are given, and come before those of the strip
     conditioning: tuple[Tensor, ...] = ()  # [B, …] embeddings that carry the reference
     stepped: bool = True  # the scheduler steps latents of this size (not of several pictures side by side)
     aside: str | None = None  # why this forward is no evaluation of a run: it does not count
@@ -103,6 +104,8 @@ class PipelineFacts(NamedTuple):
     scheduler: str = "scheduler"  # attribute with that denoiser's
     told: Callable[[Any], Told] | None = None  # how the running call lays out guidance; None: as most pipelines do
     views: Callable[[dict[str, Any]], View] | None = None  # local variables of its call → where it looks; None: whole
+    by_timestep: bool = False  # a step is a timestep that comes: its call steps copies of the scheduler, or more often
+    timestep: Callable[[float], float] | None = None  # the scheduler's → what the model is given; None: the same
 
 
 class Request(NamedTuple):

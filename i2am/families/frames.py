@@ -7,6 +7,7 @@ a strip, ``(frames · h, w)``, below each other; given frames next to each other
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -82,6 +83,7 @@ class VideoFrames(Family):
             self.timestep(given),
             self.carried.grid,
             strip=sum(part.frames for part in parts if not part.given),
+            lead=self.lead_of(parts),
             conditioning=(conditioning,) if isinstance(conditioning, Tensor) else (),
             stepped=False,
             aside=self.aside(given),
@@ -104,6 +106,10 @@ class VideoFrames(Family):
     def layout(self, parts: Sequence[Frames], given: dict[str, Any]) -> TokenLayout:
         """Return what the layers carry. Raises ValueError where no frame is given, or none is generated."""
         return video_layout(type(self.transformer).__name__, parts, keys=sum(part.tokens for part in parts))
+
+    def lead_of(self, parts: Sequence[Frames]) -> int:
+        """Return how many frames of the video that the pipeline makes are given, and come before the generated ones."""
+        return 0
 
     def latents(self, given: dict[str, Any]) -> Tensor:
         """Return what is denoised, ``[B, …]``."""
@@ -161,6 +167,11 @@ def video_layout(
     queries = own[0] if len(own) == 1 else torch.cat([torch.arange(span.start, span.stop) for span in own])
     grid = sum(part.frames for part in generated) * generated[0].grid[0], generated[0].grid[1]
     return TokenLayout(grid, tuple(references), queries, keys=keys)
+
+
+def frames_before(parts: Sequence[Frames]) -> int:
+    """Return how many frames are given before the first generated one."""
+    return sum(part.frames for part in itertools.takewhile(lambda part: part.given, parts))
 
 
 def latest(timestep: Tensor | float) -> Tensor | float:

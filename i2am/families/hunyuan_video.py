@@ -56,6 +56,7 @@ class HunyuanVideo15(JointTransformer):
             latents[:, : config.out_channels],
             given["timestep"],
             grid,
+            strip=frames,
             conditioning=tuple(texts),
             stepped=False,
         )
@@ -99,6 +100,7 @@ class HunyuanVideo(JointTransformer):
             given["timestep"],
             self.carried.grid,
             strip=frames - replaced,
+            lead=replaced,
             conditioning=(text,),
             stepped=False,
         )

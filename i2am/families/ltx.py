@@ -46,6 +46,10 @@ class LTX(VideoFrames):
     def __init__(self, transformer: nn.Module):
         super().__init__(transformer)
         self._roles = Roles()
+        self._lead = 0
+
+    def lead_of(self, parts: Sequence[Frames]) -> int:
+        return self._lead
 
     def aside(self, given: dict[str, Any]) -> str | None:
         if given.get("spatio_temporal_guidance_blocks"):
@@ -59,7 +63,9 @@ class LTX(VideoFrames):
             roles = [False] * tokens
         else:
             roles = self._roles.read(timestep.reshape(batch, tokens))
-        return token_frames(self._coordinates(given), roles)
+        coordinates = self._coordinates(given)
+        self._lead = _frames_in_place(coordinates[0], torch.as_tensor(roles))
+        return token_frames(coordinates, roles)
 
     def _coordinates(self, given: dict[str, Any]) -> Tensor:
         """Return (time, row, column) of each token, ``[3, N]``."""
@@ -68,6 +74,12 @@ class LTX(VideoFrames):
             return (coords[0, ..., 0] if coords.ndim == 4 else coords[0]).detach().double().cpu()
         axes = (torch.arange(given[name]) for name in ("num_frames", "height", "width"))
         return torch.cartesian_prod(*axes).T.double()
+
+
+def _frames_in_place(time: Tensor, given: Tensor) -> int:
+    """Return how many given frames come before all generated ones in time, whatever the order of the tokens."""
+    generated = time[~given]
+    return len(time[given & (time < generated.min())].unique()) if len(generated) else 0
 
 
 def token_frames(coordinates: Tensor, given: Sequence[bool]) -> list[Frames]:

@@ -26,6 +26,8 @@ class TracedPipeline(NamedTuple):
     told: Callable[[], Told]  # about the guidance of its running call
     pixels: int  # of the output image per latent pixel (per token where latents are tokens)
     views: Callable[[dict[str, Any]], View] | None = None  # see PipelineFacts
+    by_timestep: bool = False  # see PipelineFacts
+    timestep: Callable[[float], float] | None = None  # see PipelineFacts
 
 
 def read_pipeline(pipe: Any, request: Request) -> TracedPipeline:
@@ -87,9 +89,9 @@ def _read_transformer(pipe: Any, transformer: nn.Module, request: Request) -> Tr
     family = read_model(transformer, request, entry="patch_transformer")
     if refused and not (asked or family.has_adapters()):
         raise ValueError(no_reference_keys(name, why_not(type(pipe))))
-    return TracedPipeline(
-        transformer, family, lambda: told_by(pipe, family), _latent_pixels(pipe) * family.latent_pixels
-    )
+    pixels = _latent_pixels(pipe) * family.latent_pixels
+    by_timestep, timestep = (False, None) if facts is None else (facts.by_timestep, facts.timestep)
+    return TracedPipeline(transformer, family, lambda: told_by(pipe, family), pixels, None, by_timestep, timestep)
 
 
 def _adapted(transformer: nn.Module) -> bool:

@@ -136,7 +136,8 @@ def reference_argument(kind: type[Any], *, adapter: bool = False) -> str:
     """
     parameters = call_parameters(kind)
     facts = facts_of(kind)
-    if facts is not None and facts.refused is None and not facts.adapter and not adapter:
+    known = facts is not None and (facts.refused is None or facts.keys is not None)  # some only with certain weights
+    if facts is not None and known and not facts.adapter and not adapter:
         return facts.argument
     if "ip_adapter_image" in parameters:
         if adapter:

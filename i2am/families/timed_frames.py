@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from i2am.families import CHANNELS, Family, PipelineFacts, Request, no_reference_keys
-from i2am.families.frames import Frames, Roles, VideoFrames, in_a_row, video_grid
+from i2am.families.frames import Frames, Roles, VideoFrames, frames_before, in_a_row, video_grid
 from i2am.families.unet import channels_beside
 
 CHUNKS = (
@@ -31,6 +31,9 @@ class TimedFrames(VideoFrames):
         if channels_beside(model):
             raise ValueError(no_reference_keys(type(model).__name__, CHANNELS))
         return super().read(model, request)
+
+    def lead_of(self, parts: Sequence[Frames]) -> int:
+        return frames_before(parts)
 
     def frames_of(self, given: dict[str, Any]) -> Sequence[Frames]:
         latents, timestep = self.latents(given), given["timestep"]

@@ -44,7 +44,7 @@ class Wan(Family):
         PipelineFacts("WanAnimate*", refused=CHANNELS, keys="add_k_proj"),
         PipelineFacts("ChronoEdit*", refused=CHANNELS, keys="add_k_proj"),
         PipelineFacts("SkyReelsV2ImageToVideo*", refused=CHANNELS, keys="add_k_proj"),
-        PipelineFacts("SkyReelsV2DiffusionForcing*"),
+        PipelineFacts("SkyReelsV2DiffusionForcing*", by_timestep=True),
         PipelineFacts("WanVideoToVideo*", refused="the video is only what denoising starts from"),
         PipelineFacts("LucyEdit*", refused="the video enters as channels beside the latents"),
     )

@@ -89,9 +89,13 @@ def trace(
 
     settings = TraceSettings(time_groups=time_groups, layers=layers, **options)
     traced = read_pipeline(pipe, _request(reference, settings))
-    kind = SchedulerClock if traced.views is None else ViewsClock
+    kind = ViewsClock if traced.by_timestep or traced.views is not None else SchedulerClock
     scheduler = scheduler_of(type(pipe))
-    clock = kind(lambda: getattr(pipe, scheduler), evaluations=lambda: getattr(pipe, "_num_timesteps", None))
+    clock = kind(
+        lambda: getattr(pipe, scheduler),
+        evaluations=lambda: getattr(pipe, "_num_timesteps", None),
+        given=traced.timestep,
+    )
     return Tracer(
         traced.model,
         traced.family,

@@ -144,16 +144,23 @@ class SchedulerClock(Clock):
         scheduler: a scheduler, or a function that returns the one in use (``pipe.scheduler`` may be replaced); watched
             from ``open`` until ``close``. Nothing is written into it, so copies and pickles carry nothing.
         evaluations: returns how many evaluations the running loop makes, where a pipeline knows (else None).
+        given: from a timestep of the schedule to what the model is given; None: the same.
     """
 
     knows_steps = True
 
-    def __init__(self, scheduler: Any, evaluations: Callable[[], int | None] = lambda: None):
+    def __init__(
+        self,
+        scheduler: Any,
+        evaluations: Callable[[], int | None] = lambda: None,
+        given: Callable[[float], float] | None = None,
+    ):
         self._source = (
             scheduler if callable(scheduler) and not hasattr(scheduler, "set_timesteps") else lambda: scheduler
         )
         self.scheduler = self._source()
         self._evaluations = evaluations
+        self._given = given or float
         self._count, self._expected = 0, 0
         self._start: int | None = None
         self._read: tuple[Any, list[float]] | None = None  # the schedule that was read last, and its numbers
@@ -238,7 +245,7 @@ class SchedulerClock(Clock):
         """Return the schedule as numbers, read once a schedule: a GPU would wait each time."""
         now = self.scheduler.timesteps
         if self._read is None or self._read[0] is not now:
-            self._read = now, [float(t) for t in (now.tolist() if hasattr(now, "tolist") else now)]
+            self._read = now, [self._given(float(t)) for t in (now.tolist() if hasattr(now, "tolist") else now)]
         return self._read[1]
 
     def _find_starts(self, timestep: float) -> list[int]:
@@ -269,7 +276,9 @@ class SchedulerClock(Clock):
 
 
 class ViewsClock(SchedulerClock):
-    """Counts the timesteps that come, of a pipeline that steps its scheduler once for every view of the picture."""
+    """Counts the timesteps that come, of a pipeline that does not step its scheduler once an evaluation: it does so for
+    every view of the picture, steps a copy for every frame, or steps twice.
+    """
 
     def restart(self) -> None:
         super().restart()
@@ -283,8 +292,8 @@ class ViewsClock(SchedulerClock):
         if getattr(self.scheduler, "order", 1) > 1:
             raise ValueError(
                 f"{type(self.scheduler).__name__} evaluates a step twice, and this pipeline steps it once for every "
-                "view of the picture, so that the second evaluation can't be told from another view's: trace with a "
-                "scheduler of order 1, such as DDIMScheduler"
+                "view of the picture or frame, so that the second evaluation can't be told from another one's: trace "
+                "with a scheduler of order 1, such as DDIMScheduler"
             )
         self._count += self._at is not None and self._at != timestep
         self._at = timestep

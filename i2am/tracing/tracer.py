@@ -312,7 +312,8 @@ class Tracer:
             nbytes = record_size(model, args, kwargs, context, self._record.options)
             if nbytes is not None:
                 check_limit(self._record.options, nbytes, info, self._sums.time_groups, have=self._record.nbytes)
-        self._video = Video(forward.strip, "rows") if forward.strip > 1 else Video(forward.frames, "images")
+        rows = forward.strip > 1 or forward.lead > 0
+        self._video = Video(forward.strip, "rows", forward.lead) if rows else Video(forward.frames, "images")
         ledger.count(verdict.how, place)
         ledger.steps = info.steps
         open_context(context)

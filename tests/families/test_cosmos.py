@@ -33,7 +33,7 @@ def first_frame():
 
 @support.family(
     "Cosmos video to world",
-    "CosmosVideoToWorldPipeline, Cosmos2VideoToWorldPipeline, Cosmos2_5_PredictBasePipeline: their transformer, bare",
+    "CosmosVideoToWorldPipeline, Cosmos2VideoToWorldPipeline, Cosmos2_5_PredictBasePipeline",
     "given frames, tokens of the video's own sequence; frames as a strip",
 )
 def test_cosmos():

@@ -389,7 +389,7 @@ def cloze_call(transformer, masks, heights=(4, 4)):
 
 @support.family(
     "VisualCloze",
-    "VisualClozeGenerationPipeline: its transformer, bare",
+    "VisualClozeGenerationPipeline",
     "the given pictures of each row, tokens in context, several references",
 )
 def test_visualcloze():

@@ -29,7 +29,7 @@ def check_parts(model, go, kinds, grid, parts, total):
 
 @support.family(
     "Framepack",
-    "HunyuanVideoFramepackPipeline: its transformer, bare",
+    "HunyuanVideoFramepackPipeline",
     "given frames at three scales and SigLIP's tokens of the picture, in one sequence; frames as a strip",
 )
 def test_framepack():
@@ -62,7 +62,7 @@ def test_framepack():
 
 @support.family(
     "Helios",
-    "HeliosPipeline: its transformer, bare",
+    "HeliosPipeline",
     "given frames at three scales in one sequence; frames as a strip",
 )
 def test_helios():

@@ -77,7 +77,7 @@ def test_without_a_first_frame_is_refused():
 @pytest.mark.parametrize("condition", ["token_replace", "latent_concat"])
 @support.family(
     "HunyuanVideo image-to-video",
-    "HunyuanVideoImageToVideoPipeline: its transformer, bare",
+    "HunyuanVideoImageToVideoPipeline",
     "the first frame's tokens, or LLaVA's among the text's, described; frames as a strip",
 )
 def test_hunyuan_video(condition):

@@ -14,7 +14,7 @@ FRAMES, TEXT = 3, 5
 
 @support.family(
     "I2VGen-XL",
-    "I2VGenXLPipeline: its UNet, bare",
+    "I2VGenXLPipeline",
     "tokens of the first frame's latents, and of its CLIP embedding; frames are the batch",
 )
 def test_i2vgen():

@@ -16,8 +16,8 @@ from tests.support_table import check
 
 ROW = (
     "LTX, LTX-2 image to video, conditions, in context",
-    "LTXImageToVideoPipeline, LTXConditionPipeline; LTX2ImageToVideoPipeline, LTX2ConditionPipeline, "
-    "LTX2InContextPipeline, LTX2HDRPipeline: their transformer, bare",
+    "LTXImageToVideoPipeline, LTXConditionPipeline, LTX2ImageToVideoPipeline, LTX2ConditionPipeline, "
+    "LTX2InContextPipeline; LTX2HDRPipeline: its transformer, bare",
     "given frames, tokens of the video's own sequence, several references; frames as a strip",
 )
 

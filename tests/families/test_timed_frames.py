@@ -16,7 +16,7 @@ from tests.support_table import check
 
 ROW = (
     "Wan 2.2 TI2V, SkyReels V2 diffusion forcing, AnyFlow",
-    "WanImageToVideoPipeline; SkyReelsV2DiffusionForcing…Pipeline, AnyFlowPipeline: their transformers, bare",
+    "WanImageToVideoPipeline, SkyReelsV2DiffusionForcingImageToVideoPipeline, AnyFlowPipeline",
     "given frames, tokens of the video's own sequence; frames as a strip",
 )
 

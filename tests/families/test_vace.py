@@ -29,7 +29,7 @@ def call_of(references):
 
 @support.family(
     "Wan VACE",
-    "WanVACEPipeline: its transformer, bare",
+    "WanVACEPipeline",
     "the first frames, tokens of the video's own sequence, several; frames as a strip",
 )
 def test_vace():
