@@ -7,7 +7,7 @@ palette, a mask in the alpha channel, integers of 32 bits) is refused with the v
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "TGA", "JPEG2000", "AVIF", "MPO")
 BITS = {8: 255, 16: 65535}
 WIDER = 16  # pixels that a picture has each way, where an axis of 2 to 4 behind them is its channels
+MILLISECONDS = 125  # a frame of a generated video
 SLACK = 1e-3  # by which resizing or half precision may leave 0…1
 
 
@@ -110,13 +111,21 @@ def read_picture(image: Any, index: int = 0) -> np.ndarray:
     return np.ascontiguousarray(x.repeat(3, axis=-1) if x.shape[-1] == 1 else x)
 
 
-def pictures_of(video: Any, frames: int, index: int = 0) -> list[Any]:
+def save_film(frames: Iterable[Image], path: Path) -> None:
+    """Write a video as an animated WebP."""
+    first, *others = frames
+    options = {"save_all": True, "append_images": others, "duration": MILLISECONDS, "loop": 0, "quality": 90}
+    first.save(path, "WEBP", **options)
+
+
+def pictures_of(video: Any, frames: int, index: int = 0, lead: int = 0) -> list[Any]:
     """Return the picture of each of ``frames`` latent frames: of a video of as many, or of more in even steps.
 
     Args:
         video: a sequence of pictures or an array of them; a batch of such; or one picture, which is every frame's.
         frames: of the latents, which compress time: 21 of a video of 81.
         index: which video of a batch.
+        lead: further latent frames of the video that were given, and come before these.
 
     Raises:
         ValueError: so many pictures are no video of so many latent frames.
@@ -131,9 +140,13 @@ def pictures_of(video: Any, frames: int, index: int = 0) -> list[Any]:
     count = len(video)
     if count == frames:
         return list(video)
-    if frames > 1 and count > frames and (count - 1) % (frames - 1) == 0:
-        return [video[i * (count - 1) // (frames - 1)] for i in range(frames)]
-    raise ValueError(f"{count} pictures are no video of {frames} latent frames: give as many, or all of the video")
+    total = lead + frames
+    if total > 1 and count >= total and (count - 1) % (total - 1) == 0:
+        return [video[i * (count - 1) // (total - 1)] for i in range(lead, total)]
+    given = f", {lead} of which are given" if lead else ""
+    raise ValueError(
+        f"{count} pictures are no video of {total} latent frames{given}: give {frames}, or all of the video"
+    )
 
 
 def _channels_last(x: np.ndarray, first: bool) -> np.ndarray | None:

@@ -76,10 +76,14 @@ def pipeline_session(args: argparse.Namespace) -> Session:
     given = dict.fromkeys([*IMAGE_OPTIONS, "seed"]) | dict.fromkeys(images, "given on the page") | values
     given |= {option: "" for option in ("prompt", "negative_prompt") if option in values}
     job = Job.of(argparse.Namespace(**{**vars(args), **given}))
+    if job.makes_videos:
+        raise UserError(f"{job.name} makes videos, which this page does not show: use i2am trace")
     job.load()
 
     def run(images: dict[str, Image | None], seed: int, values: dict[str, Any]) -> Made:
-        return Made(*job.run(dict.fromkeys(IMAGE_OPTIONS) | images, seed, values, record="qk"))
+        maps, generated, seen = job.run(dict.fromkeys(IMAGE_OPTIONS) | images, seed, values, record="qk")
+        assert not isinstance(generated, list)
+        return Made(maps, generated, seen)
 
     return Session(f"{job.name} of {args.pipeline}", images, values, run)
 

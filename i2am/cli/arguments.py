@@ -97,6 +97,14 @@ def nbytes(text: str) -> str:
     return text
 
 
+def part(text: str) -> tuple[str, str]:
+    """Read "NAME=REPO_OR_DIR"."""
+    name, _, place = text.partition("=")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or not place:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part and a place, such as controlnet=DIR")
+    return name, place
+
+
 def device(text: str) -> torch.device:
     """Read a device that this machine has."""
     import torch
@@ -159,6 +167,17 @@ OPTIONS = (
     _option("ip_adapter_subfolder", ADAPTER, "S", "where in it the weight file lies"),
     _option("ip_adapter_scale", ADAPTER, "X", "strength (default: 1)", type=number),
     _option("lora", LOADING, "REPO_OR_FILE", "LoRA weights on top: hub name, folder or file", setting=False),
+    _option(
+        "part",
+        LOADING,
+        "NAME=REPO_OR_DIR",
+        "a part of the pipeline from elsewhere, such as controlnet=DIR or motion_adapter=DIR: a folder of its own, or "
+        "a pipeline's that has such a part; may be repeated",
+        type=part,
+        action="append",
+        setting=False,
+    ),
+    _option("pipeline_class", LOADING, "CLASS", "load it as this class of diffusers, such as AnimateDiffPipeline"),
     _option("variant", LOADING, "V", "of the weight files, such as fp16"),
     _option("revision", LOADING, "R", "branch, tag or commit of a hub repository"),
     _option(
@@ -173,6 +192,7 @@ OPTIONS = (
     _option("negative_prompt", RUN, "TEXT", call="negative_prompt"),
     _option("steps", RUN, "N", "denoising steps", type=positive, call="num_inference_steps"),
     _option("guidance_scale", RUN, "G", type=number, call="guidance_scale"),
+    _option("frames", RUN, "N", "of a video", type=positive, call="num_frames"),
     _option("size", RUN, "HxW", "height x width in pixels, multiples of 8", type=size),
     _option("seed", RUN, "S", "default: 0", type=seed, default=0),
     _option("device", RUN, "D", "default: cuda where there is one, else cpu", type=device, setting=False),

@@ -133,7 +133,9 @@ def _all_done(store: Store, samples: Manifest, args: argparse.Namespace) -> bool
     from i2am.evaluate.store import NOT_COMPARED
 
     name = class_name_in(args.pipeline)
-    if name is None or args.restart or args.revision is not None or args.offload is not None:
+    if name is None or args.part is not None or args.pipeline_class is not None:
+        return False
+    if args.restart or args.revision is not None or args.offload is not None:
         return False  # what these can be refused for, the class tells
     checked = argparse.Namespace(**vars(args))
     check_adapter(checked)
@@ -276,12 +278,14 @@ def _traced(job: Job | None, sample: Sample) -> Traced:
     images = {o: open_image(o, sample.files.get(o), mode) for o, mode in IMAGE_OPTIONS.items() if o in needed}
     mask = open_image("mask", sample.files.get("mask"), "L")
     reference_mask = open_image("reference_mask", sample.files.get("reference_mask"), "L")
+    if job.makes_videos and (mask is not None or sample.box is not None):
+        raise UserError(f"a mask or box scores a picture, and {job.name} makes videos")
     maps, generated, seen = job.run(images, sample.seed, sample.texts)
     if mask is not None:
         mask = np.asarray(mask.resize(generated.size, 0), dtype=np.float32) / 255
     if reference_mask is not None:
-        reference_mask = np.asarray(job.as_seen(reference_mask, images["reference"]), dtype=np.float32) / 255
-    return Traced(maps, generated, seen, mask, reference_mask)
+        reference_mask = np.asarray(job.as_seen(reference_mask, images["reference"], generated), dtype=np.float32) / 255
+    return Traced(maps, generated, seen, mask, reference_mask)  # of a video: scored and shown by its middle frame
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,19 +62,39 @@ def fit_images(images: dict[str, Image | None], size: tuple[int, int] | None) ->
     return images | fitted
 
 
-def part_seen(reference: Image, pipe: Any) -> Image:
+SQUEEZED = ("StableVideoDiffusion",)  # pipelines that scale the whole picture by themselves before the processor
+CUT_LIKE_OUTPUT = ("I2VGenXL",)  # pipelines that cut the picture's centre to the proportions of what they make
+
+
+def part_seen(reference: Image, pipe: Any, generated: Image | Sequence[Image]) -> Image:
     """Return the part of a reference that the pipeline's image encoder sees, and that the G2R maps lie on.
 
     CLIP's image processors scale the shorter side and cut out the centre; others scale the whole image.
     """
-    processor = getattr(pipe, "feature_extractor", None) or getattr(pipe, "image_feature_extractor", None)
+    name = type(pipe).__name__
+    if name.startswith(SQUEEZED):
+        return reference
+    if name.startswith(CUT_LIKE_OUTPUT):
+        return _cut_like(reference, generated[0] if isinstance(generated, Sequence) else generated)
+    names = ("feature_extractor", "image_feature_extractor", "image_processor")
+    processors = (getattr(pipe, name, None) for name in names)
+    processor = next((p for p in processors if getattr(p, "do_center_crop", False)), None)
     shorter = (getattr(processor, "size", None) or {}).get("shortest_edge")
-    if not shorter or not getattr(processor, "do_center_crop", False):
+    if processor is None or not shorter:
         return reference
     scale = min(reference.size) / shorter
     width, height = (
         min(round(processor.crop_size[side] * scale), n)
         for side, n in zip(("width", "height"), reference.size, strict=True)
     )
-    left, top = (reference.width - width) // 2, (reference.height - height) // 2
-    return reference.crop((left, top, left + width, top + height))
+    return _centre(reference, width, height)
+
+
+def _cut_like(picture: Image, other: Image) -> Image:
+    scale = min(picture.width / other.width, picture.height / other.height)
+    return _centre(picture, round(other.width * scale), round(other.height * scale))
+
+
+def _centre(picture: Image, width: int, height: int) -> Image:
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))

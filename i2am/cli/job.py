@@ -13,7 +13,8 @@ import torch
 import i2am
 from i2am.cli.arguments import UserError
 from i2am.cli.images import fit_images, part_seen
-from i2am.cli.pipelines import check_adapter, find_class, load_pipeline, route
+from i2am.cli.parts import Part, find_parts, load_parts
+from i2am.cli.pipelines import check_adapter, find_class, load_pipeline, makes_videos, route
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,7 +26,7 @@ class Outcome(NamedTuple):
     """A traced run."""
 
     maps: AttributionMaps
-    generated: Image
+    generated: Image | list[Image]  # a video's frames
     seen: Image  # the part of the reference that its encoder saw
 
 
@@ -39,6 +40,7 @@ class Job:
     routes: dict[str, str]  # argument of the pipeline's call → option
     device: torch.device
     dtype: torch.dtype
+    parts: list[Part]
     pipe: Any = None
 
     @classmethod
@@ -52,7 +54,8 @@ class Job:
             UserError: there is no such pipeline or adapter; an input is missing, or is of no use.
         """
         check_adapter(args)
-        pipeline_class = find_class(args.pipeline, args.revision)
+        pipeline_class = find_class(args.pipeline, args.revision, args.pipeline_class)
+        parts = find_parts(pipeline_class, args)
         parameters = set(inspect.signature(pipeline_class.__call__).parameters)
         dropped = {o: None for o in unneeded if not {o, f"{o}_image"} & parameters}
         args = argparse.Namespace(**{**vars(args), **dropped})
@@ -64,7 +67,12 @@ class Job:
             raise UserError(f"{pipeline_class.__name__} takes no --word: it has no prompt")
         if args.offload is not None and device.type == "cpu":
             raise UserError("--offload is of no use on cpu: weights are there already")
-        return cls(args, pipeline_class, parameters, routes, device, dtype)
+        return cls(args, pipeline_class, parameters, routes, device, dtype, parts)
+
+    @property
+    def makes_videos(self) -> bool:
+        """Tell whether the pipeline makes videos."""
+        return makes_videos(self.parameters)
 
     @property
     def name(self) -> str:
@@ -73,7 +81,8 @@ class Job:
 
     def load(self) -> None:
         """Read the weights."""
-        self.pipe = load_pipeline(self.pipeline_class, self.args, self.device, self.dtype)
+        parts = load_parts(self.parts, self.dtype)
+        self.pipe = load_pipeline(self.pipeline_class, self.args, self.device, self.dtype, parts)
 
     def run(
         self,
@@ -96,6 +105,8 @@ class Job:
         args = self.args
         images = fit_images(images, args.size)
         call: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)}
+        if self.makes_videos and "output_type" in self.parameters:
+            call["output_type"] = "pil"
         if "prompt" in self.parameters:
             call["prompt"] = ""
         if args.size is not None and "height" in self.parameters:
@@ -110,13 +121,14 @@ class Job:
             traced |= {"words": args.word, "text": True}
         with i2am.trace(self.pipe, time_groups=args.time_groups, layers=args.layers, **traced) as tracer:
             result = self.pipe(**call)
-        return Outcome(tracer.maps(), result.images[0], part_seen(images["reference"], self.pipe))
+        generated = list(result.frames[0]) if self.makes_videos else result.images[0]
+        return Outcome(tracer.maps(), generated, part_seen(images["reference"], self.pipe, generated))
 
-    def as_seen(self, mask: Image | None, reference: Image) -> Image | None:
+    def as_seen(self, mask: Image | None, reference: Image, generated: Image | list[Image]) -> Image | None:
         """Cut a mask of the reference to the part that its encoder sees."""
         if mask is None:
             return None
-        return part_seen(mask.resize(reference.size), self.pipe)
+        return part_seen(mask.resize(reference.size), self.pipe, generated)
 
 
 def placement(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # "owner/name" or "name": not a path
 WEIGHT_FILES = (".safetensors", ".bin", ".pt")
+VIDEOS = {"num_frames", "num_videos_per_prompt", "segment_frame_length"}  # arguments of pipelines that make videos
+OTHER_INPUTS = ("video", "conditions", "reference_conditions", "pose_video", "conditioning_frames")  # no single picture
 
 
 def route(pipeline_class: type, parameters: set[str], args: argparse.Namespace) -> dict[str, str]:
@@ -45,6 +49,7 @@ def route(pipeline_class: type, parameters: set[str], args: argparse.Namespace) 
     given = {a: option for a, option in CALL_OPTIONS.items() if getattr(args, option) is not None}
     given |= {} if args.mask is None else {"mask": "mask"}  # what some that are edited by words take beside them
     routes |= {argument: option for argument, option in given.items() if argument in parameters}
+    _check_required(pipeline_class, routes)
 
     options = [*IMAGE_OPTIONS, *CALL_OPTIONS.values()]
     unused = [flag(o) for o in options if getattr(args, o) is not None and o not in routes.values()]
@@ -55,6 +60,25 @@ def route(pipeline_class: type, parameters: set[str], args: argparse.Namespace) 
     if unused:
         raise UserError(f"{name} takes no {' and no '.join(unused)}")
     return routes
+
+
+def makes_videos(parameters: set[str]) -> bool:
+    """Tell whether a pipeline whose call takes ``parameters`` makes videos."""
+    return bool(parameters & VIDEOS)
+
+
+def _check_required(pipeline_class: type, routes: dict[str, str]) -> None:
+    """Refuse a pipeline that cannot do without something else than pictures and words."""
+    taken = inspect.signature(pipeline_class.__call__).parameters
+    missing = [n for n, p in taken.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    missing = [name for name in missing if name not in routes and name != "prompt"]
+    if not {"image", "image_reference", "reference_images"} & {*routes}:  # it draws over a video, or follows one
+        missing += [name for name in ("video", "conditioning_frames") if name in taken and name not in missing]
+    if missing:
+        raise UserError(
+            f"{pipeline_class.__name__} needs {' and '.join(missing)}, which this command does not give: "
+            "use i2am.trace in Python"
+        )
 
 
 def images_needed(parameters: set[str], taken: set[str]) -> dict[str, str]:
@@ -87,8 +111,6 @@ def reference_argument(pipeline_class: type, parameters: set[str], adapted: bool
     from i2am.families import registry
 
     name = pipeline_class.__name__
-    if "num_frames" in parameters:
-        raise UserError(f"{name} makes videos, which this command does not trace: use i2am.trace in Python")
     if adapted and "ip_adapter_image" not in parameters:
         raise UserError(f"{name} takes no --ip-adapter")
     try:
@@ -96,9 +118,17 @@ def reference_argument(pipeline_class: type, parameters: set[str], adapted: bool
     except ValueError as error:
         hint = ": give --ip-adapter" if "ip_adapter_image" in parameters and not adapted else ""
         raise UserError(f"{error}{hint}") from error
+    if "layers" in parameters:
+        raise UserError(f"{name} makes several layers, which this command does not draw: use i2am.trace in Python")
+    if argument not in parameters:
+        raise UserError(f"{name} takes no --reference: it has no argument {argument}")
     if argument.endswith("_embeds"):
         raise UserError(
             f"{name} takes its reference as {argument}, which another pipeline makes: use i2am.trace in Python"
+        )
+    if argument in OTHER_INPUTS:
+        raise UserError(
+            f"{name} takes its reference as {argument}, which is no single picture: use i2am.trace in Python"
         )
     return argument
 
@@ -121,8 +151,13 @@ def class_name_in(folder: str) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def find_class(pipeline: str, revision: str | None = None) -> type[DiffusionPipeline]:
+def find_class(pipeline: str, revision: str | None = None, given: str | None = None) -> type[DiffusionPipeline]:
     """Find the class of a saved pipeline, before any weights are read.
+
+    Args:
+        pipeline: folder or hub name.
+        revision: of the hub repository.
+        given: name of the class to load it as; None: the one that saved it.
 
     Raises:
         UserError: there is no such pipeline, or none that this diffusers can run.
@@ -133,23 +168,25 @@ def find_class(pipeline: str, revision: str | None = None) -> type[DiffusionPipe
         raise UserError(f"--revision is of a hub repository, and {pipeline} is a folder")
     import diffusers  # what is above is said at once
 
-    given = {} if revision is None else {"revision": revision}
+    asked = {} if revision is None else {"revision": revision}
     try:
-        config = diffusers.DiffusionPipeline.load_config(pipeline, **given)
+        config = diffusers.DiffusionPipeline.load_config(pipeline, **asked)
     except (OSError, ValueError, RecursionError) as error:
         if is_folder(pipeline):
-            raise UserError(f"PIPELINE: {pipeline} is not a saved diffusers pipeline: {_first_line(error)}") from error
+            raise UserError(f"PIPELINE: {pipeline} is not a saved diffusers pipeline: {first_line(error)}") from error
         raise UserError(
-            f"PIPELINE: {pipeline} is neither a folder nor a hub repository within reach: {_first_line(error)}"
+            f"PIPELINE: {pipeline} is neither a folder nor a hub repository within reach: {first_line(error)}"
         ) from error
-    name = config.get("_class_name") if isinstance(config, dict) else None
+    name = given or (config.get("_class_name") if isinstance(config, dict) else None)
     if not isinstance(name, str):
         raise UserError(f"PIPELINE: model_index.json of {pipeline} does not say which pipeline it is (_class_name)")
     try:
         pipeline_class = getattr(diffusers, name, None)
     except (ImportError, RuntimeError) as error:  # imported on first use, and a package that it needs is missing
-        raise UserError(f"PIPELINE: {name} cannot be imported: {_first_line(error)}") from error
+        raise UserError(f"PIPELINE: {name} cannot be imported: {first_line(error)}") from error
     pipeline_class = _of_zoo(name) if pipeline_class is None else pipeline_class
+    if pipeline_class is None and given is not None:
+        raise UserError(f"--pipeline-class: diffusers {diffusers.__version__} has no {given}")
     if pipeline_class is None:
         raise UserError(f"PIPELINE: {pipeline} is a {name}, which diffusers {diffusers.__version__} does not have")
     if not isinstance(pipeline_class, type) or not issubclass(pipeline_class, diffusers.DiffusionPipeline):
@@ -164,7 +201,8 @@ def _of_zoo(name: str) -> type[DiffusionPipeline] | None:
     return {kind.__name__: kind for kind in zoo.ZooPipeline.__subclasses__()}.get(name)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -195,9 +233,19 @@ def _loadable(pipeline_class: type[DiffusionPipeline], config: dict[str, Any]) -
 
 
 def load_pipeline(
-    pipeline_class: type[DiffusionPipeline], args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+    pipeline_class: type[DiffusionPipeline],
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    parts: Mapping[str, Any],
 ) -> DiffusionPipeline:
     """Read a pipeline's weights, put its adapters on, and place it on its device.
+
+    Args:
+        pipeline_class: the pipeline's.
+        args: the options.
+        device, dtype: where it runs, and in what.
+        parts: those that come from elsewhere, by name.
 
     Raises:
         UserError: weights do not load, or do not fit; names the option.
@@ -208,10 +256,10 @@ def load_pipeline(
     try:
         with warnings.catch_warnings():  # the name that every diffusers 0.x takes; the newer ones prefer "dtype"
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            pipe = pipeline_class.from_pretrained(args.pipeline, torch_dtype=dtype, **given)
+            pipe = pipeline_class.from_pretrained(args.pipeline, torch_dtype=dtype, **given, **parts)
     except (OSError, ValueError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"PIPELINE: {args.pipeline} does not load: {type(error).__name__}: {_first_line(error)}"
+            f"PIPELINE: {args.pipeline} does not load: {type(error).__name__}: {first_line(error)}"
         ) from error
     if args.ip_adapter is not None:
         _fit("ip_adapter", args.ip_adapter_weight, pipe, _load_adapter, args)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from i2am._files import abandoned, sync, unfinished_path
 from i2am.cli.arguments import RunFailed, StoppedEarly, UserError
 from i2am.cli.streams import no_interrupt, say
+from i2am.cli.videos import moving, shown
 from i2am.versions import versions
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 SETTINGS = "i2am.json"  # lists the files of a run, by which a later one knows its own
 OWN_FILES = re.compile(
     r"(demo|generated|words|budget|(reference|summary|[utlh]lam_(r2g|g2r)(_\d+_heads)?)(_\d+)?)\.png"
+    r"|(generated|ulam_(r2g|g2r)(_\d+)?)\.webp"
     r"|maps\.safetensors|i2am\.json|report(_\d+)?\.html"
 )
 FAILED = "failed"  # folder of a run whose figures could not be drawn, beside those of an earlier run
@@ -40,7 +42,7 @@ class NotFinite(RunFailed):
 def write_results(
     out: Path,
     maps: AttributionMaps,
-    generated: Image,
+    generated: Image | Sequence[Image],
     reference: Image | Sequence[Image],
     settings: dict[str, Any],
     footer: str | None = None,
@@ -54,8 +56,8 @@ def write_results(
 
     Args:
         out: an existing folder.
-        maps: of one image.
-        generated: what the pipeline made.
+        maps: of one image, or of one video.
+        generated: what the pipeline made: a picture, or a video's frames. Figures show the frame in the middle.
         reference: the part of the reference that its encoder saw; of each, where there are several: their files are
             numbered.
         settings: JSON values; versions are added.
@@ -67,6 +69,8 @@ def write_results(
         NotFinite: the maps hold NaN or infinity; maps, images and settings are kept, without figures.
         StoppedEarly: there is no room on the disk.
     """
+    from i2am._images import save_film
+
     beside = unfinished_path(out)
     try:
         beside.mkdir()
@@ -74,19 +78,25 @@ def write_results(
         names = maps.references if len(numbered) > 1 else maps.references[0]
         document = {**settings, "layers": maps.layers, "reference_name": names, "versions": versions()}
         files = {"maps.safetensors": partial(maps.save, record=False)}
-        files |= {"generated.png": partial(generated.save, format="png")}
+        one = shown(maps, generated)
+        footer = "\n".join(filter(None, (one.note, footer))) or None
+        files |= {"generated.png": partial(one.picture.save, format="png")}
+        if isinstance(generated, Sequence):
+            files["generated.webp"] = partial(save_film, generated)
         files |= {f"reference{suffix}.png": picture.save for suffix, (_, picture) in numbered.items()}
         bad = {layer: groups for name in maps.references for layer, groups in maps.not_finite(name).items()}
         if not bad:
             if story is not None:
                 files["demo.png"] = partial(_save_figure, story)
             for suffix, (name, picture) in numbered.items():
-                files |= _figures(maps, generated, picture, footer, name, suffix)
+                files |= _figures(one.maps, one.picture, picture, footer, name, suffix)
+                if isinstance(generated, Sequence):
+                    files |= moving(maps, generated, picture, name, suffix)
                 if masks is not None:
                     given = {"reference_name": name, "settings": document, **masks}
                     files[f"report{suffix}.html"] = partial(_report, maps, generated, picture, given)
             if maps.words:
-                files |= _of_words(maps, generated, footer)
+                files |= _of_words(one.maps, one.picture, footer)
         _write_all(beside, files, document)
         if bad:
             _keep_failed(out, beside, maps, bad)
@@ -105,17 +115,23 @@ def write_results(
 def _numbered(maps: AttributionMaps, reference: Image | Sequence[Image]) -> dict[str, tuple[str, Image]]:
     """Return each reference's name and picture by the end of its files' names: nothing, or _1, _2, …
 
+    One picture may have several sets of keys, such as its latents' and its encoder's: all lie on it.
+
     Raises:
         UserError: there are other pictures than maps of references.
     """
     pictures = list(reference) if isinstance(reference, (list, tuple)) else [reference]
+    if len(pictures) == 1:
+        pictures *= len(maps.references)
     if len(pictures) != len(maps.references):
         raise UserError(f"{len(pictures)} references were given, and the maps are of {', '.join(maps.references)}")
     pairs = zip(maps.references, pictures, strict=True)
     return {"" if len(pictures) == 1 else f"_{i}": pair for i, pair in enumerate(pairs, 1)}
 
 
-def _report(maps: AttributionMaps, generated: Image, reference: Image, given: dict[str, Any], path: Path) -> None:
+def _report(
+    maps: AttributionMaps, generated: Image | Sequence[Image], reference: Image, given: dict[str, Any], path: Path
+) -> None:
     maps.report(path, generated, reference, **given)
 
 

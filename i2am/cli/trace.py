@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
     from i2am.cli.job import Job
 
     job = Job.of(args)
+    if job.makes_videos and reference_mask is not None:
+        raise UserError(f"--reference-mask scores a picture, and {job.name} makes videos")
     prepare_output_dir(args.out)
     job.load()
     maps, generated, seen = _traced(job, images, others, args)
@@ -68,8 +71,9 @@ def run(args: argparse.Namespace) -> None:
         say(f"the image encoder sees the central {seen.width}×{seen.height} pixels of the reference: reference.png")
     masks = None
     if args.report:
-        masks = {"mask": images["mask"], "reference_mask": job.as_seen(reference_mask, images["reference"])}
-    every = [seen, *(part_seen(other, job.pipe) for other in others)]
+        reference_mask = job.as_seen(reference_mask, images["reference"], generated)
+        masks = {"mask": images["mask"], "reference_mask": reference_mask}
+    every = [seen, *(part_seen(other, job.pipe, generated) for other in others)]
     write_results(args.out, maps, generated, every, shown_settings(args, job.name), masks=masks)
 
 
@@ -83,6 +87,10 @@ def _traced(job: Job, images: dict[str, Image | None], others: list[Image], args
         return job.run(images, args.seed, others=others, **(recorded if args.report else {}))
     except (ValueError, i2am.BlindLayerError) as error:
         raise UserError(f"{job.name}: {error}") from error
+    except NameError as error:  # pipelines leave out the import of a package that is not there
+        if not error.name or find_spec(error.name) is not None:
+            raise
+        raise UserError(f"{job.name} needs the package {error.name}, which is not installed") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{job.name}: out of memory on {job.device}; try a smaller --size, --offload model, or --dtype float16"

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from i2am.cli.parts import part_folder
 from i2am.cli.pipelines import is_folder
 
 
@@ -17,6 +18,9 @@ def weights_of(args: argparse.Namespace) -> dict[str, dict[str, list[Any]]]:
     from i2am.evaluate.identity import weights_identity
 
     found = {"pipeline": _pipeline(args.pipeline, args.revision)}
+    for name, place in args.part or ():
+        folder = part_folder(name, place)
+        found[f"part {name}"] = weights_identity(folder) if folder else {"name": ["", place]}
     if args.ip_adapter is not None:
         found["ip_adapter"] = weights_identity(_adapter(args))
         encoder = _encoder(args)

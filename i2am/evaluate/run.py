@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from i2am._images import save_film
 from i2am.evaluate.identity import pictures_identity
 from i2am.evaluate.manifest import Sample
 from i2am.evaluate.scores import score
@@ -31,6 +32,8 @@ class DiskFull(OSError):
 @dataclass
 class Traced:
     """Result of one sample's run: maps of one image, and what they lie on (forms of :func:`i2am.plot.overlay`).
+
+    Of a video: its maps, and a sequence of its frames; the frame in the middle of the latents' is scored and shown.
 
     Masks are ``[H, W]`` in 0…1, on the generated image and on the reference.
     """
@@ -129,18 +132,23 @@ def _scored(sample: Sample, traced: Traced, store: Store, save: Sequence[str]) -
     """Score one sample: all but the record written."""
     from i2am.evaluate.sheet import as_image, preview  # matplotlib with it: 30 MB that a finished folder needs not
 
-    maps = traced.maps
+    film = list(traced.generated) if traced.maps.of_video else None
+    middle = traced.maps.frames // 2  # of a video its frame in the middle is scored and shown
+    maps = traced.maps.frame(middle)
+    generated = traced.generated if film is None else traced.maps.pictures(film)[middle]
     r2g, g2r = maps.ulam("r2g")[0], ulam_or_none(maps, "g2r")
     scores = score(r2g, g2r, traced.mask, traced.reference_mask, sample.box)
     store.write(store.path("levels", sample.id, ".safetensors"), lambda path: keep_levels(maps, path))
-    picture = preview(traced.generated, r2g, traced.reference, g2r, traced.mask)
+    picture = preview(generated, r2g, traced.reference, g2r, traced.mask)
     store.write(store.path("previews", sample.id, ".jpg"), lambda path: picture.save(path, "jpeg", quality=90))
     if "images" in save:
-        image = as_image(traced.generated)
-        store.write(store.path("images", sample.id, ".png"), lambda path: image.save(path, "png"))
+        if film is None:
+            store.write(store.path("images", sample.id, ".png"), lambda path: as_image(generated).save(path, "png"))
+        else:
+            store.write(store.path("images", sample.id, ".webp"), lambda path: save_film(map(as_image, film), path))
     if "maps" in save:
         store.path("maps", sample.id, "").parent.mkdir(exist_ok=True)
-        maps.save(store.path("maps", sample.id, ".safetensors"), record=False)
+        traced.maps.save(store.path("maps", sample.id, ".safetensors"), record=False)
     return {"status": "ok", **scores}
 
 

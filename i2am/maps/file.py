@@ -74,7 +74,7 @@ def write_maps(path: Path, contents: Contents, embed: bool = False) -> None:
         "record": record,
     }
     if contents.video != PICTURE:
-        header["video"] = {"frames": contents.video.frames, "along": contents.video.along}
+        header["video"] = contents.video._asdict()
     tensors = {name: x.contiguous() for name, x in (tensors | record_tensors).items()}
     metadata = {"format": FORMAT, "maps": json.dumps(header)} | ({} if stamp is None else {STAMP: stamp})
     write_atomically(path, lambda unfinished: save_file(tensors, unfinished, metadata=metadata))
@@ -246,11 +246,11 @@ def _read_kind(field: Field) -> Kind:
 
 
 def _read_video(field: Field) -> Video:
-    f = field.fields(("frames", "along"))
+    f = field.fields(("frames", "along"), ("lead",))
     along = next((name for name in ALONG if name == f["along"].text()), None)
     if along is None:
         f["along"].refuse(f"must be one of {', '.join(ALONG)}")
-    return Video(f["frames"].integer(1), along)
+    return Video(f["frames"].integer(1), along, f["lead"].integer(0) if "lead" in f else 0)
 
 
 def _read_provenance(field: Field | None) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from i2am._images import pictures_of
 from i2am.maps.aggregate import LayerSums
 from i2am.maps.entries import QKEntry
 from i2am.maps.names import Direction
@@ -32,6 +33,7 @@ class Video(NamedTuple):
 
     frames: int
     along: Along  # of each grid, below each other; or of the batch
+    lead: int = 0  # further frames of the same video that were given, and come before these
 
 
 PICTURE = Video(1, "images")
@@ -61,6 +63,11 @@ class FramedLayers(RecordedLayers):
         return self._video.frames
 
     @property
+    def of_video(self) -> bool:
+        """True where these maps are of a video, or of the one frame of it that was not given."""
+        return self._video != PICTURE
+
+    @property
     def sees_all_frames(self) -> bool:
         """True where one attention sees all frames of a video: G2R and patches' column softmax are over all of them."""
         return self.frames > 1 and self._video.along == "rows"
@@ -84,6 +91,19 @@ class FramedLayers(RecordedLayers):
         sums = [_frame_of(s, self._video, frame) for s in self._sums]
         return self._of(sums, [_entry_of(e, self._video, frame) for e in self._entries], canvas)
 
+    def pictures(self, video: Any, index: int = 0) -> list[Any]:
+        """Return the picture that each frame of the maps lies on.
+
+        Args:
+            video: what the pipeline made: a sequence of pictures or an array of them, or a batch of such; those of the
+                maps' frames alone; or one picture, which is every frame's.
+            index: which video of a batch.
+
+        Raises:
+            ValueError: so many pictures are no video of these frames.
+        """
+        return pictures_of(video, self.frames, index, self._video.lead)
+
     def video(self, direction: Direction, **options: Unpack[Options]) -> Tensor:
         """Return unified maps ``[B, frames, h, w]`` of a video. Options: as at every level.
 
@@ -105,8 +125,10 @@ def check_video(video: Video, sums: Sequence[LayerSums]) -> None:
     Raises:
         ValueError: names the layer and the numbers.
     """
-    if video.frames < 1 or video.along not in ALONG:
-        raise ValueError(f"a video has 1 or more frames along {' or '.join(ALONG)}, got {tuple(video)}")
+    if video.frames < 1 or video.lead < 0 or video.along not in ALONG:
+        raise ValueError(
+            f"a video has 1 or more frames along {' or '.join(ALONG)}, behind 0 or more given ones, got {tuple(video)}"
+        )
     for s in sums:
         what, length = ("rows", s.grid[0]) if video.along == "rows" else ("images", s.r2g.shape[1])
         if length % video.frames:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from i2am._files import write_atomically
-from i2am._images import one_of, pictures_of, read_picture
+from i2am._images import one_of, read_picture
 from i2am.maps import AttributionMaps, Direction
 from i2am.plot.arrays import grey, limits_of
 from i2am.plot.figures import blend
@@ -136,7 +136,7 @@ def animate(
         raise ValueError(f"seconds a frame must lie between 0 and 60, got {seconds}")
     if over == "frames":
         values = one_of(maps.video(direction, **options), index, "maps").numpy()
-        pictures = [_fitted(read_picture(x, 0)) for x in pictures_of(image, maps.frames, index)]
+        pictures = [_fitted(read_picture(x, 0)) for x in maps.pictures(image, index)]
         labels = [f"frame {i + 1} of {maps.frames}" for i in range(maps.frames)]
     elif maps.sees_all_frames:
         raise ValueError(f"these maps are of {maps.frames} frames: over='frames', or animate maps.frame(i)")

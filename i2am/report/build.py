@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from i2am import plot
 from i2am._files import parse_size, show_size, write_atomically
-from i2am._images import one_mask, pictures_of
+from i2am._images import one_mask
 from i2am.detect import detect_box
 from i2am.evaluate.scores import MEANING, score
 from i2am.maps import AttributionMaps
@@ -69,7 +69,7 @@ def build_report(
     options = {"reference": name}
     if maps.frames > 1 and (mask is not None or reference_mask is not None):
         raise ValueError("masks are of a picture, these maps of a video: report one frame of it, maps.frame(i)")
-    film = _film(generated, maps.frames, index)
+    film = _film(maps, generated, index)
     images = {"generated": film[0], "reference": _image(reference, index)}
     masks = {side: _mask(x, index) for side, x in (("generated", mask), ("reference", reference_mask))}
     room = (budget - REST - sum(len(x["src"]) for x in (*film, images["reference"]) if x)) / BASE64 / maps.frames
@@ -185,11 +185,11 @@ def _image(image: Any, index: int, side: int = PICTURE_SIDE) -> dict[str, Any] |
     return {"src": f"data:image/{kind};base64,{b64encode(buffer.getvalue()).decode()}", "size": size}
 
 
-def _film(generated: Any, frames: int, index: int) -> list[dict[str, Any] | None]:
+def _film(maps: AttributionMaps, generated: Any, index: int) -> list[dict[str, Any] | None]:
     """Encode the generated image, or the picture of each frame of a video; one alone is every frame's."""
-    if frames == 1 or generated is None:
+    if maps.frames == 1 or generated is None:
         return [_image(generated, index)]
-    pictures = pictures_of(generated, frames, index)
+    pictures = maps.pictures(generated, index)
     if all(picture is pictures[0] for picture in pictures):
         pictures = pictures[:1]
     return [_image(picture, 0, FRAME_SIDE) for picture in pictures]

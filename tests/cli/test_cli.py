@@ -321,7 +321,7 @@ def test_interrupt_ends_without_a_traceback(paint_by_example, images, tmp_path, 
 
 def options(**given):
     names = ("reference", "image", "mask", "control_image", "prompt", "negative_prompt", "guidance_scale", "steps")
-    empty = dict.fromkeys((*names, "ip_adapter", "size"))
+    empty = dict.fromkeys((*names, "ip_adapter", "size", "frames"))
     return type("Options", (), {**empty, "reference": "r.png", **given})()
 
 
@@ -387,7 +387,6 @@ def test_where_inputs_go(name, given, expected):
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("StableVideoDiffusionPipeline", "", "videos"),
         ("StableDiffusionUpscalePipeline", "image", "no reference image"),
         ("StableDiffusionPipeline", "", "give --ip-adapter"),
         ("StableDiffusionPipeline", "ip_adapter image", "takes no --image"),
@@ -405,10 +404,17 @@ def test_inputs_that_do_not_fit(name, given, message):
 def test_part_of_the_reference_that_clip_sees():
     reference = Image.fromarray(np.arange(40 * 60, dtype=np.uint16).reshape(40, 60).astype(np.uint8))
     pipe = type("Pipe", (), {"feature_extractor": feature_extractor()})()
-    seen = cli_images.part_seen(reference, pipe)
+    seen = cli_images.part_seen(reference, pipe, reference)
     assert seen.tobytes() == reference.crop((10, 0, 50, 40)).tobytes()
+    wan = type("Pipe", (), {"image_processor": feature_extractor()})()
+    assert cli_images.part_seen(reference, wan, reference).tobytes() == seen.tobytes()
+    squeezed = type("StableVideoDiffusionPipeline", (), {"feature_extractor": feature_extractor()})()
+    assert cli_images.part_seen(reference, squeezed, [reference]) is reference
+    cut = type("I2VGenXLPipeline", (), {"feature_extractor": feature_extractor()})()
+    film = [Image.new("L", (32, 32))]
+    assert cli_images.part_seen(reference, cut, film).tobytes() == reference.crop((10, 0, 50, 40)).tobytes()
     pipe.feature_extractor = None
-    assert cli_images.part_seen(reference, pipe) is reference
+    assert cli_images.part_seen(reference, pipe, reference) is reference
 
 
 def test_figures_of_a_model_with_several_head_counts(images, tmp_path):

@@ -367,7 +367,10 @@ def same(a, b):
     return all(map(same, a, b)) if isinstance(a, list) else torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", RUNS)
+QUICK = ("skyreels", "cosmos_1", "ltx2_in_context", "kolors")  # the others differ from a test of their family in little
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in RUNS])
 def test_a_whole_run(name):
     run = RUNS[name]()
     model = getattr(run.pipe, "transformer", None) or run.pipe.unet

@@ -80,8 +80,8 @@ MUTANTS = [
     ),
     Mutant(
         JOB,
-        "part_seen(mask.resize(reference.size), self.pipe)",
-        "part_seen(mask, self.pipe)",
+        "part_seen(mask.resize(reference.size), self.pipe, generated)",
+        "part_seen(mask, self.pipe, generated)",
         "a mask of another size is cut elsewhere",
     ),
     Mutant(
