@@ -66,9 +66,6 @@ REASONS = {
     "attention; its cross-attention looks at text": ("SanaImageToVideo*",),
     "its self-attention is a linear recurrence (gated delta networks) in all but a few layers, without a softmax over "
     "keys": ("SanaWM*",),
-    "i2am does not read the tokens of its image encoder; the first frame enters as channels besides": (
-        "MotifVideoImage2Video*",
-    ),
     "i2am does not read the attention of the face's tokens; the picture enters as channels besides": ("ConsisID*",),
     "i2am does not read layers that look at two contexts in turn": ("VersatileDiffusionDualGuided*",),
     PARTS: ("StableCascadeCombined*",),

@@ -20,7 +20,7 @@ import i2am
 from tests.helpers.families import generator
 from tests.helpers.tiny_models import dit, offline, prompts, videos
 from tests.helpers.tiny_models import unet as pipelines
-from tests.helpers.tiny_models.context import stand_in
+from tests.helpers.tiny_models.context import Device, stand_in
 from tests.helpers.tokens import capture_calls, generated
 from tests.helpers.truth import Truth, assert_peak
 
@@ -304,6 +304,28 @@ def visualcloze():
     return Run(pipe, call, ("attn",), (6, 9), at[:, 9:].flatten(), references)
 
 
+def layered():
+    """The whole picture and two layers, of 5×5 tokens each."""
+    torch.manual_seed(0)
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=dit.TEXT,
+        axes_dims_rope=(4, 6, 6),
+        use_layer3d_rope=True,
+        use_additional_t_cond=True,
+    ).eval()
+    coder = Coder(64, 1)
+    pipe = assembled("QwenImageLayeredPipeline", transformer, coder, processor=None, text_encoder=Device())
+    call = dict(image=pipelines.image((64, 64)), prompt="a", layers=2, true_cfg_scale=3.0, output_type="pt")
+    call |= text(4) | dict(prompt_embeds_mask=torch.ones(1, 4), negative_prompt_embeds_mask=torch.ones(1, 4))
+    parts = {"reference": (slice(79, 104), (5, 5))}
+    return Run(pipe, call, ("attn",), (15, 5), slice(4, 79), parts, CFG_CALLS, frames=3)
+
+
 def kolors():
     """Its UNet projects the text first, and keeps doing so beside an IP-Adapter."""
     unet = pipelines.unet(
@@ -358,6 +380,7 @@ RUNS: dict[str, Callable[[], Run]] = {
         ltx2_in_context,
         i2vgen,
         visualcloze,
+        layered,
         kolors,
     )
 }
