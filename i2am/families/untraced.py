@@ -66,8 +66,10 @@ REASONS = {
     "attention; its cross-attention looks at text": ("SanaImageToVideo*",),
     "its self-attention is a linear recurrence (gated delta networks) in all but a few layers, without a softmax over "
     "keys": ("SanaWM*",),
-    "i2am does not read the attention of the face's tokens; the picture enters as channels besides": ("ConsisID*",),
-    "i2am does not read layers that look at two contexts in turn": ("VersatileDiffusionDualGuided*",),
+    "i2am does not read the attention of the face's tokens, a softmax written out whose keys and values share one "
+    "projection; the picture enters as channels besides": ("ConsisID*",),
+    "i2am does not read layers that look at the text and at the picture in turn, in two transformers of which only the "
+    "running call knows which is the picture's": ("VersatileDiffusionDualGuided*",),
     PARTS: ("StableCascadeCombined*",),
     FEATURES: ("StableCascadeDecoder*", "WuerstchenCombined*", "WuerstchenDecoder*"),
     "it makes an image embedding and runs no attention of a denoiser of pictures": (
