@@ -22,6 +22,7 @@ from i2am import _files, _images, zoo
 from i2am.cli import arguments, results
 from i2am.cli.arguments import UserError
 from i2am.cli.completion import SHELLS
+from i2am.cli.parts import _find
 from i2am.cli.pipelines import class_name_in, find_class
 from i2am.evaluate import Store, read_manifest
 from i2am.evaluate.compare import read_run
@@ -49,11 +50,13 @@ TARGETS = {  # function that parses → the hypothesis test that feeds it
     "i2am/_images.py:read_mask": f"{HERE}test_any_array_is_a_mask_and_a_picture_or_a_value_error",
     "i2am/_images.py:read_picture": f"{HERE}test_any_array_is_a_mask_and_a_picture_or_a_value_error",
     "i2am/_images.py:read_point": f"{HERE}test_any_value_is_a_point_or_none_or_a_value_error",
+    "i2am/cli/arguments.py:part": f"{HERE}test_any_text_is_an_option_or_a_sentence",
     "i2am/cli/arguments.py:positive": f"{HERE}test_any_text_is_an_option_or_a_sentence",
     "i2am/cli/arguments.py:seed": f"{HERE}test_any_text_is_an_option_or_a_sentence",
     "i2am/cli/arguments.py:size": f"{HERE}test_any_text_is_an_option_or_a_sentence",
     "i2am/cli/__init__.py:main": "tests/cli/test_ends.py::test_any_words_end_with_a_code",
     "i2am/cli/completion.py:run": f"{HERE}test_any_name_of_an_option_completes",
+    "i2am/cli/parts.py:_find": f"{HERE}test_any_model_index_is_a_pipeline_or_a_sentence",
     "i2am/cli/pipelines.py:check_adapter": f"{HERE}test_any_model_index_is_a_pipeline_or_a_sentence",
     "i2am/cli/pipelines.py:class_name_in": f"{HERE}test_any_model_index_is_a_pipeline_or_a_sentence",
     "i2am/cli/pipelines.py:find_class": f"{HERE}test_any_model_index_is_a_pipeline_or_a_sentence",
@@ -181,9 +184,13 @@ def small_maps(**more):
 
 # ------------------------------------------------------------------------------------------------------------- options
 
-KINDS = (arguments.positive, arguments.time_groups, arguments.seed, arguments.number, arguments.size, arguments.nbytes)
+KINDS = (
+    *(arguments.positive, arguments.time_groups, arguments.seed, arguments.number, arguments.size, arguments.nbytes),
+    arguments.part,
+)
 WORDS = st.from_regex(
-    r"[0-9]{1,20}([x×.][0-9]{0,7})?( ?[kKMGT]?B)?|steps|nan|-?inf|[-+]?[0-9]e[0-9]{1,3}", fullmatch=True
+    r"[0-9]{1,20}([x×.][0-9]{0,7})?( ?[kKMGT]?B)?|steps|nan|-?inf|[-+]?[0-9]e[0-9]{1,3}|[a-z_]{1,3}=.{0,3}",
+    fullmatch=True,
 )
 
 
@@ -199,6 +206,9 @@ def test_any_text_is_an_option_or_a_sentence(kind, text):
             assert 1 <= _files.parse_size(value) < 2**63
         elif kind is arguments.size:
             assert all(n > 0 and n % 8 == 0 for n in value)
+        elif kind is arguments.part:
+            assert "=".join(value) == text
+            assert all(value)
         elif kind is arguments.number:
             assert np.isfinite(value)
         else:
@@ -525,3 +535,10 @@ def test_any_model_index_is_a_pipeline_or_a_sentence(tmp_path, text):
         assert "PIPELINE" in str(refusal)  # noqa: PT017
     else:
         assert found.__name__ == name
+    (tmp_path / "config.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        part = _find("unet", str(tmp_path))
+    except UserError as refusal:
+        assert "--part" in str(refusal)  # noqa: PT017
+    else:
+        assert part.kind.__name__ in text

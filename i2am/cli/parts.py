@@ -71,6 +71,7 @@ def load_parts(parts: list[Part], dtype: torch.dtype) -> dict[str, Any]:
 def _find(name: str, place: str) -> Part:
     import diffusers
     import transformers
+    from torch import nn
 
     if not is_folder(place) and not HUB_NAME.fullmatch(place):
         raise UserError(f"--part: there is no folder {place}")
@@ -79,11 +80,28 @@ def _find(name: str, place: str) -> Part:
             config = diffusers.AutoModel.load_config(place, subfolder=subfolder or None)
         except (OSError, ValueError, RecursionError):
             continue
-        classes = [config.get("_class_name"), *(config.get("architectures") or ())] if isinstance(config, dict) else []
-        for kind in (getattr(library, str(c), None) for c in classes for library in (diffusers, transformers)):
-            if isinstance(kind, type) and hasattr(kind, "from_pretrained"):
-                return Part(name, place, subfolder, kind)
+        for library in (diffusers, transformers):
+            for kind in (_class_of(library, named) for named in _classes_in(config)):
+                if isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "from_pretrained"):
+                    return Part(name, place, subfolder, kind)
     raise UserError(
         f"--part: {place} holds no {name}: neither its config.json nor that of a folder {name} in it names a class of "
         "diffusers or transformers"
     )
+
+
+def _classes_in(config: Any) -> list[str]:
+    """Return names of classes in the configuration of a model of diffusers or of transformers."""
+    if not isinstance(config, dict):
+        return []
+    several = config.get("architectures")
+    found = [config.get("_class_name"), *(several if isinstance(several, list) else ())]
+    return [name for name in found if isinstance(name, str)]
+
+
+def _class_of(library: Any, name: str) -> Any:
+    """Return what a library calls ``name``; None: nothing, or nothing that can be imported here."""
+    try:
+        return getattr(library, name, None)
+    except (ImportError, RuntimeError):
+        return None
