@@ -73,7 +73,11 @@ def pipeline_session(args: argparse.Namespace) -> Session:
     values = {option: None if default is inspect.Parameter.empty else default for option, default in values.items()}
     taken = {reference_argument(pipeline_class, {*signature}, args.ip_adapter is not None)}
     images = {"reference": True} | dict.fromkeys(images_needed({*signature}, taken).values(), True)
-    given = dict.fromkeys([*IMAGE_OPTIONS, "seed"]) | dict.fromkeys(images, "given on the page") | values
+    given = (
+        dict.fromkeys([*IMAGE_OPTIONS, *CALL_OPTIONS.values(), "seed"])
+        | dict.fromkeys(images, "given on the page")
+        | values
+    )
     given |= {option: "" for option in ("prompt", "negative_prompt") if option in values}
     job = Job.of(argparse.Namespace(**{**vars(args), **given}))
     if job.makes_videos:
