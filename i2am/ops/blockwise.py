@@ -7,7 +7,7 @@ takes :mod:`i2am.ops.shifted`. The shift is one more column of q and k, so that 
     e_ij = 2^(s_ij − shift_i) = exp2([q, −shift] [k, 1]ᵀ)
 
 Everything else is a product with ``e``: output, row sums and mass ``e [V, 1, 1_𝒦]``; column sums ``uᵀ e`` with
-``u = 2^(shift − top)``; then R2G ``u ∘ e (1 / columns)``, G2R and SRAM ``(w / rows)ᵀ e``.
+``u = 2^(shift − top + LIFT)``; then R2G ``u ∘ e (1 / columns)``, G2R and SRAM ``(w / rows)ᵀ e``.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ KEYS = 1024  # of a tile
 TILE = 1 << 18  # elements of a tile: 1 MiB of float32
 LANES = 16  # float32 of a vector register: products are faster when their width is a multiple
 SAMPLE = 16  # keys that a row's shift is the largest logit of
-MARGIN = 24.0  # log2, by which the shift lies higher: the others may be so much larger than those of the sample, too
-LIMIT = 2.0**40  # of a row sum; below it no row that a column above WEAK needs has underflowed
-WEAK = 2.0**-40  # a column sum below this share of the strongest row is computed anew
+LIFT = 24.0  # log2, by which the strongest row's column weight lies above 1: those of weak rows underflow later
+LIMIT = 2.0**64  # of a row sum; below it no row that a column above WEAK needs has underflowed
+ROOM = 2.0**126  # of a row sum times the largest value
+WEAK = 2.0 ** (LIFT - 40)  # a column sum below this, 2^-40 of the strongest row's weight, is computed anew
 LN2 = math.log(2.0)
 
 
@@ -51,6 +52,7 @@ class Blockwise:
         self._k[:, :, :d] = heads.k
         self._k[:, :, :d] *= heads.scale * LOG2E
         self._reach = largest(self._k) * d
+        self._limit = LIMIT if heads.v is None else min(LIMIT, ROOM / max(largest(heads.v), 1.0))
         self._values = _values(heads)  # [G, Nk, width] each
         self._rows = heads.weights.new_empty(G, Nq)  # their sums' reciprocals
         n, Q = len(heads.references), heads.queries.stop - heads.queries.start
@@ -69,8 +71,8 @@ class Blockwise:
         generated = both(rows, heads.queries)
         top = shift.new_full((len(shift), 1), -math.inf)
         if generated.start < generated.stop:
-            top = shift[:, within(generated, rows)].amax(1, keepdim=True) - MARGIN
-        undo = shift.sub_(top).exp2_().unsqueeze(1)  # [G, 1, rows]
+            top = shift[:, within(generated, rows)].amax(1, keepdim=True)
+        undo = _lifted(shift.sub_(top)).unsqueeze(1)  # [G, 1, rows]
         sums = shift.new_zeros(len(shift), 1, heads.hull.stop - heads.hull.start)
         scratch = self._scratch()
         for tile in self._row_tiles(rows):
@@ -97,7 +99,6 @@ class Blockwise:
         few = self._k[:, step // 2 :: step, :d].transpose(1, 2)  # [G, d, sample]
         for tile in evenly(slice(0, rows.stop - rows.start), max(1, TILE // (len(q) * few.shape[2]))):
             q[:, tile, d] = -torch.bmm(q[:, tile, :d], few).amax(2)
-        q[:, :, d] -= MARGIN
         return q[:, :, d].neg()
 
     def _write(self, rows: slice, totals: list[Tensor]) -> bool:
@@ -117,7 +118,7 @@ class Blockwise:
         if heads.keeps_mass and both(rows, heads.queries) == rows:
             mass = ones[:, :, 1 : 1 + len(self._mass)] * self._rows[:, rows].unsqueeze(2)  # [G, R, n]
             self._mass[:, :, within(rows, heads.queries)] = mass.permute(2, 0, 1)
-        return bool((sums < LIMIT).all())  # not so where they are NaN
+        return bool((sums < self._limit).all())  # not so where they are NaN
 
     # ------------------------------------------------------------------------------------------------- column sums
 
@@ -130,7 +131,7 @@ class Blockwise:
             return None
         self._top = torch.stack([part.top for part in parts]).amax(0)
         sums = sum_of([part.sums[:, 0] * (part.top - self._top).exp2_() for part in parts])
-        self._lse = sums.log2().add_(self._top)
+        self._lse = (sums * 2.0**-LIFT).log2_().add_(self._top)
         self._columns = sums.reciprocal()
         weak = (~(sums >= WEAK)).any(0).nonzero().squeeze(1)
         if len(weak) > 0:
@@ -163,7 +164,7 @@ class Blockwise:
         for tile in self._row_tiles(rows):
             there = within(tile, heads.queries)
             weights = heads.weights[:, there] * self._rows[:, tile].unsqueeze(1)  # [G, 1 + regions, R]
-            undo = (-self._q[:, tile, -1] - self._top).exp2_()  # [G, R]
+            undo = _lifted(-self._q[:, tile, -1] - self._top)  # [G, R]
             shares: list[Tensor | None] = [None for _ in heads.references]  # [G, R, 1]
             for keys in self._key_tiles(heads.hull):
                 e = self._kept.pop((tile.start, keys.start), None)
@@ -229,6 +230,12 @@ class Blockwise:
         shape = len(self._k), rows.stop - rows.start, keys.stop - keys.start
         room = self._k.new_empty(shape) if scratch is None else scratch[: math.prod(shape)].view(shape)
         return product(self._q[:, rows], self._k[:, keys].transpose(1, 2), room).exp2_()
+
+
+def _lifted(x: Tensor) -> Tensor:
+    """Return ``2^(x + LIFT)``, in place; x is not rounded to the digits that ``x + LIFT`` has."""
+    root = x.mul_(0.5).exp2_()
+    return (root * 2.0**LIFT).mul_(root)
 
 
 def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

@@ -239,6 +239,17 @@ def test_column_log_sum_exp_at_the_edge_of_the_shortcut(tiled):
     check(q, k, v, scale=1.0, tolerance=4 * EPS * 120)
 
 
+def test_values_as_large_as_float32_beside_a_row_that_its_sample_says_nothing_of():
+    """Exponentials of 2^60 are in range, times values of 1e25 they are not: the row is computed by its own maximum."""
+    q, k, v = inputs(65, 129, amplitude=0.1)
+    q[..., 0] = 1.0
+    k[..., 0] = 0.0
+    k[:, :, 5, 0] = 60 * math.log(2.0)  # not among the keys that a row's shift comes from
+    check(q, k, v, scale=1.0, tolerance=4 * EPS * 60)
+    got = i2am.attention(q, k, v * 1e25, scale=1.0, backend="streaming")
+    assert_close("out", got.out / 1e25, i2am.attention(q, k, v, scale=1.0, backend="reference").out, 4 * EPS * 60)
+
+
 # ------------------------------------------------------------------------------------------------------------ masks
 
 
