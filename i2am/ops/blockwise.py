@@ -235,7 +235,7 @@ class Blockwise:
 def _lifted(x: Tensor) -> Tensor:
     """Return ``2^(x + LIFT)``, in place; x is not rounded to the digits that ``x + LIFT`` has."""
     root = x.mul_(0.5).exp2_()
-    return (root * 2.0**LIFT).mul_(root)
+    return root.mul(2.0**LIFT).mul_(root)
 
 
 def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ MUTANTS = [
     Mutant(SHIFTED, "return self._lse / self._unit", "return self._lse", "in powers of two"),
     Mutant(BLOCKWISE, "if not all(part.good for part in parts):", "if not parts[0].good:", "one piece out of range"),
     Mutant(BLOCKWISE, "min(LIMIT, ROOM / max(largest(heads.v), 1.0))", "LIMIT", "values of 1e25"),
-    Mutant(BLOCKWISE, "return (root * 2.0**LIFT).mul_(root)", "return root", "weights of columns are square roots"),
+    Mutant(BLOCKWISE, "return root.mul(2.0**LIFT).mul_(root)", "return root", "weights of columns are square roots"),
     Mutant(BLOCKWISE, "return bool((sums < self._limit).all())", "return True", "rows out of range are taken"),
     Mutant(BLOCKWISE, "part.sums[:, 0] * (part.top - self._top).exp2_()", "part.sums[:, 0]", "pieces are not rescaled"),
     Mutant(BLOCKWISE, "self._columns[:, weak] = 0.0", "pass", "weak columns are added twice"),
