@@ -13,7 +13,10 @@ from i2am.ops.forward import Outputs, Setting, factors, forward, query_weights, 
 
 OWN = ("mass", "expected", "landing")  # what is taken from the forward, besides out and col_lse
 VARIANCE = 0.25  # of logits under P from which the mean of ln P need not be exact to the last bit
+TINY = 1e-30  # below any sum of C, or of P u
 LARGE = 20.0  # nats: from here on the rounding of float32 logits would cost the gradient more than 1e-5
+SMALL = 1 << 20  # logits of a call for which float64 costs milliseconds
+NOTABLE = 5.0  # nats: from here on such a call may be so near one-hot that 1 − p has too few digits in float32
 
 
 class _Side(NamedTuple):
@@ -40,7 +43,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of q, k and v. ``grads`` holds one tensor per field of :class:`Outputs`, or None."""
     given = q.dtype
-    if _large(given, kept):
+    if _needs_double(q, k, kept):
         q, k, v = q.double(), k.double(), None if v is None else v.double()
         reads = [name for name in (*OWN, "col_lse") if getattr(kept, name).numel()]
         kept = forward(q, k, v, mask, regions, x, y, setting, reads, "streaming")
@@ -82,12 +85,13 @@ def backward(
     return dq.to(given), dk.to(given), None if dv is None else dv.to(given)
 
 
-def _large(dtype: torch.dtype, kept: Outputs) -> bool:
+def _needs_double(q: Tensor, k: Tensor, kept: Outputs) -> bool:
     """Return whether float32 inputs have logits so large that their gradient is computed in float64."""
-    if dtype != torch.float32:
+    if q.dtype != torch.float32:
         return False
     lse = torch.cat([x.flatten() for x in (kept.row_lse, kept.col_lse)])
-    return bool(lse.masked_fill(lse.isneginf(), 0.0).abs().amax() > LARGE)
+    bound = NOTABLE if q[..., 0].numel() * k.shape[2] <= SMALL else LARGE
+    return bool(lse.masked_fill(lse.isneginf(), 0.0).abs().amax() > bound)
 
 
 def _cross(
@@ -102,7 +106,8 @@ def _cross(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return what the cross sides add to ε, ``[B, H, hull]``, and to δ, ``[B, H, Q]``; None: nothing."""
     dr2g, values = d["r2g"], _per_key(d)
-    weights = None if dr2g is None else dr2g.permute(1, 2, 3, 0)  # [B, H, Q, n]
+    # [B, H, Q, n + 1]: the last column sums C itself, which rounded logits leave off 1; near one-hot, ε needs that 1
+    weights = None if dr2g is None else torch.cat([dr2g, torch.ones_like(dr2g[:1])]).permute(1, 2, 3, 0)
     row_lse = kept.row_lse[:, :, setting.generated]
     between = None if mask is None else mask[:, :, setting.generated, setting.hull]
     sides: dict[str, Any] = dict(
@@ -110,15 +115,15 @@ def _cross(
     )
     spent, gathered = None, None  # [B, H, Q, 1 + R], [B, H, hull, n]
     if joined and weights is not None:
-        u, w = factors(kept.row_lse, kept.col_lse, setting)
+        u, _ = factors(kept.row_lse, kept.col_lse, setting)
         spent, gathered = sweeps.weigh(**sides, values=values, weights=weights * u)
-        gathered = None if gathered is None else gathered * w
     else:
         if values is not None:
             spent, _ = sweeps.weigh(**sides, values=values)
         if weights is not None:
             gathered, _ = sweeps.weigh(lse=kept.col_lse, values=weights, **setting.exchanged(q, k, mask))
     if gathered is not None:
+        gathered = gathered[..., :-1] / gathered[..., -1:].clamp_min(TINY)  # nothing of a fully masked column
         gathered = (gathered * setting.members(gathered, shares=True)).sum(3)
     if spent is not None:
         spent = (spent * query_weights(regions, setting, like=spent)[..., : spent.shape[3]]).sum(3)

@@ -133,9 +133,9 @@ class Blockwise:
         sums = sum_of([part.sums[:, 0] * (part.top - self._top).exp2_() for part in parts])
         self._lse = (sums * 2.0**-LIFT).log2_().add_(self._top)
         self._columns = sums.reciprocal()
-        weak = (~(sums >= WEAK)).any(0).nonzero().squeeze(1)
-        if len(weak) > 0:
-            self._weak = weak
+        strong = sums >= WEAK
+        if not bool(strong.all()):
+            self._weak = weak = (~strong).any(0).nonzero().squeeze(1)
             self._lse[:, weak] = self._exact(weak)
             self._columns[:, weak] = 0.0  # their share of R2G is added apart
         return self._lse * LN2

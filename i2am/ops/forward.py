@@ -251,7 +251,7 @@ def _beside(
         asked = asked._replace(expected=places.clone(memory_format=torch.contiguous_format))
     if landing is not None:
         inside = slice(setting.hull.start - span.start, setting.hull.stop - span.start)
-        asked = asked._replace(landing=landing[:, :, inside] * w)
+        asked = asked._replace(landing=(landing[:, :, inside] * w).contiguous())
     return asked if entropy is None else asked._replace(entropy=entropy)
 
 

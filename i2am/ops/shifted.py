@@ -20,6 +20,7 @@ TILE = 5 << 18  # elements: 5 MiB of float32, small enough for the caches, large
 NARROW = 48  # with fewer keys a tile lies transposed in memory, so that its long axis is the contiguous one
 WEAK = 2.0**-80  # a column sum below this share of the strongest row may have lost terms that count to underflow
 TINY = 1e-30  # below any row sum: its largest term is 1
+SMALL = 1 << 16  # elements of q and k: up to here looking for overflows costs more than being prepared for them
 
 
 class Part(NamedTuple):
@@ -46,7 +47,7 @@ class Shifted:
 
     def __init__(self, heads: Heads):
         self._heads = heads
-        self._overflows = heads.may_overflow()
+        self._overflows = heads.q.numel() + heads.k.numel() <= SMALL or heads.may_overflow()
         self._unit = LOG2E if heads.bias is None or heads.bias.dtype == torch.bool else 1.0
         self._k = (heads.k.to(heads.dtype) * (heads.scale * self._unit)).contiguous().transpose(1, 2)  # [G, d, Nk]
         self._v = None if heads.v is None else heads.v.to(heads.dtype)  # [G, Nk, dv]
@@ -79,7 +80,7 @@ class Shifted:
         top = s.amax(2)  # [G, R]
         if heads.bias is None and self._overflows:
             top.masked_fill_(top.isneginf(), math.nan)  # nothing is masked, so it is an overflow
-        shift = _finite(top)
+        shift = top if heads.bias is None else _finite(top)
         e = self._exp_(s.sub_(shift.unsqueeze(2)))
         sums = e.sum(2)  # [G, R]
         heads.row_lse[:, rows] = (self._log(sums) + shift) / self._unit
@@ -119,12 +120,15 @@ class Shifted:
 
         Columns far below the strongest row are computed anew: their terms underflowed. So are fully masked ones (-inf).
         """
-        top = torch.stack([part.top for part in parts]).amax(0)
-        self._sums = sum_of([part.sums * self._exp_(part.top - top) for part in parts])
+        top, self._sums = parts[0].top, parts[0].sums
+        if len(parts) > 1:
+            top = torch.stack([part.top for part in parts]).amax(0)
+            self._sums = sum_of([part.sums * self._exp_(part.top - top) for part in parts])
         self._spent = [sum_of(spent) for spent in zip(*(part.spent for part in parts), strict=True)]
         self._lse = self._log(self._sums) + top
-        weak = (~(self._sums >= WEAK)).any(0).nonzero().squeeze(1)  # [W]; NaN, too
-        if len(weak) > 0:
+        strong = self._sums >= WEAK  # NaN is not
+        if not bool(strong.all()):
+            weak = (~strong).any(0).nonzero().squeeze(1)  # [W]
             self._lse[:, weak] = self._exact(weak)
             self._kept = None
         return self._lse / self._unit

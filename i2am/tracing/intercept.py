@@ -55,6 +55,8 @@ class AttentionCall:
 
     def on(self, samples: slice) -> AttentionCall:
         """Return the same call for some samples of the batch."""
+        if samples.start == 0 and samples.stop == self.query.shape[0]:
+            return self
         mask = self.attn_mask
         if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
             mask = mask[samples]
@@ -215,7 +217,14 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
     known = inspect.signature(torch.compiler.disable).parameters
     reason = {"reason": COMPILED} if "reason" in known else {}
     disabled: Callable[P, R] = torch.compiler.disable(function, **reason)
-    return disabled
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():  # asked first: 15 such calls a layer cost more than what they call
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return called
 
 
 def refuse_compiled(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -235,7 +236,7 @@ class Observer:
 
     def _see_finite(self, layer: str, context: ForwardContext, q: Tensor, k: Tensor, row_lse: Tensor) -> None:
         """Say once where values stop being finite."""
-        if not bool((row_lse.isnan() | row_lse.isposinf()).any()):
+        if bool((row_lse < math.inf).all()):  # -inf is a fully masked row
             return
         which = (
             " and ".join(name for name, x in (("q", q), ("k", k)) if not bool(x.isfinite().all())) or "their product"
