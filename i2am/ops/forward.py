@@ -127,7 +127,7 @@ def forward(
         values = q.new_empty(B, H, setting.queries[1] - setting.queries[0], 0, dtype=dtype)
         values = values if y is None else y.to(dtype).unsqueeze(1).expand(B, H, -1, -1)
         landing, col_lse, _ = sweeps.attend(values=values, **setting.exchanged(q, k, mask))
-        asked = asked if y is None else asked._replace(landing=landing.clone(memory_format=torch.contiguous_format))
+        asked = asked if y is None else asked._replace(landing=landing.contiguous())
         asked = asked._replace(col_lse=col_lse if asked.col_lse.numel() == 0 else asked.col_lse)
     return asked if asked.r2g.numel() or not fused else _crossed(q, k, mask, regions, setting, asked)
 
@@ -248,10 +248,10 @@ def _beside(
     )
     if places is not None and x is not None:
         places = places.reshape(B, H, Q, n, x.shape[2]).permute(3, 0, 1, 2, 4)
-        asked = asked._replace(expected=places.clone(memory_format=torch.contiguous_format))
+        asked = asked._replace(expected=places)
     if landing is not None:
         inside = slice(setting.hull.start - span.start, setting.hull.stop - span.start)
-        asked = asked._replace(landing=(landing[:, :, inside] * w).contiguous())
+        asked = asked._replace(landing=landing[:, :, inside] * w)
     return asked if entropy is None else asked._replace(entropy=entropy)
 
 

@@ -63,7 +63,8 @@ def attention_maps(
         backend: of the fused op.
     """
     with torch.autocast(q.device.type, enabled=False):  # the model's own autocast must not reach the statistics
-        return forward(q, k, v, mask, regions, x, y, Setting.of(scale, queries, keys), reads.split(","), backend)
+        found = forward(q, k, v, mask, regions, x, y, Setting.of(scale, queries, keys), reads.split(","), backend)
+    return Outputs(found.out, *(field.contiguous() for field in found[1:]))
 
 
 @attention_maps.register_fake
@@ -131,6 +132,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     tensors, kept = saved[:7], saved[7:]
+    grads = tuple(g if g is not None and g.numel() else None for g in grads)  # compiled code fills in empty ones
     if all(g is None for g in grads):
         return (None,) * 12
     dq, dk, dv = attention_maps_backward(*tensors, list(kept), list(grads), *ctx.setting)
