@@ -15,8 +15,7 @@ OWN = ("mass", "expected", "landing")  # what is taken from the forward, besides
 VARIANCE = 0.25  # of logits under P from which the mean of ln P need not be exact to the last bit
 TINY = 1e-30  # below any sum of C, or of P u
 LARGE = 20.0  # nats: from here on the rounding of float32 logits would cost the gradient more than 1e-5
-SMALL = 1 << 20  # logits of a call for which float64 costs milliseconds
-NOTABLE = 5.0  # nats: from here on such a call may be so near one-hot that 1 − p has too few digits in float32
+NOTABLE = 5.0  # nats: from here on a small call may be so near one-hot that 1 − p has too few digits in float32
 
 
 class _Side(NamedTuple):
@@ -90,7 +89,7 @@ def _needs_double(q: Tensor, k: Tensor, kept: Outputs) -> bool:
     if q.dtype != torch.float32:
         return False
     lse = torch.cat([x.flatten() for x in (kept.row_lse, kept.col_lse)])
-    bound = NOTABLE if q[..., 0].numel() * k.shape[2] <= SMALL else LARGE
+    bound = NOTABLE if sweeps.costs_little(q, k) else LARGE
     return bool(lse.masked_fill(lse.isneginf(), 0.0).abs().amax() > bound)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from i2am.ops import gradients, naive
+from i2am.ops import gradients, naive, sweeps
 from i2am.ops.checks import check_call, refuse_gradient, refuse_undifferentiable
 from i2am.ops.forward import READS as STREAMED
 from i2am.ops.forward import Outputs
@@ -20,6 +20,7 @@ from i2am.ops.results import Readouts
 from i2am.ops.tokens import Selector, TokenSet, gather, inverse, on_device
 
 READS = ("r2g", "g2r", "mass", "col_lse", "sram", "expected", "landing", "entropy", "columns", "log_p", "log_c")
+FEW = {"columns", "log_p", "log_c"}  # read beside the op, from the log-sum-exps
 NEEDS = {  # which argument a read-out needs
     "sram": "regions",
     "expected": "key_coordinates",
@@ -229,6 +230,9 @@ def _streamed(q: Tensor, k: Tensor, v: Tensor | None, asked: _Asked, backend: st
             backend,
         )
     )
+    exact = q, k, got.row_lse, got.col_lse
+    if FEW & asked.read and q.dtype == torch.float32 and sweeps.costs_little(q, k):
+        exact = _exact_lse(q, k, mask, asked, query_span, spans)
     found = []
     for n, (start, stop) in enumerate(spans):
         at = slice(start - first, stop - first)
@@ -248,7 +252,8 @@ def _streamed(q: Tensor, k: Tensor, v: Tensor | None, asked: _Asked, backend: st
         if everything and "mass" in asked.read:  # 1, and 0 where a row is fully masked
             one = one.having(mass=(~got.row_lse.detach()[:, :, generated].isneginf()).to(got.row_lse.dtype))
         between = None if mask is None else mask[:, :, generated, few]
-        one = _with_few(one, q[:, :, generated], k[:, :, few], between, one.row_lse[:, :, generated], asked, n)
+        few_of = exact[0][:, :, generated], exact[1][:, :, few], exact[2][:, :, generated], exact[3][..., at]
+        one = _with_few(one, *few_of, between, asked, n)
         found.append(one if "col_lse" in asked.read else one.having(col_lse=None))
     if query_order is None:
         return found
@@ -257,6 +262,25 @@ def _streamed(q: Tensor, k: Tensor, v: Tensor | None, asked: _Asked, backend: st
         one.having(out=None if one.out is None else one.out[:, :, back], row_lse=one.row_lse[:, :, back])
         for one in found
     ]
+
+
+def _exact_lse(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    asked: _Asked,
+    query_span: tuple[int, int],
+    spans: Sequence[tuple[int, int]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q, k and both log-sum-exps in float64: p's gradient is a difference of theirs, and of one-hot's small."""
+    q, k = q.double(), k.double()
+    reads = "col_lse" if "log_c" in asked.read else ""
+    edges = [edge for span in spans for edge in span]
+    found = gradients.attention_maps(
+        q, k, None, mask, None, None, None, asked.scale, list(query_span), edges, reads, "streaming"
+    )
+    got = Outputs(*found)
+    return q, k, got.row_lse, got.col_lse
 
 
 def _hull(coordinates: list[Tensor], spans: Sequence[tuple[int, int]], first: int, last: int) -> Tensor:
@@ -271,7 +295,7 @@ def _hull(coordinates: list[Tensor], spans: Sequence[tuple[int, int]], first: in
 
 
 def _with_few(
-    one: Readouts, q: Tensor, k: Tensor, mask: Tensor | None, row_lse: Tensor, asked: _Asked, n: int
+    one: Readouts, q: Tensor, k: Tensor, row_lse: Tensor, col_lse: Tensor, mask: Tensor | None, asked: _Asked, n: int
 ) -> Readouts:
     """Return ``one`` with its few columns and pairs: from the log-sum-exps, by plain autograd.
 
@@ -279,15 +303,17 @@ def _with_few(
         one: what was read of the whole call.
         q: ``[B, H, Q, d]`` generated queries.
         k: ``[B, H, K, d]`` keys of reference ``n``.
-        mask: ``[B, H, Q, K]``.
         row_lse: ``[B, H, Q]``.
+        col_lse: ``[B, H, K]``; used where "log_c" is asked for.
+        mask: ``[B, H, Q, K]``.
     """
+    dtype = one.row_lse.dtype
     if asked.columns is not None:
         few = k[:, :, asked.columns[n].index]  # [B, H, n, d]
         s = _exact(q) @ _exact(few).transpose(2, 3) * asked.scale  # [B, H, Q, n]
         s = _masked(s, None if mask is None else mask[..., asked.columns[n].index])
         p = (s - _finite(row_lse).unsqueeze(3)).exp()
-        one = one.having(columns=p.to(row_lse.dtype))
+        one = one.having(columns=p.to(dtype))
     if asked.pairs is not None:
         pairs = asked.pairs[n].to(q.device).expand(q.shape[0], -1, -1)
         i, j = (index[:, None].expand(-1, q.shape[1], -1) for index in pairs.unbind(2))  # [B, H, M]
@@ -295,9 +321,9 @@ def _with_few(
         if mask is not None:
             s = _masked(s, mask.gather(2, i[..., None].expand(*i.shape, k.shape[2])).gather(3, j[..., None])[..., 0])
         if "log_p" in asked.read:
-            one = one.having(log_p=(s - row_lse.gather(2, i)).to(row_lse.dtype))
-        if "log_c" in asked.read and one.col_lse is not None:
-            one = one.having(log_c=(s - one.col_lse.gather(2, j)).to(row_lse.dtype))
+            one = one.having(log_p=(s - row_lse.gather(2, i)).to(dtype))
+        if "log_c" in asked.read:
+            one = one.having(log_c=(s - col_lse.gather(2, j)).to(dtype))
     return one
 
 

@@ -24,10 +24,16 @@ from i2am.ops.heads import evenly, product
 CPU_TILE, GPU_TILE = 1 << 20, 1 << 24  # elements: what stays in a CPU's caches; what keeps a GPU busy
 KEYS, PART = 512, 1 << 18  # keys and elements of a tile that is a part of rows, on a CPU: for a core's own cache
 LOG2E = math.log2(math.e)  # torch's exp2 is 4× as fast as its exp on x86
+SMALL = 1 << 20  # logits of a call for which float64 costs milliseconds
 TINY = 1e-30  # below any row sum that is not 0
 IMPOSSIBLE = -1e4  # ln p of a pair that is masked: p ln p is 0 there, and must not be 0 · inf
 
 Place = tuple[int, slice]  # an image and some of its heads
+
+
+def costs_little(q: Tensor, k: Tensor) -> bool:
+    """Return whether a call of ``[B, H, Nq, d]`` and ``[B, H, Nk, d]`` is so small that float64 costs milliseconds."""
+    return q[..., 0].numel() * k.shape[2] <= SMALL
 
 
 def statistic(dtype: torch.dtype) -> torch.dtype:

@@ -192,7 +192,7 @@ def test_triton(kind):
     compare(*problem(kind=kind, d=16, B=1), "triton", 1e-5)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.fixed_dictionaries(
         dict(
@@ -212,6 +212,9 @@ def test_triton(kind):
 @example(dict(B=1, H=1, Nq=9, Nk=11, d=5, peak=0.1, kind="spans", mask=None, seed=0), {"entropy"})  # nearly uniform
 @example(dict(B=1, H=1, Nq=9, Nk=11, d=1, peak=15.0, kind="whole", mask="bool", seed=2), {"r2g"})  # near one-hot
 @example(dict(B=1, H=2, Nq=18, Nk=38, d=1, peak=18.0, kind="spans", mask="padding", seed=50350), {"mass"})
+@example(
+    dict(B=1, H=1, Nq=9, Nk=11, d=22, peak=60.0, kind="whole", mask=None, seed=1), {"columns", "g2r", "log_p", "log_c"}
+)
 def test_drawn(shape, read):
     tensors, keywords = problem(**shape)
     needs = dict(sram="regions", expected="key_coordinates", landing="query_coordinates", columns="columns")
