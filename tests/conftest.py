@@ -1,7 +1,9 @@
 """Shared by every test: the kernels are interpreted on CPU, and uninitialised memory is poison."""
 
+import gc
 import os
 from fnmatch import fnmatch
+from importlib.util import find_spec
 
 import torch
 
@@ -15,6 +17,10 @@ from tests.helpers import older_versions
 
 if older_versions.OLDER:
     older_versions.stand_in_for_missing_classes()
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    from tests.helpers import interpreter
+
+    interpreter.hasten()
 
 POISONED = ("empty", "empty_like", "empty_strided")
 
@@ -49,6 +55,12 @@ def one_thread():
 
     with demo.one_thread():
         yield
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector of garbage need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
