@@ -23,10 +23,13 @@ class Launch:
         self.written: dict[tuple, list[np.ndarray]] = {}
 
     def note(self, kind: str, program: tuple, pointers: np.ndarray, mask: np.ndarray) -> None:
-        touched = np.unique(np.broadcast_to(pointers, np.broadcast_shapes(pointers.shape, mask.shape))[mask])
-        outside = np.setdiff1d(touched, self.allowed)
+        touched = np.broadcast_to(pointers, np.broadcast_shapes(pointers.shape, mask.shape))[mask]
+        if not touched.size:
+            return
+        at = np.searchsorted(self.allowed, touched).clip(max=len(self.allowed) - 1)
+        outside = touched[self.allowed[at] != touched]
         if len(outside):
-            raise Fault(f"program {program} {kind} {len(outside)} elements outside its tensors")
+            raise Fault(f"program {program} {kind} {len(np.unique(outside))} elements outside its tensors")
         getattr(self, kind).setdefault(program, []).append(touched)
 
     def check(self) -> None:
@@ -46,6 +49,11 @@ class Launch:
             at = np.searchsorted(everything, read).clip(max=len(everything) - 1)
             if ((everything[at] == read) & (owners[at] != number.get(program, -1))).any():
                 raise Fault(f"program {program} read what another program of its launch wrote")
+
+    def forget(self) -> None:
+        """Let what was noted go."""
+        self.read.clear()
+        self.written.clear()
 
 
 def _addresses(x: torch.Tensor) -> np.ndarray:
@@ -76,6 +84,7 @@ def watched(order: int | None = None):
     def run(self, *args, **kwargs):
         call(self, *args, **kwargs)
         launches[-1].check()
+        launches[-1].forget()
 
     def set_grid_dim(*grid):
         set_dim(*grid)

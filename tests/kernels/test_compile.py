@@ -38,10 +38,11 @@ def finish(process):
 
 @pytest.fixture(scope="module")
 def reports():
-    """Target → what became of each configuration."""
+    """Target → what became of each configuration; on sm_90, whose code is read, of more head dims."""
     running = {}
     for target in TARGETS:
-        plain = start(target, "--dtypes", "fp16", "--head-dims", 40, 64, 72, 80, 128, "--variants", "plain", "few keys")
+        dims = (40, 64, 72, 80, 128) if target == "sm_90" else (40, 72, 128)
+        plain = start(target, "--dtypes", "fp16", "--head-dims", *dims, "--variants", "plain", "few keys")
         others = start(target, "--dtypes", "bf16", "fp32", "--head-dims", 64, "--variants", "plain")
         running[target] = plain, others
     return {target: [line for p in processes for line in finish(p)] for target, processes in running.items()}
@@ -52,7 +53,7 @@ def test_compiles_and_fits(reports, target):
     assert {f["name"].split()[0] for f in reports[target]} >= {
         "attention", "attribution", "columns", "accumulate", "few-forward", "few-attribution",
     }  # fmt: skip
-    assert len(reports[target]) >= 30
+    assert len(reports[target]) >= (30 if target == "sm_90" else 20)
     for found in reports[target]:
         if target.startswith("gfx") and version(found["triton"]) < (3, 4) and "lld" in found.get("error", ""):
             pytest.skip(f"Triton {found['triton']} links for AMD with ROCm's ld.lld, which is not here")
