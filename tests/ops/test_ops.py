@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import i2am
 from i2am.ops import Sums, accumulate
+from i2am.ops.checks import check_row_lse, choose_backend
 
 
 def qkv(B=2, H=3, Nq=10, Nk=7, d=16, dv=None, dtype=torch.float32):
@@ -52,12 +53,16 @@ def test_definitions_by_hand():
         (lambda q, k, v: dict(k=k[:1]), r"k \(1, 3, 7, 16\) does not fit q"),
         (lambda q, k, v: dict(k=k[..., :8]), "head dim must agree"),
         (lambda q, k, v: dict(v=v[:, :, :6]), r"v \(2, 3, 6, 16\) does not fit k"),
+        (lambda q, k, v: dict(k=k[:, :1]), r"k \(2, 1, 7, 16\) does not fit q .*heads"),
+        (lambda q, k, v: dict(v=v[:, :1]), r"v \(2, 1, 7, 16\) does not fit k .*heads"),
+        (lambda q, k, v: dict(v=v[:1]), r"v \(1, 3, 7, 16\) does not fit k .*batch"),
         (lambda q, k, v: dict(k=k.half()), "must share device and dtype"),
         (lambda q, k, v: dict(k=k.to("meta")), "must share device and dtype"),
         (lambda q, k, v: dict(q=q.long()), "must be floating point"),
         (lambda q, k, v: dict(q=q[:, :, :0]), "q is empty"),
         (lambda q, k, v: dict(q=q.transpose(2, 3).contiguous().transpose(2, 3)), "stride 10 along the head dim"),
         (lambda q, k, v: dict(scale=float("nan")), "scale must be finite"),
+        (lambda q, k, v: dict(scale=-math.inf), "scale must be finite, got -inf"),
         (
             lambda q, k, v: dict(attn_mask=torch.ones(4, 7).bool()),
             r"does not broadcast to \[B, H, Nq, Nk\] = \(2, 3, 10, 7\)",
@@ -117,7 +122,7 @@ def test_sums_that_do_not_fit_are_refused_before_anything_is_added(bad, message)
     assert not s.g2r.any()
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 9), (3, 2, 10), (2, 10)])
+@pytest.mark.parametrize("shape", [(1, 2, 9), (3, 2, 10), (4, 2, 10), (2, 10)])
 def test_regions_that_do_not_fit_are_refused(shape):
     q, k, v = qkv()
     s = new_sums(q, 7, regions=2)
@@ -131,24 +136,79 @@ def test_regions_that_do_not_fit_are_refused(shape):
 @pytest.mark.parametrize("backend", ["streaming", "triton", "reference"])
 def test_index_sets_in_any_order(backend):
     """Results come in the order of the index set; the output in the order of the queries."""
-    q, k, v = qkv(Nq=9, Nk=8)
+    q, k, v = qkv(Nq=9, Nk=8, dv=None if backend == "triton" else 24)
     bias = torch.randn(1, 1, 9, 8)
     queries, keys = [7, 0, 3, 8], torch.tensor([6, 1, 2])
     got = i2am.attention(q, k, v, attn_mask=bias, queries=queries, keys=keys, backend=backend)
-    p = torch.softmax((q @ k.transpose(-1, -2) / 4 + bias).double(), -1)
-    c = torch.softmax((q @ k.transpose(-1, -2) / 4 + bias).double()[:, :, queries][..., keys], -2)
+    s = (q @ k.transpose(-1, -2) / 4 + bias).double()
+    p, c = s.softmax(-1), s[:, :, queries][..., keys].softmax(-2)
     for x, y in [
         (got.out, p @ v.double()),
         (got.r2g, c.mean(-1)),
         (got.g2r, p[:, :, queries][..., keys].mean(-2)),
         (got.mass, p[:, :, queries][..., keys].sum(-1)),
+        (got.row_lse, s.logsumexp(-1)),
+        (got.col_lse, s[:, :, queries][..., keys].logsumexp(-2)),
     ]:
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["streaming", "triton", "reference"])
+def test_references_in_any_order_are_added_to_what_is_there(backend):
+    """Two, the later keys first, in two calls: each sum is its own, and the column statistics are in their order."""
+    keys, queries = [slice(5, 7), slice(1, 4)], slice(2, 9)
+    want = [dict(r2g=0.0, g2r=0.0, mass=0.0, sram=0.0) for _ in keys]
+    weights = torch.rand(1, 2, 7).softmax(-1)
+    sums = [Sums(*(torch.zeros(2, 3, *n) for n in ((7,), (K,), (7,), (2, K)))) for K in (2, 3)]
+    for _ in range(2):
+        q, k, v = qkv(Nq=10, Nk=7)
+        s = (q @ k.transpose(-1, -2) / 4).double()
+        _, row_lse, col_lse = accumulate(
+            q, k, v, sums=sums, queries=queries, keys=keys, regions=weights, backend=backend
+        )
+        torch.testing.assert_close(row_lse.double(), s.logsumexp(-1), rtol=1e-5, atol=1e-6)
+        for n, K in enumerate(keys):
+            p = s.softmax(-1)[:, :, queries, K]
+            want[n]["r2g"] += s[:, :, queries, K].softmax(-2).mean(-1)
+            want[n]["g2r"] += p.mean(-2)
+            want[n]["mass"] += p.sum(-1)
+            want[n]["sram"] += weights.double() @ p
+            torch.testing.assert_close(col_lse[n].double(), s[:, :, queries, K].logsumexp(-2), rtol=1e-5, atol=1e-6)
+    for one, true in zip(sums, want, strict=True):
+        for name, y in true.items():
+            torch.testing.assert_close(getattr(one, name).double(), y, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_trained_weights_without_gradients_are_added_up():
+    q, k, v = (torch.nn.Parameter(x) for x in qkv())
+    sums = new_sums(q, 7)
+    with pytest.raises(NotImplementedError, match="running sums carry no gradient"):
+        accumulate(q, k, v, sums=[sums])
+    with torch.no_grad():
+        accumulate(q, k, v, sums=[sums])
+    torch.testing.assert_close(sums.r2g.sum(-1), torch.ones(2, 3))
+
+
+def test_the_widest_head_of_the_kernels():
+    wide = torch.randn(1, 1, 2, 256)
+    assert choose_backend(wide, wide, "triton") == "triton"
+    with pytest.raises(ValueError, match="at most 256; got q 257, v 257"):
+        choose_backend(torch.randn(1, 1, 2, 257), torch.randn(1, 1, 2, 257), "triton")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 9), (2, 1, 10), (1, 3, 10)])
+def test_rows_that_are_not_the_calls_are_refused(shape):
+    q, _, v = qkv()
+    with pytest.raises(ValueError, match=r"row_lse must be \[B, H, Nq\] = \(2, 3, 10\)"):
+        check_row_lse(q, None, torch.zeros(shape))
+    with pytest.raises(ValueError, match="give v=None"):
+        check_row_lse(q, v, torch.zeros(2, 3, 10))
+    check_row_lse(q, None, torch.zeros(2, 3, 10))
+
+
 def op_arguments(backend="streaming", v=True, regions=True):
-    q, k, value = qkv(Nq=10, Nk=7)
-    sums = new_sums(q, 3, mass=True, regions=2 if regions else 0)
+    q, k, value = qkv(Nq=10, Nk=7, dv=None if backend == "triton" else 24)
+    sums = [new_sums(q, K, mass=True, regions=2 if regions else 0) for K in (2, 3)]  # the later keys first
     weights = torch.rand(1, 2, 10) if regions else None
     return (
         q,
@@ -158,11 +218,11 @@ def op_arguments(backend="streaming", v=True, regions=True):
         weights,
         0.25,
         [0, 10],
-        [2, 5],
-        [sums.r2g],
-        [sums.g2r],
-        [sums.mass],
-        [sums.sram] if regions else [],
+        [5, 7, 1, 4],
+        [s.r2g for s in sums],
+        [s.g2r for s in sums],
+        [s.mass for s in sums],
+        [s.sram for s in sums] if regions else [],
         backend,
     )
 

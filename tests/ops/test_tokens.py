@@ -23,7 +23,7 @@ def of(selector, length=8):
         (slice(-3, None), (5, 8)),
         (slice(0, 8, 3), [0, 3, 6]),
         (slice(3, 0, -1), [3, 2, 1]),
-        (slice(3, 4, 5), (3, 4)),
+        (slice(3, 8, 5), (3, 4)),
         ([2, 3, 4], (2, 5)),
         ([4, 3, 2], [4, 3, 2]),
         ([2, 4, 3], [2, 4, 3]),
@@ -138,11 +138,16 @@ def test_a_tensor_on_a_device_is_read_once_until_it_changes(monkeypatch):
     assert Counted.reads == 2
     with pytest.raises(ValueError, match="outside the valid range 0…5"):
         of(given, 6)
+    flags = (torch.arange(8) > 5).as_subclass(Counted)
+    assert of(flags) == (6, 8)
+    with pytest.raises(ValueError, match="bool mask of 8 tokens, but there are 9"):
+        of(flags, 9)
 
 
 def test_positions_are_copied_to_a_device_once():
     positions = np.array([5, 1, 3])
     assert on_device(positions, torch.device("cpu")) is on_device(positions.copy(), torch.device("cpu"))
+    assert on_device(np.array([1, 5, 3]), torch.device("cpu")).tolist() == [1, 5, 3]  # of the same size
     with torch._subclasses.FakeTensorMode():
         on_device(np.array([8, 9]), torch.device("cpu"))
     assert on_device(np.array([8, 9]), torch.device("cpu")).tolist() == [8, 9]
