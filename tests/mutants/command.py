@@ -87,7 +87,7 @@ MUTANTS = [
     Mutant(
         JOB, "time_groups=args.time_groups, layers=args.layers", "time_groups=args.time_groups", "--layers does nothing"
     ),
-    Mutant(IMAGES, "(reference.width - width) // 2", "0", "cut out on the left"),
+    Mutant(IMAGES, "(picture.width - width) // 2", "0", "cut out on the left"),
     Mutant(
         IMAGES, 'Resampling.NEAREST if option == "mask" else Resampling.LANCZOS', "Resampling.LANCZOS", "soft masks"
     ),
@@ -104,7 +104,7 @@ MUTANTS = [
         "--ip-adapter-scale does nothing",
     ),
     Mutant(PIPELINES, "        if len(weights) != 1:", "        if not weights:", "the first of several weight files"),
-    Mutant(PIPELINES, "torch_dtype=dtype, **given)", "torch_dtype=dtype)", "--variant and --revision do nothing"),
+    Mutant(PIPELINES, "torch_dtype=dtype, **given, **parts)", "torch_dtype=dtype, **parts)", "--variant does nothing"),
     Mutant(
         TRACE,
         "args.reference, args.more_references = first, more or None",
@@ -121,7 +121,10 @@ MUTANTS = [
     Mutant(EVALUATE, 'return SOME_FAILED if summary["failed"] else 0', "return 0"),
     Mutant(EVALUATE, 'unneeded=("mask",)', "unneeded=()", "a mask that only scores is refused"),
     Mutant(
-        EVALUATE, 'job.as_seen(reference_mask, images["reference"])', "reference_mask", "not cut as the encoder cuts"
+        EVALUATE,
+        'job.as_seen(reference_mask, images["reference"], generated)',
+        "reference_mask",
+        "not cut as the encoder cuts",
     ),
     Mutant(
         EVALUATE,

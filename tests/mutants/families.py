@@ -61,7 +61,7 @@ MUTANTS = [
         "    def _begin(self, *_: Any) -> None:\n        pass",
     ),
     Mutant(UNET, "sample[:, :channels]", "sample", "masks beside the latents are latents"),
-    Mutant(UNET, 'not layer.startswith(("mid_block", "middle_block"))', "True", "the mid block is in the mean"),
+    Mutant(UNET, 'part in ("mid_block", "middle_block")', "False", "the mid block is in the mean"),
     Mutant(UNET, "context.grid = tuple(hidden_states.shape[-2:])", "context.grid = tuple(hidden_states.shape[:-3:-1])"),
     Mutant(UNET, "elif keys != length:", "elif keys < length:", "a call of other keys"),
     Mutant(UNET, 'and not name.startswith("encoder_hid_proj")', "", "the resampler's layers are the UNet's"),

@@ -5,6 +5,7 @@ from tests.mutants import Mutant
 TESTS = ["tests/kernels/test_accumulate.py", "tests/kernels/test_attention.py"]
 FORWARD, ATTRIBUTION, COLUMNS = "kernels/forward.py", "kernels/attribution.py", "kernels/column_lse.py"
 ACCUMULATE, PRIMITIVES, SWEEP = "kernels/accumulate.py", "kernels/primitives.py", "kernels/sweep.py"
+ROWS = "kernels/rows.py"
 FEW_FORWARD, FEW_ATTRIBUTION, HOST = "kernels/few_forward.py", "kernels/few_attribution.py", "i2am/ops/triton.py"
 FEW = ["tests/kernels/test_few_keys.py"]
 TESTS_OF = {
@@ -17,7 +18,7 @@ TESTS_OF = {
 FINITE = 'b_top = tl.where(b_top == float("-inf"), 0.0, b_top)\n    return b_top + tl.log2(tl.exp2'
 MUTANTS = [
     Mutant(FORWARD, 'm_counts = m_generated & (b_m > float("-inf"))', 'm_counts = b_m > float("-inf")', "all queries"),
-    Mutant(FORWARD, "b_l * b_rescale + tl.sum(b_p, 1)", "(b_l + tl.sum(b_p, 1)) * b_rescale", "scaled afterwards"),
+    Mutant(ROWS, "b_l * b_rescale + tl.sum(b_p, 1)", "(b_l + tl.sum(b_p, 1)) * b_rescale", "scaled afterwards"),
     Mutant(FORWARD, "mask=(o_n >= 0) & (i_m > fresh)", "mask=(o_n >= 0) & (i_m > first)", "adds to unwritten memory"),
     Mutant(
         FORWARD,
@@ -25,10 +26,10 @@ MUTANTS = [
         "power_of_two(b_m - pivot), 0.0)",
         "rows beyond the headroom are forgotten",
     ),
-    Mutant(FORWARD, "1.0 / tl.where(b_l == 0.0, 1.0, b_l)", "1.0 / b_l", "masked rows divide by 0"),
-    Mutant(FORWARD, 'b_finite = tl.where(b_top == float("-inf"), 0.0, b_top)', "b_finite = b_top", "-inf - -inf"),
-    Mutant(PRIMITIVES, "b_bias * LOG2E, LOWEST)", "b_bias, LOWEST)", "a bias in the wrong unit"),
-    Mutant(PRIMITIVES, "tl.maximum(b_bias * LOG2E, LOWEST)", "b_bias * LOG2E", "finfo.min overflows"),
+    Mutant(ROWS, "1.0 / tl.where(b_l == 0.0, 1.0, b_l)", "1.0 / b_l", "masked rows divide by 0"),
+    Mutant(ROWS, 'return tl.where(b_m == float("-inf"), 0.0, b_m)', "return b_m", "-inf - -inf"),
+    Mutant(PRIMITIVES, "b_bias * LOG2E, LOWEST", "b_bias, LOWEST", "a bias in the wrong unit"),
+    Mutant(PRIMITIVES, "tl.maximum(b_bias * LOG2E, LOWEST, propagate_nan=tl.PropagateNan.ALL)", "b_bias * LOG2E"),
     Mutant(PRIMITIVES, "if not EVEN_N:", "if EVEN_N:", "padded keys take part"),
     Mutant(
         PRIMITIVES,
