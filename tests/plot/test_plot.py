@@ -14,6 +14,7 @@ from PIL import Image
 from i2am import plot
 from i2am.maps import AttributionMaps
 from i2am.maps.aggregate import LayerSums
+from i2am.plot.labels import value_range
 
 GRID, REFERENCE_GRID = (3, 5), (2, 4)
 
@@ -142,6 +143,20 @@ def test_grey_images():
         assert np.array_equal(plot.overlay(form, torch.rand(*GRID)).images[0].get_array(), expected)
 
 
+def test_the_photograph_is_grey_as_the_eye_sees_it():
+    red, green, blue = np.eye(3, dtype=np.float32)
+    for colour, light in ((red, 0.299), (green, 0.587), (blue, 0.114)):
+        drawn = plot.overlay(np.broadcast_to(colour, (8, 8, 3)), torch.rand(*GRID)).images[0].get_array()
+        np.testing.assert_allclose(drawn, light, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(90, 900), (900, 90)])
+def test_panels_hold_a_small_picture(size):
+    figure = plot.levels(some_maps(), "r2g", photograph(*size))
+    height, width = figure.axes[0].images[0].get_array().shape[:2]
+    assert (height, width) == ((32, 320) if size[1] > size[0] else (320, 32))
+
+
 @pytest.mark.parametrize(
     ("image", "map", "error", "message"),
     [
@@ -214,6 +229,27 @@ def test_time_group_without_a_step():
     assert "3 of 4 calls" in first.get_xlabel()
     assert "0 of 4 calls" in empty.get_xlabel()
     rendered(figure)
+
+
+def test_calls_are_those_of_the_layer_that_ran_most():
+    """A cache may skip some layers."""
+    maps = AttributionMaps([layer_sums("a", counts=(3, 1)), layer_sums("b", counts=(1, 1))])
+    labels = [ax.get_xlabel() for ax in plot.levels(maps, "r2g", photograph()).axes[:2]]
+    assert ["3 of 4 calls" in labels[0], "1 of 4 calls" in labels[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "want"),
+    [
+        (0.5, 1.25, "0.5 – 1.25"),
+        (0, 0, "0 – 0"),
+        (0.00078, 0.00123, r"0.78 – 1.23 $\times10^{-3}$"),
+        (2e3, 9.5e3, r"2.00 – 9.50 $\times10^{3}$"),
+        (0.04, 0.099, r"4.00 – 9.90 $\times10^{-2}$"),
+    ],
+)
+def test_ends_of_a_scale_are_written_over_one_power(low, high, want):
+    assert value_range(low, high) == want
 
 
 def test_only_groups_without_a_step():
@@ -380,6 +416,12 @@ def test_sram_marks_the_patch_and_outlines_its_source():
         plot.sram(maps, (0, 0), photograph(), photograph(), share=1)
 
 
+def test_a_point_is_marked_in_the_canvas_that_it_was_given_in():
+    maps = Recorded([layer_sums("up_blocks.0.attn2")], canvas=(300, 500))
+    ring = plot.sram(maps, (7, 40), photograph(), photograph(), canvas=(10, 50)).axes[0].lines[-1]
+    assert (ring.get_ydata()[0] + 0.5, ring.get_xdata()[0] + 0.5) == pytest.approx((42, 80))
+
+
 def test_holding_is_the_smallest_part_with_that_share():
     values = np.array([[4.0, 1.0], [3.0, 2.0]])
     assert plot.holding(values, 0.39) == 4
@@ -391,10 +433,11 @@ def test_mask_and_name_are_marked():
     maps = Recorded([layer_sums("up_blocks.0.attn2")], canvas=(300, 500))
     mask = torch.zeros(60, 100)
     mask[10:30, 50:90] = 1
-    figure = plot.sram(maps, mask, photograph(), photograph())
-    points = np.concatenate([path.vertices for c in figure.axes[0].collections for path in c.get_paths()])
-    assert 48 <= points[:, 0].min() <= 51
-    assert 88 <= points[:, 0].max() <= 91
+    for weight in (1.0, 0.3):  # a faint mask is outlined, too
+        figure = plot.sram(maps, weight * mask, photograph(), photograph())
+        points = np.concatenate([path.vertices for c in figure.axes[0].collections for path in c.get_paths()])
+        assert 48 <= points[:, 0].min() <= 51
+        assert 88 <= points[:, 0].max() <= 91
     assert "registered: logo" in texts(plot.sram(maps, "logo", photograph(), photograph()))
 
 
@@ -406,6 +449,8 @@ def test_side_by_side(scale):
     first, second, third = figure.axes[:3]
     values = [m.ulam("r2g")[0].numpy() for m in (a, b)]
     np.testing.assert_allclose(third.images[0].get_array(), values[1] - values[0], atol=1e-7)
+    most = np.abs(values[1] - values[0]).max()
+    assert third.images[0].get_clim() == pytest.approx((-most, most))  # white is no change
     assert third.get_title() == "after − before"
     figure.draw_without_rendering()
     shapes = [box.width / box.height for box in (ax.get_window_extent() for ax in (first, second, third))]

@@ -3,10 +3,10 @@
 import base64
 import dataclasses
 import io
+import itertools
 import json
 import re
 import zlib
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 
 import i2am
-from i2am.report.data import PLANS, Axes, choose_plan, fitted, key
+from i2am.report.data import PLANS, Axes, choose_plan, fitted, key, shrunk
 from tests.helpers.browser import chromium
 from tests.helpers.tiny_models import unet as pipelines
 
@@ -212,7 +212,7 @@ def test_plan_fits_the_limit(monkeypatch, layers, heads, cells, reference, order
     assert row * axes.count(plan.order) < 10e6
     assert plan.order == order
     assert choose_plan(None, axes, "", 10e6, 0, True)[0].order == 0
-    assert all(a.order >= b.order for a, b in pairwise(PLANS))
+    assert all(a.order >= b.order for a, b in itertools.pairwise(PLANS))
 
 
 def test_limit_is_kept_or_refused(maps, pictures, tmp_path):
@@ -272,30 +272,33 @@ def test_sums_that_are_not_finite_are_called_that(maps, field, tmp_path):
     bad.report(tmp_path / "y.html", layers=maps.layers[1:], progress=False)  # the remedy that it names
 
 
+def random_sums(g, name, grid, counts, heads=2):
+    """Sums of a layer: two images, one region, three time groups, a share of the attention for the reference."""
+    Q, K = grid[0] * grid[1], 1 + GRID[0] * GRID[1]
+    calls = torch.tensor(counts)[:, None, None, None]
+    return i2am.maps.LayerSums(
+        layer=name,
+        reference="reference",
+        grid=grid,
+        reference_grid=GRID,
+        skip=1,
+        keys=2 * K,
+        default=True,
+        counts=counts,
+        r2g=torch.rand(3, 2, heads, Q, generator=g) * calls,
+        g2r=torch.rand(3, 2, heads, K, generator=g) * calls,
+        mass=torch.rand(3, 2, heads, Q, generator=g) * calls,
+        sram=torch.rand(3, 2, heads, 1, K, generator=g) * calls[..., None],
+    )
+
+
 @pytest.fixture(scope="module")
 def two_images():
     """Two images in one run, each with marks of its own, of maps with no queries and keys."""
     g = torch.Generator().manual_seed(5)
-
-    def sums(name, grid, counts):
-        Q, K = grid[0] * grid[1], 1 + GRID[0] * GRID[1]
-        calls = torch.tensor(counts)[:, None, None, None]
-        return i2am.maps.LayerSums(
-            layer=name,
-            reference="reference",
-            grid=grid,
-            reference_grid=GRID,
-            skip=1,
-            keys=2 * K,
-            default=True,
-            counts=counts,
-            r2g=torch.rand(3, 2, 2, Q, generator=g) * calls,
-            g2r=torch.rand(3, 2, 2, K, generator=g) * calls,
-            mass=torch.rand(3, 2, 2, Q, generator=g) * calls,
-            sram=torch.rand(3, 2, 2, 1, K, generator=g) * calls[..., None],
-        )
-
-    return i2am.AttributionMaps([sums("a", (8, 6), (1, 2, 1)), sums("b", (4, 3), (1, 0, 1))], regions=["p"])
+    return i2am.AttributionMaps(
+        [random_sums(g, "a", (8, 6), (1, 2, 1)), random_sums(g, "b", (4, 3), (1, 0, 1))], regions=["p"]
+    )
 
 
 @pytest.mark.parametrize("index", [0, 1, -1])
@@ -335,6 +338,63 @@ def test_the_image_of_a_batch_that_was_asked_for(two_images, index, tmp_path):
     places = np.array(re.findall(r"[ML]([\d.]+) ([\d.]+)", data[0]["outlines"]["generated"]), float) * (12, 16)
     box = [*places.min(0), *places.max(0)]  # x, y: the mask's own edges, between its pixels and their neighbours
     assert box == pytest.approx([2, 2, 6, 8] if index == 0 else [4, 6, 10, 14], abs=0.01)
+
+
+@pytest.mark.parametrize("detail", [0, 1, 2, 3])
+def test_no_more_is_picked_at_once_than_is_said(two_images, detail, tmp_path):
+    """Each choice of at most so many of time, head and layer, if anything ran, and no other."""
+    header, *_ = contents(two_images.report(tmp_path / "x.html", detail=detail, progress=False))
+    assert header["order"] == detail
+    choices = itertools.product(["*", "0", "1", "2"], ["*", "0", "1"], ["*", "0", "1"])
+    want = {",".join(c) for c in choices if 3 - c.count("*") <= detail} - {"1,*,1", "1,0,1", "1,1,1"}  # b did not run
+    found = header["frames"][0]
+    assert all(set(found["maps"][direction]) == want for direction in ("r2g", "g2r", "mass"))
+    assert set(found["regions"]["p"]) == want
+    assert any(f"{['none', 'one', 'two', ''][detail]} of time, head" in note for note in header["notes"]) == (
+        detail < 3
+    )
+    assert header["axes"]["time"] == [
+        "0–33\N{NO-BREAK SPACE}%",
+        "33–67\N{NO-BREAK SPACE}%",
+        "67–100\N{NO-BREAK SPACE}%",
+    ]
+    assert header["aspect"] == {"generated": [6, 8], "reference": [6, 4]}  # the maps' own: width, height
+
+
+def test_heads_of_layers_that_have_different_ones(tmp_path):
+    g = torch.Generator().manual_seed(5)
+    layers = [random_sums(g, name, (4, 3), (1, 2, 1), heads) for name, heads in (("a", 4), ("b", 2))]
+    maps = i2am.AttributionMaps(layers, regions=["p"])
+    header, *_ = contents(maps.report(tmp_path / "x.html", progress=False))
+    assert header["axes"]["head"] == []
+    assert set(header["frames"][0]["maps"]["r2g"]) == {
+        ",".join((t, "*", x)) for t in ("*", "0", "1", "2") for x in ("*", "0", "1")
+    }
+    assert any("Heads can't be picked" in note for note in header["notes"])
+    text = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "4 attention calls of each layer, by time group: 1 + 2 + 1" in text
+    assert "2 layers of 2 or 4 heads" in text
+
+
+def test_a_layer_that_ran_less_often_hides_none_of_the_others_calls(two_images, tmp_path):
+    text = two_images.report(tmp_path / "x.html", detail=0, progress=False).read_text(encoding="utf-8")
+    assert "4 attention calls of each layer, by time group: 1 + 2 + 1" in text
+    assert "1 of these layers ran less often: b" in text
+
+
+def test_fine_maps_are_averaged():
+    values = np.random.default_rng(0).random((2, 12, 8)).astype(np.float32)
+    got = shrunk(values, 6)
+    np.testing.assert_allclose(got, values.reshape(2, 6, 2, 4, 2).mean((2, 4)), rtol=1e-5)
+    assert shrunk(values, 12) is values
+    assert [fitted(grid, 8) for grid in ((100, 2), (2, 100), (7, 8), (24, 16))] == [(8, 1), (1, 8), (7, 8), (8, 5)]
+
+
+def test_picks_are_counted():
+    axes = Axes(5, 8, ("a", "b", "c"))
+    every = list(itertools.product([None, *range(5)], [None, *range(8)], [None, *range(3)]))
+    for order in range(4):
+        assert axes.count(order) == sum(3 - pick.count(None) <= order for pick in every)
 
 
 # ------------------------------------------------------------------------------------------------------------ browser
@@ -444,7 +504,16 @@ def test_click_on_the_generated_image_shows_its_sram(page, maps):
     cell[5, 10] = 1
     assert_drawn(heat(page, "reference"), maps.sram(cell)[0])
     assert heat(page, "generated") is None
-    assert "row 6, column 11 → reference" in page.inner_text("#said")
+    want = maps.sram(cell)[0]
+    y, x = divmod(int(want.argmax()), GRID[1])
+    place = f"strongest {round(100 * (y + 0.5) / GRID[0])} % down, {round(100 * (x + 0.5) / GRID[1])} % across"
+    lift = f"{float(want.max() / want.mean()):.1f} × the mean"
+    assert f"row 6, column 11 → reference: {place}, {lift} (kept)" in page.inner_text("#said").replace(
+        "generated, ", ""
+    )
+    ring = page.locator("#reference svg .peak")
+    assert float(ring.get_attribute("cx")) == pytest.approx((x + 0.5) / GRID[1])
+    assert float(ring.get_attribute("cy")) == pytest.approx((y + 0.5) / GRID[0])
     click(page, "generated", 0.1, 0.1, move=True)
     assert "row 6, column 11" in page.inner_text("#said")  # kept
     page.keyboard.press("Escape")
