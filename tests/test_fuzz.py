@@ -91,7 +91,6 @@ TARGETS = {  # function that parses → the hypothesis test that feeds it
     "i2am/zoo/storage.py:read": f"{HERE}test_any_weights_are_read_or_a_value_error",
 }
 OWN = {  # what these take apart this very process has made, or the package brings along
-    "i2am/cli/evaluate.py:_all_done": "a copy of its own settings",
     "i2am/evaluate/compare.py:preview": "a preview that the store wrote whole",
     "i2am/evaluate/contact.py:_strip": "a preview that the store wrote whole; test_summary.py has it damaged",
     "i2am/evaluate/manifest.py:__getitem__": "rows packed in memory",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,12 +81,15 @@ def run(args: argparse.Namespace) -> int:
     store = Store(args.out, process.name)
     trackers, job = None, None
     try:
-        pending: list[int] = []
-        if not _all_done(store, samples, args):
+        settings = _settings_of_before(store, args)
+        pending = None if settings is None else _open(store, samples, settings, args, process)
+        if pending is None or pending:
             quiet_libraries()
             from i2am.cli.job import Job
 
             job = Job.of(_options(args, samples.columns), unneeded=("mask",))
+        if pending is None:
+            assert job is not None
             pending = _open(store, samples, _settings(args, job.name, job.args), args, process)
         trackers = _trackers(store, samples, args if pending else None)
         if job is not None and pending:
@@ -120,42 +122,25 @@ def _trackers(store: Store, samples: Manifest, args: argparse.Namespace | None) 
         raise UserError(f"--log: {error}") from error
 
 
-def _all_done(store: Store, samples: Manifest, args: argparse.Namespace) -> bool:
-    """Open a folder of these very settings that holds every sample, and return True; else leave it as it was.
+def _settings_of_before(store: Store, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Return the settings of a run in a folder that has results; None where the pipeline's class is to be asked first.
 
     Found without diffusers, which takes seconds and 300 MB: only for a sample that is left its classes are needed.
-
-    Raises:
-        UserError: samples were done with other weights, or from other pictures.
     """
     from i2am.cli.pipelines import check_adapter, class_name_in
-    from i2am.evaluate.identity import difference
-    from i2am.evaluate.store import NOT_COMPARED
 
     name = class_name_in(args.pipeline)
     if name is None or args.part is not None or args.pipeline_class is not None:
-        return False
+        return None
     if args.restart or args.revision is not None or args.offload is not None:
-        return False  # what these can be refused for, the class tells
+        return None  # what these can be refused for, the class tells
+    try:
+        store.settings()
+    except ValueError:
+        return None
     checked = argparse.Namespace(**vars(args))
     check_adapter(checked)
-    settings = _settings(args, name, checked)
-    try:
-        before = store.settings()
-    except ValueError:
-        return False
-    if difference(before, json.loads(json.dumps(settings)), (*NOT_COMPARED, "weights")) is not None:
-        return False
-    try:
-        store.open(settings)
-        if not store.pending(samples):
-            return True
-    except ValueError as error:
-        raise UserError(f"--out: {error}") from error
-    except OSError:
-        return False
-    store.close()
-    return False
+    return _settings(args, name, checked)
 
 
 def _open(
