@@ -164,9 +164,8 @@ class Accumulator:
         """Note that a call of ``step`` comes: a step back is a new run."""
         if step != self._step:
             self._record.flush()
-            self._ledger.runs += self._step is None or step < self._step
+            self._ledger.run(step, self.steps, first=self._step is None or step < self._step)
             self._step = step
-        self._ledger.steps = self.steps
 
     def _check_images(self, layer: str, samples: slice) -> None:
         count = len(range(samples.start, samples.stop, samples.step))

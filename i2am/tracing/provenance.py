@@ -27,11 +27,21 @@ class Ledger:
         self.counted = 0
         self.runs = 0
         self.steps: int | None = None  # of the last run
+        self._at: int | None = None  # steps of the last run that have begun
+        self._ended: Counter[tuple[int, int]] = Counter()  # (begun, in all) steps → runs before the last one
         self.passed_by: Counter[str] = Counter()
         self.guidance: dict[str, int] = {}  # how the conditional samples are known → calls
         self.tiles: set[Place] = set()
         self.processes: dict[str, int] | None = None  # among which each call was shared out
         self.notes: dict[str, None] = {}
+
+    def run(self, step: int | None, steps: int | None, *, first: bool) -> None:
+        """Note which step of how many is evaluated, and whether a run begins with it."""
+        if first or self.runs == 0:
+            if self._at is not None and self.steps is not None:
+                self._ended[self._at, self.steps] += 1
+            self.runs += 1
+        self._at, self.steps = None if step is None else step + 1, steps
 
     def pass_by(self, why: str) -> None:
         """Note a call that does not count."""
@@ -70,6 +80,7 @@ class Ledger:
                 "scale of "
                 f"0), among them {uneven[0]}: each layer's mean is over its own calls"
             )
+        notes += self._ended_early()
         empty = [g + 1 for g, ran in enumerate(zip(*calls.values(), strict=True)) if not any(ran)]
         if empty:
             notes.append(
@@ -94,9 +105,27 @@ class Ledger:
             "versions": versions(),
         }
 
+    def _lengths(self) -> Counter[tuple[int, int]]:
+        """Return (begun, in all) steps → runs, the last one among them."""
+        return self._ended + Counter(
+            [(self._at, self.steps)] if self._at is not None and self.steps is not None else []
+        )
+
+    def _ended_early(self) -> list[str]:
+        """Return a note if runs did not go through all of their steps."""
+        early = {length: n for length, n in self._lengths().items() if length[0] < length[1]}
+        if not early:
+            return []
+        (begun, steps), n = next(iter(early)), sum(early.values())
+        where = f"after {begun} of {steps} steps" if len(early) == 1 else f"one of them after {begun} of {steps} steps"
+        return [f"{n} of {self.runs} runs ended early, {where}: what they had computed counts, too"]
+
     def _summary(self, notes: list[str]) -> list[str]:
         """Return what the maps are a mean of, in three lines at most."""
-        whole = f"{self.runs} run{'s' * (self.runs != 1)}" + (f" of {self.steps} steps" if self.steps else "")
+        lengths = sorted({steps for _, steps in self._lengths()})
+        whole = f"{self.runs} run{'s' * (self.runs != 1)}"
+        if lengths:
+            whole += f" of {' to '.join(str(x) for x in dict.fromkeys((lengths[0], lengths[-1])))} steps"
         where = self.model if self.pipeline is None else f"{self.model}, {self.pipeline}"
         lines = [f"mean of {self.counted} of {self.seen} calls of {where}: {whole}"]
         if self.guidance:

@@ -271,7 +271,7 @@ class Tracer:
             place = self._place(forward, caller, timestep)
             if info.first:
                 self._guidance.clear()
-            ledger.runs += info.first or ledger.runs == 0
+            ledger.run(info.step, info.steps, first=info.first)
             guidance = self._guidance.setdefault(place, Guidance(self._settings.guidance))
             verdict = guidance.judge(
                 forward.latents,
@@ -315,7 +315,6 @@ class Tracer:
         rows = forward.strip > 1 or forward.lead > 0
         self._video = Video(forward.strip, "rows", forward.lead) if rows else Video(forward.frames, "images")
         ledger.count(verdict.how, place)
-        ledger.steps = info.steps
         open_context(context)
 
     def _read_clock(self, timestep: float) -> StepInfo:

@@ -188,6 +188,7 @@ class Label:
     group: int
     samples: slice = field(default_factory=lambda: slice(None))
     place: tuple[int, int] = (0, 0)
+    whole: bool = True  # False: the forward was interrupted
 
 
 @dataclass
@@ -372,6 +373,10 @@ class Player:
         try:
             with place(), torch.no_grad():
                 return self.forward(self.model, x, t, context)
+        except Stop:
+            if label is not None:
+                label.whole = False
+            raise
         finally:
             local.label, local.layer = before, None
             if handle is not None:
@@ -492,6 +497,9 @@ class PipelinePlayer(Player):
     def leave(self, module=None, args=(), out=None):
         if args and type(args[0]).__name__ == "FakeTensor":
             return
+        label = getattr(self.recorder.local, "label", None)
+        if module is not None and out is None and label is not None:
+            label.whole = False
         self.recorder.local.label = self.recorder.local.layer = None
         if self.interrupting_hook is not None:
             self.interrupting_hook.remove()

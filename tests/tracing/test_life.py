@@ -169,6 +169,32 @@ def test_provenance_says_what_the_maps_are_a_mean_of():
     assert "known by StableDiffusionPipeline: part 1 of 2" in repr(tracer.maps())
 
 
+def test_a_run_that_ended_early_is_told():
+    pipe = pipelines.sd("full")
+
+    def run(steps, callback=None):
+        picture, size = pipelines.image((40, 40)), dict(height=32, width=32, output_type="latent")
+        pipe("a", ip_adapter_image=picture, num_inference_steps=steps, callback_on_step_end=callback, **size)
+
+    def failing(pipe, step, timestep, values):
+        if step == 1:
+            raise RuntimeError("the disk is full")
+        return values
+
+    with i2am.trace(pipe) as tracer:
+        with pytest.raises(RuntimeError, match="disk"):
+            run(3, failing)
+        assert "1 of 1 runs ended early, after 2 of 3 steps" in repr(tracer.maps())
+        run(3)
+        assert "5 of 5 calls of UNet2DConditionModel, StableDiffusionPipeline: 2 runs of 3 steps" in repr(tracer.maps())
+        assert "1 of 2 runs ended early, after 2 of 3 steps: what they had computed counts" in repr(tracer.maps())
+        tracer.reset()
+        run(2)
+        run(4)
+    assert "2 runs of 2 to 4 steps" in repr(tracer.maps())
+    assert not any("early" in note for note in tracer.maps().provenance["notes"])
+
+
 def test_a_time_group_in_which_nothing_ran_is_told():
     pipe = pipelines.sd("full")
 

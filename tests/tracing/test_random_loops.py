@@ -108,6 +108,9 @@ def check(loop):
         elif loop.record:
             corner = torch.zeros(4, 4)
             corner[:2, :2] = 1
+            kept = rl.truth(loop, [s for s in recorder.seen if s.label.whole], layer)["part"]
+            ran = [i for i, x in enumerate(kept) if x is not None]
+            part = [None if x is None else x[..., skip:] for x in kept]
             same(maps.sram(corner, level="time", layers=layer).flatten(2), part, ran)
     return "right"
 
