@@ -101,19 +101,24 @@ class Guidance:
         again = self._again(latents, conditioning, timestep, info, told)
         before = None if self._last is None else self._last[0]
         self._last = latents, timestep, tuple(conditioning)
-        if again == "other latents" and self.mode != "none":
+        counted = info.step is not None and info.stepped is None  # num_steps=: nobody tells the picture's size
+        if again == "other latents" and (self.mode != "none" or counted):
             if told.extra is not None:
                 return Verdict(None, how=told.extra)
             raise Unexplained(
-                f"the model is called again at timestep {timestep:g} on other latents, and the scheduler has not "
-                "stepped: tiles, several pictures in turn, or guidance on degraded latents? Place tiles with "
-                "tracer.tile(top, left), pass scheduler= where a solver evaluates a step twice, reset() between "
-                "pictures, or pass guidance='none' if every call counts"
+                f"the model is called again at timestep {timestep:g} on other latents, and "
+                f"{'no scheduler is known' if counted else 'the scheduler has not stepped'}: tiles, several pictures "
+                "in turn, or guidance on degraded latents? Place tiles with tracer.tile(top, left), pass scheduler= "
+                "where a solver evaluates a step twice, or reset() between pictures"
+                + ("" if counted else "; pass guidance='none' if every call counts")
             )
         self.call = self.call + 1 if again == "same latents" else 0
         self.calls = max(self.calls, self.call + 1)
         if self.mode == "none":
-            return Verdict(slice(0, latents.shape[0]), how="guidance='none': every sample counts")
+            how = "guidance='none': every sample counts"
+            if again == "other latents":
+                how += ", in calls at one timestep on several latents, too, as views of the whole (is it tiles? tile())"
+            return Verdict(slice(0, latents.shape[0]), how=how)
         if self.mode != "auto" and not self.by_calls and self._parts is None:
             told_apart = (latents.shape[0], told) in self._layout  # it is a part of the batch
             self.by_calls = told.call is not None or (as_calls and not told_apart and _copies(latents) == 1)

@@ -166,6 +166,20 @@ def test_other_latents_without_a_step():
     assert beside.how == "degraded"
 
 
+def test_other_latents_where_every_sample_counts():
+    """In a run of num_steps= nobody tells the picture's size: refused. Without steps (training) it is told."""
+    guidance = Guidance("none")
+    guidance.judge(latents(1), (), 900.0, UNKNOWN, Told())
+    with pytest.raises(Unexplained, match=r"on other latents, and no scheduler is known.*pictures$"):
+        guidance.judge(latents(1), (), 900.0, UNKNOWN, Told())
+    guidance = Guidance("none")
+    alone = guidance.judge(latents(1), (), 900.0, UNKNOWN._replace(step=None), Told())
+    again = guidance.judge(latents(1), (), 900.0, UNKNOWN._replace(step=None), Told())
+    assert alone.samples == again.samples == slice(0, 1)
+    assert "is it tiles?" in again.how
+    assert "is it tiles?" not in alone.how
+
+
 def test_the_very_same_call_again_is_no_guidance():
     x, text = latents(1), torch.randn(1, 2, 3)
     guidance = Guidance("auto")
