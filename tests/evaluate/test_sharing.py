@@ -57,7 +57,8 @@ def records_of(folder, count):
 
 
 def killed_at_random(folder, count, processes, kills, seed):
-    context, dice = multiprocessing.get_context("spawn"), random.Random(seed)
+    context, dice = multiprocessing.get_context("forkserver"), random.Random(seed)
+    context.set_forkserver_preload(["i2am.evaluate.sheet", "i2am.maps", "scipy.ndimage", "tests.evaluate.test_sharing"])
     running = [context.Process(target=work, args=(str(folder), count)) for _ in range(processes)]
     for process in running:
         process.start()
