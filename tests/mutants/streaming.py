@@ -80,18 +80,23 @@ MUTANTS = [
     Mutant(BACKWARD, "delta -= dlse.unsqueeze(3)", "delta += dlse.unsqueeze(3)"),
     Mutant(BACKWARD, "epsilon -= dlse", "pass", "the column log-sum-exp has no gradient"),
     Mutant(BACKWARD, "epsilon += gathered", "pass", "R2G lacks its ε"),
-    Mutant(BACKWARD, "> LARGE)", "> 1e9)", "large logits in float32"),
+    Mutant(BACKWARD, "NOTABLE if sweeps.costs_little(q, k) else LARGE", "1e9", "large logits in float32"),
     Mutant(BACKWARD, 'whole = d["out"] is not None or d["row_lse"] is not None', 'whole = d["out"] is not None'),
     Mutant(BACKWARD, "own += (dmass * kept.mass).sum(0)", "own += dmass.sum(0)"),
     Mutant(BACKWARD, "left.append(dlanding)", "left.append(dlanding.abs())"),
-    Mutant(BACKWARD, "gathered = None if gathered is None else gathered * w", "pass"),
+    Mutant(
+        BACKWARD,
+        "gathered[..., :-1] / gathered[..., -1:].clamp_min(TINY)",
+        "gathered[..., :-1]",
+        "sums, not means, of C",
+    ),
     Mutant(FLASH, "out[..., w] = delta", "out[..., w] = -delta"),
     Mutant(FLASH, "and mask is None and", "and", "masked calls go there, too"),
     Mutant(READOUTS, "return full / total", "return full", "regions are no mean"),
     Mutant(
         READOUTS, "got.landing[:, :, at]", "got.landing[:, :, : at.stop - at.start]", "the first reference's landing"
     ),
-    Mutant(READOUTS, "s - one.col_lse.gather(2, j)", "s - one.col_lse.gather(2, i)"),
+    Mutant(READOUTS, "s - col_lse.gather(2, j)", "s - col_lse.gather(2, i)"),
     Mutant(READOUTS, 'wanted.remove("mass")', "pass"),
     Mutant(READOUTS, "x.double() if x.dtype in (torch.float32, torch.float64) else x.float()", "x"),
     Mutant(
