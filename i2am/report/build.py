@@ -36,6 +36,7 @@ LOSSLESS = 1_000_000  # bytes: an image that takes more as PNG is embedded as JP
 REST = 600_000  # bytes kept free for styles, script, colour maps and settings
 BASE64 = 4 / 3
 REGION_SIDE = 32  # tokens of a registered patch's map, on the longer side
+CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tabs and the ends of lines
 RECORD_HINT = 'Trace with record="qk" to ask any patch here.'
 
 
@@ -350,7 +351,10 @@ def _json(header: dict) -> str:
 
 
 def _printable(text: str) -> str:
-    """Return text that UTF-8 can hold: lone surrogates, as undecodable file names have them, written as escapes."""
+    """Return text that UTF-8 holds and a reader sees: control characters, and lone surrogates, as undecodable file
+    names have them, are written as escapes.
+    """
+    text = CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

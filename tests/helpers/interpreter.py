@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import triton.language as tl
@@ -22,10 +23,20 @@ def hasten() -> None:
 
     A kernel calls hundreds of device functions (``tl.sum`` is one), and at each the interpreter looks through all of
     ``triton.language`` for what to exchange, though a launch has exchanged it; at each tensor it makes the table of
-    dtypes anew.
+    dtypes anew. Whether sums and products of integers overflow, which takes a quarter of its time, it looks at where
+    :func:`tests.helpers.interpreter_watch.watched` says so.
     """
     _exchange_once_a_launch()
     _know_dtypes()
+    look_for_overflow(False)
+
+
+def look_for_overflow(wanted: bool) -> bool:
+    """Have the interpreter look for overflow of integers, or not; return whether it did."""
+    builder = interpreter.interpreter_builder
+    before = builder.options.sanitize_overflow
+    builder.options = replace(builder.options, sanitize_overflow=wanted)
+    return before
 
 
 def _exchange_once_a_launch() -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
+from tests.helpers.interpreter import look_for_overflow
+
 
 class Fault(AssertionError):
     """A launch did what no kernel of i2am may do."""
@@ -66,7 +68,11 @@ def _addresses(x: torch.Tensor) -> np.ndarray:
 
 @contextmanager
 def watched(order: int | None = None):
-    """Checks every launch inside; yields the list of them. ``order`` seeds a shuffle of their programs."""
+    """Checks every launch inside, and that no integer overflows; yields the list of launches.
+
+    Args:
+        order: seeds a shuffle of the programs.
+    """
     builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
     launches: list[Launch] = []
     init, call = executor._init_args_hst, executor.__call__
@@ -111,4 +117,5 @@ def watched(order: int | None = None):
             stack.enter_context(mock.patch.object(builder, name, replacement))
         stack.enter_context(mock.patch.object(executor, "_init_args_hst", init_args))
         stack.enter_context(mock.patch.object(executor, "__call__", run))
+        stack.callback(look_for_overflow, look_for_overflow(True))
         yield launches

@@ -69,7 +69,12 @@ def masks():
 @pytest.fixture(scope="module")
 def report(maps, pictures, masks, tmp_path_factory):
     mask, reference_mask = masks
-    settings = {"path": UNDECODED, "prompt": 'a "cat" & </script><script>alert(1)</script> {{bytes}}', "steps": 4}
+    settings = {
+        "path": UNDECODED,
+        "log": "\x1b[31mred\x00\x85",
+        "prompt": 'a "cat" & </script><script>alert(1)</script> {{bytes}}',
+        "steps": 4,
+    }
     return maps.report(
         tmp_path_factory.mktemp("report") / "out.html",
         *pictures,
@@ -168,6 +173,7 @@ def test_file_is_self_contained_and_safe(report):
     assert list(json.loads(header)["frames"][0]["regions"]) == [REGION, UNDECODED]
     assert "&lt;b&gt;DDIM" in text
     assert "sl\\udcffeve" in text  # in the provenance, escaped
+    assert "<td>\\x1b[31mred\\x00\\x85</td>" in text
 
 
 def test_without_a_record_there_are_levels_only(maps, tmp_path):

@@ -151,7 +151,7 @@ def draw(model, count, **options):
     return ends
 
 
-@pytest.mark.parametrize(("model", "count"), [("unet", 40), ("joint", 40), ("pipeline", 15)])
+@pytest.mark.parametrize(("model", "count"), [("unet", 20), ("joint", 25), ("pipeline", 8)])
 def test_loops(model, count):
     ends = draw(model, count, derandomize=True)
     assert ends["right"] > count // 4, ends  # a net that refuses everything catches nothing
