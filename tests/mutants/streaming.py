@@ -54,12 +54,7 @@ MUTANTS = [
     Mutant(BLOCKWISE, "self._columns[:, weak] = 0.0", "pass", "weak columns are added twice"),
     Mutant(BLOCKWISE, "columns + self._heads.hull.start, :d]", "columns, :d]", "weak columns of the first keys"),
     Mutant(BLOCKWISE, "counts = both(tile, heads.queries) == tile", "counts = True", "all queries count"),
-    Mutant(
-        BLOCKWISE,
-        "heads.hull.start <= keys.start < heads.hull.stop and size <= left",
-        "size <= left",
-        "kept beside the hull",
-    ),
+    Mutant(BLOCKWISE, "is not None]) and good", "is not None])", "the last tile decides for all"),
     Mutant(BLOCKWISE, ".to(lse) / r.size for r in", ".to(lse) for r in", "a sum over weak columns"),
     Mutant(
         BLOCKWISE,

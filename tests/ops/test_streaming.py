@@ -231,6 +231,19 @@ def test_whole_rows_far_apart(magnitude, tiled):
     check(q, k, v, scale=1.0, tolerance=4 * EPS * magnitude)
 
 
+@pytest.mark.parametrize("form", ["tiled blocks", "pieces of blocks"])
+@pytest.mark.parametrize("query", [0, 64, 129])
+def test_one_query_out_of_range(query, form, monkeypatch):
+    """Of one tile, one piece, whichever: its logit, of a key that no sample holds, is infinite as an exponential."""
+    take(form, monkeypatch)
+    q, k, v = inputs(130, 77)
+    q[..., 0], k[..., 0] = 0.0, 0.0
+    q[..., query, 0] = k[..., 7, 0] = 20.0  # 400 nats
+    monkeypatch.setattr(blockwise, "SAMPLE", 8)
+    assert 7 not in range(77 // 8 // 2, 77, 77 // 8)
+    check(q, k, v, scale=1.0, tolerance=4 * EPS * 400)
+
+
 def test_column_log_sum_exp_at_the_edge_of_the_shortcut(tiled):
     """Columns from strong to lost: exact on both sides of WEAK."""
     q, k, v = inputs(65, 129, amplitude=0.1)
