@@ -71,7 +71,7 @@ MUTANTS = [
     Mutant(SWEEPS, "s.masked_fill_(~bias, -math.inf) if", "s.masked_fill_(bias, -math.inf) if", "the mask, inverted"),
     Mutant(SWEEPS, "LOG2E if mask is None or mask.dtype == torch.bool else 1.0", "LOG2E", "a bias in another unit"),
     Mutant(SWEEPS, "heads.q[:, rows].to(lse.dtype), alpha=scale)", "heads.q[:, rows].to(lse.dtype))", "dk unscaled"),
-    Mutant(SWEEPS, "/ p.sum(2, keepdim=True).clamp_min_(TINY)", "", "rows of a part of the keys"),
+    Mutant(SWEEPS, "p.sum(2, keepdim=True).clamp_min_(TINY)", "p.sum(2, keepdim=True)", "0 / 0 of a masked row"),
     Mutant(BACKWARD, "delta -= dlse.unsqueeze(3)", "delta += dlse.unsqueeze(3)"),
     Mutant(BACKWARD, "epsilon -= dlse", "pass", "the column log-sum-exp has no gradient"),
     Mutant(BACKWARD, "epsilon += gathered", "pass", "R2G lacks its ε"),
@@ -92,7 +92,12 @@ MUTANTS = [
         READOUTS, "got.landing[:, :, at]", "got.landing[:, :, : at.stop - at.start]", "the first reference's landing"
     ),
     Mutant(READOUTS, "s - col_lse.gather(2, j)", "s - col_lse.gather(2, i)"),
-    Mutant(READOUTS, 'wanted.remove("mass")', "pass"),
+    Mutant(
+        READOUTS,
+        "(~got.row_lse.detach()[:, :, generated].isneginf()).to(got.row_lse.dtype)",
+        "torch.ones_like(got.row_lse[:, :, generated])",
+        "a fully masked row has a mass",
+    ),
     Mutant(READOUTS, "x.double() if x.dtype in (torch.float32, torch.float64) else x.float()", "x"),
     Mutant(
         READOUTS,

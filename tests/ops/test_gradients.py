@@ -518,3 +518,25 @@ def test_the_twin_is_the_definition():
         torch.testing.assert_close(one.columns[..., 1], rows[..., 0])
         weights = keywords["regions"].double() / keywords["regions"].double().sum(2, keepdim=True)
         torch.testing.assert_close(one.sram, torch.einsum("bri,bhij->bhrj", weights, rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pairs_and_columns_of_large_logits_in_half_precision(dtype):
+    """A few logits are as exact as the log-sum-exp that is taken from them."""
+    q, k = (4 * torch.randn(1, 2, n, 16).to(dtype) for n in (30, 20))
+    asked = dict(read=("log_p", "log_c", "columns"), columns=[3, 17], pairs=torch.tensor([[0, 3], [29, 19], [7, 0]]))
+    got, true = (i2am.attention(q, k, None, backend=name, **asked) for name in ("streaming", "reference"))
+    for name in asked["read"]:
+        torch.testing.assert_close(getattr(got, name).double(), getattr(true, name).double(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fully_masked_row_has_no_mass_and_no_gradient():
+    q, k, v = (torch.randn(1, 2, n, 16).requires_grad_() for n in (30, 20, 20))
+    mask = torch.ones(30, 20, dtype=torch.bool)
+    mask[4] = False
+    one = i2am.attention(q, k, v, attn_mask=mask, read=("mass", "entropy", "g2r"))
+    assert one.mass[:, :, 4].eq(0).all()
+    assert one.mass.sum() == 2 * 29
+    (one.entropy.sum() + one.g2r.square().sum() + one.out.square().sum()).backward()
+    assert q.grad[:, :, 4].eq(0).all()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
