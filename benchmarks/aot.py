@@ -49,7 +49,11 @@ VARIANTS = {  # what changes the code, beside head dim and dtype: keyword → ho
     "padding mask": {"mask": "i1", "kind": "keys"},
     "mass": {"mass": True},
     "regions": {"regions": 16},
+    "64 regions": {"regions": 64},
     "no output": {"output": False},
+    "no output with mass": {"output": False, "mass": True},
+    "padded text": {"keys": 77, "mask": "i1", "kind": "keys"},
+    "image tokens with regions": {"keys": 257, "regions": 16},
 }
 
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.M)  # in nvdisasm's listing

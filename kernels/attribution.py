@@ -10,7 +10,6 @@ import triton.language as tl
 
 from i2am.kernels.primitives import DEAD, LOG2E, dot_qk, load_head, logits
 from i2am.kernels.tiles import (
-    FEW_KEYS,
     Call,
     Configuration,
     Device,
@@ -21,6 +20,7 @@ from i2am.kernels.tiles import (
     head_types,
     mask_types,
     power_of_two_above,
+    size_types,
 )
 
 REACH = tl.constexpr(64.0)  # README: numerics
@@ -84,7 +84,6 @@ def attribution_kernel(
         m_n = o_j < K
         # Past the end the last key again: a zero's P could be infinite, and a key of nobody's need not be a number.
         b_k = load_head(k, k_strides, i_b, i_h, key_span[0] + i_n * BN, key_span[1], BN, D, D_MAIN, D_TAIL, UNIT, True)
-        o_n = tl.minimum(key_span[0] + o_j, key_span[1] - 1)
         b_column = tl.load(column_lse + o_j, mask=m_n, other=float("-inf")) * LOG2E  # [BN]
         b_column = tl.where(b_column <= DEAD, float("inf"), b_column)  # nothing is divided by a masked column's sum
         c = tl.min(b_column, 0)
@@ -102,9 +101,9 @@ def attribution_kernel(
                 q, q_strides, i_b, i_h, query_span[0] + i_m * BM, query_span[1], BM, D, D_MAIN, D_TAIL, UNIT
             )
             b_s = dot_qk(b_q, b_k, D_TAIL, UPCAST)  # [BM, BN]
-            # A descriptor has no last key again: what lies past the end is masked.
+            # With a mask or by a descriptor, what lies past the end is masked: there is no last key again.
             b_x, factor = logits(
-                b_s, scale, mask, mask_strides, o_m, o_n if UNIT > 0 else key_span[0] + o_j,
+                b_s, scale, mask, mask_strides, o_m, key_span[0] + o_j,
                 query_span[1], key_span[1], EVEN_N if UNIT == 0 else True, ROW_MASK,
             )  # fmt: skip
 
@@ -156,7 +155,7 @@ def precision(device: Device) -> str:
 
 def configurations(call: Call) -> Iterator[Configuration]:
     """Yield what a launcher asks for in an attention call with many keys."""
-    if not call.output or call.keys <= FEW_KEYS:
+    if not call.output or call.is_few:
         return
     tiles = attribution_tiles(call.d, call.itemsize, call.device, call.kind, call.regions, call.level).fit(call.keys)
     types = head_types(call, tiles, {"q": tiles.m, "k": tiles.n}) | mask_types(call)
@@ -166,6 +165,6 @@ def configurations(call: Call) -> Iterator[Configuration]:
     if call.regions:
         types |= {"regions": "*fp32", "sram_partial": "*fp32"}
     types |= {"region_strides": ("i32",) * 3, "column_stride": "i32"}
-    types |= {"scale": "fp32", "sizes": ("i32",) * 3, "query_span": ("i32",) * 2, "key_span": ("i32",) * 2}
+    types |= size_types(call)
     types |= dict.fromkeys(("tiles_per_group", "tiles_per_split", "R"), "i32")
     yield configuration("attribution", attribution_kernel, types, constants(call, tiles, call.unit), tiles)

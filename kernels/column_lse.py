@@ -10,7 +10,6 @@ import triton.language as tl
 
 from i2am.kernels.primitives import LN2, LOG2E, dot_qk, load_head, log2_add, logits
 from i2am.kernels.tiles import (
-    FEW_KEYS,
     Call,
     Configuration,
     attribution_tiles,
@@ -19,6 +18,7 @@ from i2am.kernels.tiles import (
     head_constants,
     head_types,
     mask_types,
+    size_types,
 )
 
 TINY = tl.constexpr(2.0**-56)  # README: numerics
@@ -101,13 +101,13 @@ def column_lse_kernel(
 
 def configurations(call: Call) -> Iterator[Configuration]:
     """Yield what a launcher asks for in an attention call."""
-    if not call.output or call.mass or call.regions or call.keys <= FEW_KEYS:
+    if not call.output or call.mass or call.regions or call.is_few:
         return
     tiles = attribution_tiles(call.d, call.itemsize, call.device, call.kind, 0, call.level).fit(call.keys)
     tiles = column_tiles(tiles)
     types = head_types(call, tiles, {"q": tiles.m, "k": tiles.n}) | mask_types(call)
     types |= dict.fromkeys(("column_sum", "pivots", "row_lse", "column_lse", "row_lse_max"), "*fp32")
-    types |= {"scale": "fp32", "sizes": ("i32",) * 3, "query_span": ("i32",) * 2, "key_span": ("i32",) * 2}
+    types |= size_types(call)
     types |= dict.fromkeys(("sum_stride", "column_stride", "splits", "queries_per_split", "split_origin"), "i32")
     values: dict[str, Any] = head_constants(call.d, tiles, call.kind, call.unit)
     yield configuration("columns", column_lse_kernel, types, values, tiles)

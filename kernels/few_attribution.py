@@ -11,7 +11,6 @@ import triton.language as tl
 from i2am.kernels.accumulate import add
 from i2am.kernels.primitives import DEAD, LN2, LOG2E, dot_qk, load_head, logits
 from i2am.kernels.tiles import (
-    FEW_KEYS,
     Call,
     Configuration,
     Tiles,
@@ -21,6 +20,7 @@ from i2am.kernels.tiles import (
     head_types,
     mask_types,
     power_of_two_above,
+    size_types,
 )
 
 STRIDES = ["q_strides", "k_strides", "r2g_strides", "g2r_strides", "mass_strides", "sram_strides"]
@@ -139,7 +139,7 @@ def constants(
 
 def configurations(call: Call) -> Iterator[Configuration]:
     """Yield what a launcher asks for where keys are few, with one reference and with two."""
-    if call.keys > FEW_KEYS:
+    if not call.is_few:
         return
     tiles = few_tiles(call.d, call.itemsize, call.device, call.kind, call.regions, call.level).fit(call.keys)
     for n in (1, 2):
@@ -153,7 +153,7 @@ def configurations(call: Call) -> Iterator[Configuration]:
         types |= dict.fromkeys(("r2g_strides", "g2r_strides", "mass_strides"), ("i32",) * 2 * n)
         types |= {"sram_strides": ("i32",) * 3 * n, "spans": ("i32",) * 2 * n}
         types |= dict.fromkeys(("tiles_per_split", "splits", "R"), "i32")
-        types |= {"scale": "fp32", "sizes": ("i32",) * 3, "query_span": ("i32",) * 2, "key_span": ("i32",) * 2}
+        types |= size_types(call)
         values = constants(call, tiles, n, 16, call.unit)
         name = "few-attribution" if n == 1 else f"few-attribution, {n} references,"
         yield configuration(name, few_attribution_kernel, types, values, tiles)

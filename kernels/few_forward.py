@@ -20,9 +20,8 @@ from i2am.kernels.primitives import (
     scale_head,
     zero_head,
 )
-from i2am.kernels.rows import end_rows, soften
+from i2am.kernels.rows import end_rows, soften, this_split
 from i2am.kernels.tiles import (
-    FEW_KEYS,
     Call,
     Configuration,
     Tiles,
@@ -32,6 +31,7 @@ from i2am.kernels.tiles import (
     head_types,
     mask_types,
     power_of_two_above,
+    size_types,
 )
 
 TINY = tl.constexpr(2.0**-56)  # README: numerics
@@ -65,14 +65,12 @@ def few_forward_kernel(
 
     Grid: (B·H, splits). A program owns its split's rows, and one slot of every partial.
     """
-    i_bh, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     H, Nq, Nk = sizes[0], sizes[1], sizes[2]
-    i_b, i_h = i_bh // H, i_bh % H
+    i_bh, i_b, i_h, i_split, i_slot = this_split(H)
     K = key_span[1] - key_span[0]
     if mask is not None:
         mask += i_b * mask_strides[0] + i_h * mask_strides[1]
     row_lse += i_bh * Nq
-    i_slot = i_bh * tl.num_programs(1) + i_split
     column_partial += i_slot * K
     g2r_partial += i_slot * K
     first = i_split * tiles_per_split * BM
@@ -174,7 +172,7 @@ def constants(
 
 def configurations(call: Call) -> Iterator[Configuration]:
     """Yield what a launcher asks for where keys are few: with an output, or behind somebody else's attention."""
-    if call.keys > FEW_KEYS:
+    if not call.is_few:
         return
     tiles = few_tiles(call.d, call.itemsize, call.device, call.kind, call.regions, call.level).fit(call.keys)
     types = head_types(call, tiles, {"q": tiles.m, "k": tiles.n}) | mask_types(call)
@@ -184,7 +182,7 @@ def configurations(call: Call) -> Iterator[Configuration]:
     types |= dict.fromkeys(("row_lse", "column_partial", "g2r_partial"), "*fp32")
     if call.regions:
         types |= {"regions": "*fp32", "sram_partial": "*fp32"}
-    types |= {"scale": "fp32", "sizes": ("i32",) * 3, "query_span": ("i32",) * 2, "key_span": ("i32",) * 2}
+    types |= size_types(call)
     types |= {"tiles_per_split": "i32", "R": "i32"}
     values = constants(call, tiles, call.unit, call.unit, not call.output)
     yield configuration("few-forward", few_forward_kernel, types, values, tiles)

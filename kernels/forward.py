@@ -19,9 +19,8 @@ from i2am.kernels.primitives import (
     sum_columns,
     zero_head,
 )
-from i2am.kernels.rows import end_rows, soften
+from i2am.kernels.rows import end_rows, soften, this_split
 from i2am.kernels.tiles import (
-    FEW_KEYS,
     Call,
     Configuration,
     Tiles,
@@ -31,6 +30,7 @@ from i2am.kernels.tiles import (
     head_types,
     lane_rows,
     mask_types,
+    size_types,
 )
 
 HEADROOM = tl.constexpr(32.0)  # README: numerics
@@ -60,13 +60,11 @@ def attention_fwd_kernel(
 
     Grid: (B·H, splits). A program walks the query tiles of its split, and owns one slot of the last two.
     """
-    i_bh, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     H, Nq, Nk = sizes[0], sizes[1], sizes[2]
-    i_b, i_h = i_bh // H, i_bh % H
+    i_bh, i_b, i_h, i_split, i_slot = this_split(H)
     if mask is not None:
         mask += i_b * mask_strides[0] + i_h * mask_strides[1]
     row_lse += i_bh * Nq
-    i_slot = i_bh * tl.num_programs(1) + i_split
     key_first = key_span[0] // BN * BN  # the sums are kept in whole tiles: aligned, and without a mask
     first = i_split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(Nq, BM))
@@ -139,7 +137,7 @@ def constants(call: Call, tiles: Tiles, unit: int, out_unit: int, upcast: bool =
 
 def configurations(call: Call) -> Iterator[Configuration]:
     """Yield what a launcher asks for in an attention call."""
-    if call.keys <= FEW_KEYS:
+    if call.is_few:
         return
     tiles = attention_tiles(call.d, call.itemsize, call.device, call.kind, call.keys, call.level)
     types = head_types(call, tiles, {"q": tiles.m, "k": tiles.n}) | mask_types(call)
@@ -147,7 +145,7 @@ def configurations(call: Call) -> Iterator[Configuration]:
         types |= head_types(call, tiles, {"v": tiles.n}) | {"out": f"*{call.dtype}"}
     types |= {"row_lse": "*fp32", "column_sum": "*fp32", "pivots": "*fp32"}
     types |= {"v_strides": ("i32",) * 3, "out_strides": ("i32",) * 3}
-    types |= {"scale": "fp32", "sizes": ("i32",) * 3, "query_span": ("i32",) * 2, "key_span": ("i32",) * 2}
+    types |= size_types(call)
     types["tiles_per_split"] = "i32"
     values = constants(call, tiles, call.unit, call.unit)
     yield configuration("attention", attention_fwd_kernel, types, values, tiles)

@@ -183,13 +183,14 @@ def logits(
 
 
 @triton.jit
-def halve_rows(b_x, ROWS: tl.constexpr, BN: tl.constexpr):
-    """Add the upper half of the rows of ``x [ROWS, BN]`` to the lower half.
+def halve_rows(b_x, ROWS: tl.constexpr, PAIRS: tl.constexpr, LEFT: tl.constexpr):
+    """Add the upper half of the rows of ``x [2, ROWS, PAIRS, LEFT]`` to the lower half.
 
     The split asks for both halves in one thread, so the tile changes hands once, through shared memory, and all
     further halvings cost one addition a value: no butterfly of shuffles, and each sum lies in a single thread.
     """
-    b_upper, b_lower = tl.split(tl.permute(tl.reshape(b_x, [2, ROWS // 2, BN]), [1, 2, 0]))
+    b_x = tl.reshape(b_x, [2, 2, ROWS // 2, PAIRS, LEFT])
+    b_upper, b_lower = tl.split(tl.permute(b_x, [0, 2, 3, 4, 1]))
     return b_upper + b_lower
 
 
@@ -204,15 +205,23 @@ def sum_columns(b_x, BM: tl.constexpr, BN: tl.constexpr, LANE_ROWS: tl.constexpr
         b = tl.sum(b_x, 0)
     else:
         b_r = tl.sum(tl.reshape(b_x, [BM // (2 * LANE_ROWS), LANE_ROWS // 8, 2, 8, BN]), 2)  # within a thread
-        b_r = tl.reshape(tl.sum(b_r, 0), [LANE_ROWS, BN])
-        if LANE_ROWS == 64:
-            b_r = halve_rows(b_r, 64, BN)
-        b_r = halve_rows(b_r, 32, BN)
-        b_r = halve_rows(b_r, 16, BN)
-        b_r = halve_rows(b_r, 8, BN)
-        b_r = halve_rows(b_r, 4, BN)
-        b_upper, b_lower = tl.split(tl.permute(b_r, [1, 0]))
-        b = b_upper + b_lower
+        # Every thread is to have a pair of columns, as a product leaves them. The threads that are left then divide the
+        # rows: LEFT of them, side by side, meet at the end.
+        LEFT: tl.constexpr = 8 * LANE_ROWS // BN
+        ROWS: tl.constexpr = LANE_ROWS // LEFT
+        b_r = tl.reshape(tl.sum(b_r, 0), [ROWS, LEFT, BN // 2, 2])
+        b_r = tl.permute(b_r, [3, 0, 2, 1])  # [2, ROWS, BN / 2, LEFT]
+        if ROWS >= 32:
+            b_r = halve_rows(b_r, 32, BN // 2, LEFT)
+        if ROWS >= 16:
+            b_r = halve_rows(b_r, 16, BN // 2, LEFT)
+        if ROWS >= 8:
+            b_r = halve_rows(b_r, 8, BN // 2, LEFT)
+        if ROWS >= 4:
+            b_r = halve_rows(b_r, 4, BN // 2, LEFT)
+        if ROWS >= 2:
+            b_r = halve_rows(b_r, 2, BN // 2, LEFT)
+        b = tl.reshape(tl.permute(tl.sum(tl.reshape(b_r, [2, BN // 2, LEFT]), 2), [1, 0]), [BN])
     return b
 
 

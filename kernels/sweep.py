@@ -11,7 +11,6 @@ import triton.language as tl
 from i2am.kernels.attribution import precision
 from i2am.kernels.primitives import DEAD, LOG2E, dot_qk, load_head, logits
 from i2am.kernels.tiles import (
-    FEW_KEYS,
     Call,
     Configuration,
     Tiles,
@@ -20,6 +19,7 @@ from i2am.kernels.tiles import (
     head_types,
     mask_types,
     power_of_two_above,
+    size_types,
     sweep_tiles,
 )
 
@@ -134,12 +134,13 @@ def constants(call: Call, tiles: Tiles, unit: int, upcast: bool = False) -> dict
 
 def configurations(call: Call) -> Iterator[Configuration]:
     """Yield what a launcher asks for behind somebody else's attention: the sweep for G2R, and the one for R2G."""
-    if call.output or call.keys <= FEW_KEYS:
+    if call.output or call.is_few:
         return
     tiles = sweep_tiles(call.d, call.itemsize, call.device, call.kind, call.regions, call.level).fit(call.keys)
     types = head_types(call, tiles, {"x": tiles.n, "y": tiles.m}) | mask_types(call)
-    types |= {"norm": "*fp32", "total_partial": "*fp32", "scale": "fp32", "sizes": ("i32",) * 3}
-    types |= {"x_span": ("i32",) * 2, "y_span": ("i32",) * 2, "weight_strides": ("i32",) * 3}
+    sizes = size_types(call)
+    types |= {"norm": "*fp32", "total_partial": "*fp32", "scale": sizes["scale"], "sizes": sizes["sizes"]}
+    types |= {"x_span": sizes["key_span"], "y_span": sizes["query_span"], "weight_strides": ("i32",) * 3}
     types |= dict.fromkeys(("norm_stride", "own_stride", "tiles_per_group", "tiles_per_split", "R"), "i32")
     columns = {"column_sum": "*fp32", "pivots": "*fp32"}
     columns |= {"weights": "*fp32", "weighted_partial": "*fp32"} if call.regions else {}

@@ -100,13 +100,19 @@ def _attention_tiles(d: int, itemsize: int, device: Device, mask: MaskKind, keys
             return Tiles(64, 32, 8, 1)
     if itemsize == 4 or device.units == "fma":  # exact fp32 products have no matrix unit on NVIDIA
         return Tiles(32, 16, 4, 1)
+    if _is_hopper(device):
+        return _hopper_attention_tiles(d, device, mask, keys, width)
     if width > 128:
         return Tiles(64, 32, 4, 2)
-    if mask == "rows":
-        return Tiles(128, 32, 8, 2)
-    if loads_tiles(d, device) and mask is None and keys > 512:
-        return Tiles(128, 128, 8, 2, tma=True)
-    if device.shared >= 200 * KIB and device.units == "mma" and width <= 64 and mask is None:
+    return Tiles(128, 32 if mask == "rows" else 64, 8, 2)
+
+
+def _hopper_attention_tiles(d: int, device: Device, mask: MaskKind, keys: int, width: int) -> Tiles:
+    if loads_tiles(d, device) and keys > 512:
+        return Tiles(128, 128 if mask is None else 64, 8, 2, tma=True)
+    if width > 128:
+        return Tiles(128, 64 if mask is None and width <= 192 else 32, 8, 2)
+    if width <= 64 and mask is None:
         return Tiles(128, 64, 4, 2) if width == 64 else Tiles(64, 128, 4, 2)
     return Tiles(128, 64, 8, 2)
 
@@ -131,7 +137,7 @@ def _attribution_tiles(d: int, itemsize: int, device: Device, mask: MaskKind, re
     if regions:  # on Hopper one stage has fewer instructions (2,992 clocks for 3,376 at d 160) and spills nothing
         return Tiles(64, 32, 4, 1 if _is_hopper(device) else 2)
     if mask == "rows":
-        return Tiles(64, 32, 4, 2)
+        return Tiles(64, 64 if _is_hopper(device) else 32, 4, 2)
     if device.units == "tmem":
         return Tiles(64, 64, 4, 1)
     width = sum(split_head_dim(d))
@@ -257,6 +263,12 @@ class Call(NamedTuple):
     regions: int = 0
     output: bool = True
     level: int = 0
+    few_keys: int = FEW_KEYS
+
+    @property
+    def is_few(self) -> bool:
+        """Return whether two launches serve the call."""
+        return self.keys <= self.few_keys
 
     @property
     def itemsize(self) -> int:
@@ -280,8 +292,17 @@ def head_types(call: Call, tiles: Tiles, blocks: Mapping[str, int]) -> dict[str,
 
 
 def mask_types(call: Call) -> dict[str, Any]:
-    """Return the types of a mask and its strides: ``[1, 1, Nq, Nk]`` expanded, or ``[B, 1, 1, Nk]``."""
-    return {"mask_strides": ("i32",) * 4} | ({} if call.mask is None else {"mask": f"*{call.mask}"})
+    """Return the types of a mask and its strides: ``[1, 1, Nq, Nk]`` expanded, or ``[B, 1, 1, Nk]``; 16 divides Nk."""
+    if call.mask is None:
+        return {"mask_strides": ("i32",) * 4}
+    return {"mask": f"*{call.mask}", "mask_strides": ("i32:16", "i32:16", "i32:16", 1)}
+
+
+def size_types(call: Call) -> dict[str, Any]:
+    """Return the types of scale, sizes and spans; 16 divides a model's tokens, unless the call says otherwise."""
+    keys = "i32:16" if call.keys % 16 == 0 else "i32"
+    spans = {"query_span": ("i32:16",) * 2, "key_span": ("i32:16", keys)}
+    return {"scale": "fp32", "sizes": ("i32", "i32:16", keys)} | spans
 
 
 class Configuration(NamedTuple):
@@ -301,16 +322,22 @@ def configuration(
     """Describe one launch: ``types`` names every argument that is passed and no ``tl.constexpr``.
 
     A pointer's type starts with ``*`` and is taken to be aligned to 16 bytes, as torch's memory is; a tuple is a tuple
-    of types. What neither ``types`` nor ``constants`` holds is None.
+    of types. ``i32:16`` is a multiple of 16 and 1 is one: a launch tells Triton of both, in tuples whatever
+    ``do_not_specialize`` says. What neither ``types`` nor ``constants`` holds is None.
     """
     signature: dict[str, Any] = {}
     values: dict[Any, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in types:
-            signature[argument] = types[argument]
-            if str(types[argument]).startswith("*"):
+            kind = types[argument]
+            signature[argument] = kind
+            if str(kind).startswith("*"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
+            elif isinstance(kind, tuple):
+                signature[argument] = tuple("constexpr" if each == 1 else each.split(":")[0] for each in kind)
+                attributes |= {(i, j): [["tt.divisibility", 16]] for j, each in enumerate(kind) if each == "i32:16"}
+                values |= {(i, j): 1 for j, each in enumerate(kind) if each == 1}
         elif argument in constants:
             signature[argument], values[argument] = "constexpr", constants[argument]
         else:
