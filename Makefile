@@ -38,8 +38,7 @@ types: $(DEV)
 bench bench-all: $(DEV)
 	mkdir -p results
 	$(BIN)/python -m pytest benchmarks $(if $(filter bench,$@),-m 'not slow') -o python_files='bench_*.py' --benchmark-json=results/bench.json
-	$(BIN)/python -m benchmarks.static --arch sm_80,sm_90 > results/static.txt
-	$(BIN)/python -m benchmarks.report results/bench.json --static results/static.txt
+	$(BIN)/python -m benchmarks.report results/bench.json
 
 gpu: $(DEV)
 	$(BIN)/python -m benchmarks.gpu

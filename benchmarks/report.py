@@ -1,7 +1,7 @@
 """Writes docs/benchmarks.md, a CSV and the figures from what ``make bench`` measured.
 
-``python -m benchmarks.report results/bench.json --static results/static.txt``; ``--page`` and ``--title`` write another
-page, with the tables that were measured and nothing else.
+``python -m benchmarks.report results/bench.json``; ``--page`` and ``--title`` write another page, with the tables that
+were measured and without what :mod:`benchmarks.static_page` says of the GPU kernels' code.
 """
 
 from __future__ import annotations
@@ -24,16 +24,6 @@ TITLES = {
     "regions": "SRAM: registered regions, against a call without",
     "answers": "SRAM: answers from recorded queries and keys, 16,384 × 16,384, one head",
 }
-STATIC = """## The GPU kernels' code, without a GPU
-
-`python -m benchmarks.static`: compiled ahead of time, and read. Registers and spilled bytes a thread, shared memory a
-program; then the clocks each pipe needs for 128 × 64 scores on one processor. *predicted* is the sum over passes of the
-largest pipe bound, a lower limit and no measurement.
-
-```text
-{text}
-```
-"""
 HEADER = """# {title}
 
 Written by `make bench`; nothing here is typed by hand. Every provider is verified against float64 before it is timed.
@@ -185,7 +175,6 @@ def plot(measured: dict, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measured", type=Path, nargs="+", help="pytest-benchmark's JSON, of one machine")
-    parser.add_argument("--static", type=Path, help="what benchmarks.static printed")
     parser.add_argument("--title", default="Benchmarks", help="title of the page")
     parser.add_argument("--page", default="benchmarks", help="name of the page")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
@@ -198,8 +187,10 @@ def main() -> None:
     write_csv(measured, options.docs / "benchmarks.csv")
     plot(measured, options.docs / "images" / "bench-growth.png")
     text = markdown(measured, options.title)
-    if options.static:
-        text += "\n" + STATIC.format(text=options.static.read_text(encoding="utf-8").strip())
+    if options.page == "benchmarks":
+        from benchmarks import static_page
+
+        text = static_page.replaced(text, "static", static_page.load())
     (options.docs / f"{options.page}.md").write_text(text, encoding="utf-8")
     print(f"wrote {options.docs}/{options.page}.md and benchmarks.csv")
 

@@ -9,8 +9,9 @@ Of each kernel's main loop it counts what one score element asks of every pipe, 
 8,192 scores (a tile of 128 × 64) on one processor. The largest of these bounds a kernel; a pass that waits for its
 pipes in turn is slower, none is faster. ``issue`` is the bound that instruction slots set.
 
-``benchmarks/static.json`` holds what was last shipped (``--update`` writes it); ``tests/kernels/test_static.py``
-refuses worse.
+``benchmarks/static.json`` holds what was last shipped: ``--update`` writes these costs, peers included, and ``--table``
+registers, spills and instructions of everything (:mod:`benchmarks.static_table`). :mod:`benchmarks.static_page` writes
+the parts of the pages that say it. ``tests/kernels/test_static.py`` refuses worse.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from benchmarks import aot, sass
+import triton
+
+from benchmarks import aot, sass, static_table
 from benchmarks.peers.flash import flash_kernel, flash_tma_kernel
-from i2am.kernels import forward
-from i2am.kernels.tiles import KIB, Call, Configuration, Tiles, configuration
+from i2am.kernels import attribution, few_attribution, few_forward, forward
+from i2am.kernels.tiles import FEW_KEYS, KIB, Call, Configuration, Tiles, configuration
 
 SCORES = 8192  # the tile that clocks are given for
 RECORD = Path(__file__).with_suffix(".json")
@@ -175,19 +178,19 @@ def costs(arch: str, head_dims: Iterable[int], peers: bool = True) -> Iterator[t
 
 
 def summary(found: dict[str, Cost]) -> dict[str, dict[str, float]]:
-    """What the two passes cost, of one head dim, as ratios: baseline → measure → ratio.
+    """Return what the two passes cost, of one head dim, as ratios: baseline → measure → ratio.
 
-    ``predicted`` is the ratio of the largest pipes' clocks, ``with issue`` the same with issue slots among the pipes.
+    ``largest pipe`` is the ratio of the largest pipes' clocks, ``with issue`` the same with issue slots among them.
     """
     ours = [found[name] for name in OURS.values()]
     forward = min((c for name, c in found.items() if name.startswith("tutorial")), key=lambda c: c.issue_bound)
-    against = {"tutorial flash": [forward], "pass 1 without attribution": [found["pass 1 without attribution"]]}
+    against = {forward.name: [forward], "pass 1 without attribution": [found["pass 1 without attribution"]]}
     if "flash-colreduce" in found:
-        against["tutorial flash and flash-colreduce twice"] = [forward, *[found["flash-colreduce"]] * 2]
+        against[f"{forward.name} and flash-colreduce twice"] = [forward, *[found["flash-colreduce"]] * 2]
     measures = {
         "tensor": lambda c: c.per_score["tensor"],
         "exponentials": lambda c: c.per_score["exp"],
-        "predicted": lambda c: c.bound,
+        "largest pipe": lambda c: c.bound,
         "with issue": lambda c: c.issue_bound,
     }
     return {
@@ -199,56 +202,79 @@ def summary(found: dict[str, Cost]) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="sm_80,sm_90", help=f"of {', '.join(aot.TARGETS)}; separated by commas")
-    parser.add_argument("--head-dims", default="64,128")
-    parser.add_argument("--json", metavar="FILE", help="also write everything there")
-    parser.add_argument("--update", action="store_true", help=f"write {RECORD.name}, the costs that tests hold to")
+    parser.add_argument("--head-dims", help="default 64,128; of a table all")
+    parser.add_argument("--dtypes", default="fp16,bf16,fp32", help="of a table")
+    parser.add_argument("--variants", help=f"of a table, default all; of {', '.join(aot.VARIANTS)}")
+    parser.add_argument("--update", action="store_true", help=f"write these costs to {RECORD.name}; tests hold to them")
+    parser.add_argument("--table", action="store_true", help=f"write what everything spills to {RECORD.name} instead")
     options = parser.parse_args()
-    everything = {}
-    for arch in options.arch.split(","):
-        if arch not in aot.TARGETS:
-            parser.error(f"unknown architecture {arch!r}; known are {', '.join(aot.TARGETS)}")
-        tables: dict[int, dict[str, Cost]] = {}
-        for d, cost in costs(arch, [int(d) for d in options.head_dims.split(",")]):
-            tables.setdefault(d, {})[cost.name] = cost
-        for d, found in tables.items():
-            show(arch, d, found)
-            everything[f"{arch} d={d}"] = {
-                name: c._asdict() | {"per_score": dict(c.per_score), "clocks": dict(c.clocks)}
-                for name, c in found.items()
-            }
-            if arch in PROCESSORS:
-                everything[f"{arch} d={d}"]["ratios"] = summary(found)
-    if options.json:
-        Path(options.json).write_text(json.dumps(everything, indent=1))
-    if options.update:
-        RECORD.write_text(json.dumps(recorded(), indent=1) + "\n")
+    if unknown := [arch for arch in options.arch.split(",") if arch not in aot.TARGETS]:
+        parser.error(f"unknown architecture {unknown[0]!r}; known are {', '.join(aot.TARGETS)}")
+    if options.table:
+        head_dims = static_table.HEAD_DIMS if options.head_dims is None else [*map(int, options.head_dims.split(","))]
+        variants = None if options.variants is None else options.variants.split(",")
+        static_table.update(RECORD, options.arch.split(","), options.dtypes.split(","), head_dims, variants)
+    elif options.update:
+        kept = json.loads(RECORD.read_text(encoding="utf-8"))
+        kept["costs"] = {"triton": triton.__version__, "rows": recorded(peers=True), "few": few_keys()}
+        static_table.write(RECORD, kept)
+    else:
+        for arch in options.arch.split(","):
+            for d in map(int, (options.head_dims or "64,128").split(",")):
+                print("\n" + "\n".join(show(arch, d, {cost.name: cost for _, cost in costs(arch, [d])})))
 
 
-def recorded() -> dict[str, dict[str, float]]:
-    """What the record keeps of every shipped kernel: ``"arch d=… kernel"`` → measure → value."""
-    kept = {}
+def recorded(peers: bool = False) -> dict[str, dict[str, dict]]:
+    """Return what the record keeps: ``"arch d=…"`` → kernel → the fields of its :class:`Cost`, rounded."""
+    kept: dict[str, dict[str, dict]] = {}
     for arch, head_dims in RECORDED.items():
-        for d, c in costs(arch, head_dims, peers=False):
-            per_score = {pipe: round(c.per_score[pipe], 4) for pipe in ("tensor", "exp", "atomic")}
+        for d, c in costs(arch, head_dims, peers=peers):
+            per_score = {pipe: round(value, 4) for pipe, value in c.per_score.items()}
+            pipes = {pipe: round(value, 1) for pipe, value in c.clocks.items()}
             bounds = {"bound": round(c.bound, 1), "issue_bound": round(c.issue_bound, 1)}
-            kept[f"{arch} d={d} {c.name}"] = {"spills": c.spills, **per_score, **bounds}
+            fields = c._asdict() | {"per_score": per_score, "clocks": pipes} | bounds
+            kept.setdefault(f"{arch} d={d}", {})[c.name] = {k: v for k, v in fields.items() if k != "name"}
     return kept
 
 
-def show(arch: str, d: int, found: dict[str, Cost]) -> None:
+def few_keys(arch: str = "sm_90", d: int = 40) -> dict[str, dict[str, dict]]:
+    """Return issue clocks where keys are few: keys → "two launches", "four launches" → tiles, padded keys, clocks."""
+    found: dict[str, dict[str, dict]] = {}
+    for keys in (257, 77, 49, 16):
+        for way, few in (("two launches", FEW_KEYS), ("four launches", 0)):
+            call = Call(aot.TARGETS[arch], "fp16", d, keys, few_keys=few)
+            clocks = {}
+            for module in (few_forward, few_attribution) if few else (forward, attribution):
+                c = next(iter(module.configurations(call)))
+                cost = measure(c.name, c, arch, rare=c.name == "attribution", loops=FEW_LOOPS.get(c.name, 1))
+                clocks[c.name] = round(cost.clocks["issue"])
+            found.setdefault(str(keys), {})[way] = {
+                "m": c.tiles.m, "n": c.tiles.n, "padded": -(-keys // c.tiles.n) * c.tiles.n, "clocks": clocks,
+            }  # fmt: skip
+    return found
+
+
+def read(rows: Mapping[str, dict]) -> dict[str, Cost]:
+    """Return the costs of one architecture and head dim as the record has them."""
+    return {name: Cost(name=name, **fields) for name, fields in rows.items()}
+
+
+def show(arch: str, d: int, found: dict[str, Cost]) -> list[str]:
+    """Return the lines of a table of costs, and below it their ratios."""
     pipes = [p for p in sass.PIPES if any(c.clocks.get(p) for c in found.values())]
     about = f" ({PROCESSORS[arch].name}): clocks of each pipe for 128 × 64 scores" if pipes else ""
-    print(f"\nfp16, d = {d}, {arch}{about}")
-    print(f"{'':28s}{'regs':>5s}{'spill':>6s}{'shared':>8s}{'warps':>6s}" + "".join(f"{p:>9s}" for p in pipes))
-    for c in found.values():
-        print(
-            f"{c.name:28s}{c.registers:5d}{c.spills:6d}{c.shared:8d}{c.occupancy or '–':>6}"
-            + "".join(f"{c.clocks[p]:9.0f}" for p in pipes)
-        )
+    lines = [f"fp16, d = {d}, {arch}{about}"]
+    lines.append(f"{'':34s}{'regs':>5s}{'spill':>6s}{'shared':>8s}{'warps':>6s}" + "".join(f"{p:>9s}" for p in pipes))
+    lines += [
+        f"{c.name:34s}{c.registers:5d}{c.spills:6d}{c.shared:8d}{c.occupancy or '–':>6}"
+        + "".join(f"{c.clocks[p]:9.0f}" for p in pipes)
+        for c in found.values()
+    ]
     if "flash-colreduce" not in found:
-        print("flash-colreduce is not installed: pip install flash-colreduce==0.2.2")
+        lines.append("flash-colreduce is not installed: pip install flash-colreduce==0.2.2")
     for baseline, ratios in summary(found).items() if pipes else ():
-        print(f"i2am / {baseline}: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+        lines.append(f"i2am / {baseline}: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+    return lines
 
 
 if __name__ == "__main__":
