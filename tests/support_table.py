@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from i2am.families.registry import takes_pictures, verdict_on
-from tests.helpers.truth import assert_peak
+from tests.helpers.truth import assert_peak, assert_sram
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 FILES = ("families/test_*.py", "tracing/test_compatibility.py")
@@ -41,6 +41,7 @@ FAMILIES: dict[str, Row] = {}
 LIVING: dict[str, Row] = {}
 REFUSED: dict[str, Row] = {}
 SHOWN: set[str] = set()  # models and pipelines whose maps a test has compared with the truth
+RECORDED: set[str] = set()  # those of which it has also asked a patch, of recorded queries and keys
 _running: list[Row] = []
 
 
@@ -68,12 +69,21 @@ def note(direction: str, *levels: str) -> None:
 def check(maps, truth, T, directions=("r2g", "g2r", "mass"), **options) -> None:
     """Compares every level with the truth, and notes it."""
     SHOWN.update(str(maps.provenance.get(what)) for what in ("model", "pipeline"))
+    asked(maps, truth, directions, **options)
     for direction in directions:
         assert_peak(maps.ulam(direction, **options), truth.ulam(direction))
         assert_peak(maps.tlam(direction, **options), truth.tlam(direction, T))
         assert_peak(maps.hlam(direction, **options), truth.hlam(direction))
         assert_peak(maps.llam(direction, **options), truth.llam(direction))
         note(direction, *LEVELS)
+
+
+def asked(maps, truth, directions, **options) -> None:
+    """Compares the SRAM of a patch with the truth, where it was recorded and there is one, and notes it."""
+    if maps.recorded:
+        RECORDED.update(str(maps.provenance.get(what)) for what in ("model", "pipeline"))
+        if "g2r" in directions:
+            assert_sram(maps, truth, **options)
 
 
 def _mark(row: Row):
@@ -133,15 +143,19 @@ def every_pipeline() -> tuple[list[str], list[str]]:
     return rows, unknown
 
 
-def not_shown() -> list[str]:
-    """Returns the families that trace a pipeline as it is, and of which no test of this session has shown one."""
+def not_shown(seen: set[str] = SHOWN) -> list[str]:
+    """Returns the families that trace a pipeline as it is, and of which no test of this session has shown one.
+
+    Args:
+        seen: :data:`SHOWN`, or :data:`RECORDED`: shown with a record.
+    """
     families = {verdict_on(kind).family for kind in pipelines_with_pictures().values() if verdict_on(kind) is not None}
-    return sorted(family.__name__ for family in families if family is not None and not _shown(family))
+    return sorted(family.__name__ for family in families if family is not None and not _among(family, seen))
 
 
-def _shown(family) -> bool:
-    return bool(SHOWN & set(family.models)) or any(
-        fnmatch.fnmatchcase(name, facts.pattern) for name in SHOWN for facts in family.pipelines
+def _among(family, seen: set[str]) -> bool:
+    return bool(seen & set(family.models)) or any(
+        fnmatch.fnmatchcase(name, facts.pattern) for name in seen for facts in family.pipelines
     )
 
 
@@ -193,9 +207,8 @@ def page() -> str:
         f"## Every pipeline of diffusers {version('diffusers')}",
         "",
         "All that take a picture or a video. Traced: its reference is among the attention keys and i2am reads it, as "
-        "it is or with an IP-Adapter; otherwise why not. A reason that begins with i2am is a limit of i2am: the keys "
-        "are there. Pipelines that are assembled of modular blocks are not listed; trace the transformer of one with "
-        "`i2am.patch_transformer`.",
+        "it is or with an IP-Adapter; otherwise why not. Pipelines that are assembled of modular blocks are not "
+        "listed; trace the transformer of one with `i2am.patch_transformer`.",
         "",
         line("pipeline", "traced", "otherwise"),
         line("---", "---", "---"),
@@ -223,7 +236,8 @@ def main() -> int:
     if code == 0 and untold:
         print(f"nothing written: tests of {', '.join(untold)} were skipped")
         return 1
-    if code == 0 and (unknown := support.every_pipeline()[1] + support.not_shown()):
+    missing = support.not_shown() + support.not_shown(support.RECORDED)
+    if code == 0 and (unknown := support.every_pipeline()[1] + missing):
         print(f"nothing written: nothing is known of, or no test shows, {', '.join(unknown)}")
         return 1
     if code == 0:

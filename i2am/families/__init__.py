@@ -175,7 +175,7 @@ class Family:
         return ()
 
 
-OURS = "i2am "  # how a reason begins that is a limit of this package, and no trait of the model
+OURS = ("i2am ", "diffusers' own ")  # how a reason begins that is a limit of the code, and no trait of the model
 UNKNOWN = "i2am does not know"
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _MISSING = object()
 
@@ -53,3 +53,16 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
 def attribute(module: nn.Module, path: str) -> Any:
     """Return an attribute of a module by its path ("config.patch_size"); to a type checker all are Tensor | Module."""
     return attrgetter(path)(module)
+
+
+def tensors_of(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among some arguments, those in lists and dicts too."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            found += tensors_of(value.values())
+        elif isinstance(value, (list, tuple)):
+            found += tensors_of(value)
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from i2am.families import RESIDUAL, PipelineFacts
-from i2am.families.frames import Frames, VideoFrames, frames_before, in_a_row, video_grid
+from i2am.families.frames import Frames, VideoFrames, frames_before, masked_frames, video_grid
 
 TRAINED = 1000  # timesteps of σ = 1
 
@@ -39,9 +39,4 @@ class Cosmos(VideoFrames):
         mask = given.get("condition_mask")
         if mask is None:
             return [Frames(frames, grid, given=False)]
-        each = mask.detach().cpu().flatten(3)[:, 0].bool()  # [B, F, H·W]
-        whole, any_of_it = each.all(-1), each.any(-1)
-        if not whole.equal(any_of_it) or not bool((whole == whole[0]).all()):
-            raise ValueError("condition_mask gives a part of a frame, or other frames to each sample of the batch")
-        per_frame = whole[0].unflatten(0, (frames, -1)).any(-1).tolist()  # of a patch of several latent frames, any
-        return in_a_row(per_frame, grid)
+        return masked_frames(mask[:, 0], frames, grid, "condition_mask")

@@ -185,6 +185,24 @@ def video_grid(model: nn.Module, latents: Tensor) -> tuple[int, Grid]:
     return frames, (h, w)
 
 
+def masked_frames(mask: Tensor, frames: int, grid: Grid, name: str) -> list[Frames]:
+    """Return which frames a mask ``[B, F, H, W]`` gives: whole ones, and the same of every sample.
+
+    Args:
+        frames: of tokens, which may hold several latent ones each.
+        grid: of one.
+        name: of the mask, for messages.
+
+    Raises:
+        ValueError: it gives a part of a frame, or other frames to each sample.
+    """
+    each = mask.detach().cpu().flatten(2).bool()
+    whole, any_of_it = each.all(-1), each.any(-1)
+    if not whole.equal(any_of_it) or not bool((whole == whole[0]).all()):
+        raise ValueError(f"{name} gives a part of a frame, or other frames to each sample of the batch")
+    return in_a_row(whole[0].unflatten(0, (frames, -1)).any(-1).tolist(), grid)
+
+
 def in_a_row(given: Sequence[bool], grid: Grid) -> list[Frames]:
     """Return frames of one grid, those next to each other that are all given or all generated together."""
     found: list[Frames] = []

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from i2am.families import Family, ForwardInputs, Hooked, TokenLayout
-from i2am.families.arguments import named_arguments
+from i2am.families.arguments import named_arguments, tensors_of
 from i2am.references import Grid, LayerFilter, Reference, choose_layers
 from i2am.tracing.intercept import AttentionCall, LayerContext, running_context, running_layer
 
@@ -45,6 +45,23 @@ class Projected:
     arguments: dict[str, Any]  # of the module, by name
     outputs: dict[str, Tensor] = field(default_factory=dict)  # projection → what it gave
     inputs: dict[str, Tensor] = field(default_factory=dict)  # projection → what it was given
+
+
+class Parts:
+    """Projections of an attention module, which hooks see only for as long as they stay in their places."""
+
+    def __init__(self, module: nn.Module, paths: Sequence[str]):
+        self._module = module
+        self._own = {path: module.get_submodule(path) for path in paths}
+
+    def check(self, layer: str) -> None:
+        """Refuse a module whose projections are others now. Raises ValueError."""
+        for path, own in self._own.items():
+            if not _has(self._module, path) or self._module.get_submodule(path) is not own:
+                raise ValueError(
+                    f"layer {layer}: its {path} was replaced after tracing began (a LoRA added or unloaded?), so that "
+                    "what it gives is not seen: unpatch(), and trace the model as it is now"
+                )
 
 
 class AttentionModules(Family):
@@ -83,6 +100,7 @@ class AttentionModules(Family):
         self._projections = projections
         found = attention_modules(model, projections)
         self._modules = {name: found[name] for name in choose_layers(found, where)}
+        self._parts = {name: Parts(module, projections) for name, module in self._modules.items()}
         named = [where] if isinstance(where, str) else [] if where is None or callable(where) else list(where)
         self._named = set(named) & set(found)  # by their very names
         self._feature_maps: dict[str, Grid] = {}  # module → size of the feature map that it was given
@@ -103,6 +121,7 @@ class AttentionModules(Family):
         return ForwardInputs(latents, timestep, conditioning=conditioning)
 
     def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._parts[layer.name].check(layer.name)
         layer.state = Projected(named_arguments(module, args, kwargs))
 
     def leave(self, layer: LayerContext, module: nn.Module) -> AttentionCall | None:
@@ -245,19 +264,6 @@ def compvis_mask(module: nn.Module, given: dict[str, Any]) -> Tensor | None:
             "(True = take part), broadcasting to [B, heads, queries, keys]"
         )
     return None if mask is None else mask.flatten(1)[:, None, None]
-
-
-def tensors_of(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors among some arguments, those in lists and dicts too."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, dict):
-            found += tensors_of(value.values())
-        elif isinstance(value, (list, tuple)):
-            found += tensors_of(value)
-    return found
 
 
 def _is_part(part: Tensor, whole: Tensor) -> bool:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from i2am.families import Family, ForwardInputs, TokenLayout
-from i2am.families.arguments import named_arguments
-from i2am.families.modules import TIMESTEPS, Describe, Inputs, tensors_of
+from i2am.families.arguments import named_arguments, tensors_of
+from i2am.families.modules import TIMESTEPS, Describe, Inputs
 from i2am.references import Grid, LayerFilter, Reference, choose_layers
 from i2am.tracing.intercept import AttentionCall, LayerContext
 

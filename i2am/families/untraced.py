@@ -1,7 +1,7 @@
-"""Pipelines whose picture never becomes keys, or whose keys i2am does not take apart, and why.
+"""Pipelines whose picture never becomes keys, or which cannot be run, and why.
 
-A reason says what the picture does instead. One that begins with "i2am" is a limit of ours: there are such keys. What
-is known of the pipelines of a family's own model stands in the family's file.
+A reason says what the picture does instead. What is known of the pipelines of a family's own model stands in the
+family's file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from i2am.families import CHANNELS, RESIDUAL, START, Family, PipelineFacts
 
 INPAINTING = f"{START}, or it enters as channels beside the latents"
 VIDEO_START = "the video is only what denoising starts from"
-FRAMES = "i2am does not take apart the frames given from those generated: they are tokens of one video"
 FIRST_AS_CHANNELS = "the first frame enters as channels beside the latents, so that every token mixes both"
 UPSAMPLES = "it enlarges latents without a denoiser"
 FEATURES = "the image embedding enters as a feature map beside the latents"
@@ -58,18 +57,12 @@ REASONS = {
     ),
     RESIDUAL: ("HunyuanDiTControlNet*", "SanaControlNet*"),
     UPSAMPLES: ("LTXLatentUpsample*", "LTX2LatentUpsample*"),
-    FRAMES: (
-        "Cosmos3Omni*",
-        "Kandinsky6TI2VA*",
-    ),
     "its self-attention is linear: sums over keys without a softmax, so that no key has a share of a query's "
     "attention; its cross-attention looks at text": ("SanaImageToVideo*",),
     "its self-attention is a linear recurrence (gated delta networks) in all but a few layers, without a softmax over "
     "keys": ("SanaWM*",),
-    "i2am does not read the attention of the face's tokens, a softmax written out whose keys and values share one "
-    "projection; the picture enters as channels besides": ("ConsisID*",),
-    "i2am does not read layers that look at the text and at the picture in turn, in two transformers of which only the "
-    "running call knows which is the picture's": ("VersatileDiffusionDualGuided*",),
+    "diffusers' own UNet fails in it: its dual transformers do not take the encoder_attention_mask that its blocks "
+    "give them": ("VersatileDiffusionDualGuided*",),
     PARTS: ("StableCascadeCombined*",),
     FEATURES: ("StableCascadeDecoder*", "WuerstchenCombined*", "WuerstchenDecoder*"),
     "it makes an image embedding and runs no attention of a denoiser of pictures": (

@@ -172,6 +172,38 @@ def cosmos_25():
     return run
 
 
+class Words:
+    """A tokenizer that makes three tokens of a prompt, and five of none."""
+
+    eos_token_id = 0
+
+    def convert_tokens_to_ids(self, word):
+        return 1
+
+    def apply_chat_template(self, conversation, **options):
+        return SimpleNamespace(input_ids=[2] * (3 if conversation[-1]["content"] else 5))
+
+
+def cosmos_3():
+    """Five tokens of text, or seven of the negative one; then the video."""
+    pipe = diffusers.Cosmos3OmniPipeline(videos.cosmos3(), Words(), Coder(), unipc(), enable_safety_checker=False)
+    call = dict(prompt="a", image=picture(), num_frames=9, guidance_scale=3.0, use_system_prompt=False, **SIZE)
+    call |= dict(add_resolution_template=False, add_duration_template=False)
+    parts = {"reference": (slice(5, 11), (2, 3))}
+    pipelines.quiet(pipe)
+    return Run(pipe, call, ("self_attn",), (4, 3), slice(6, 18), parts, CFG_CALLS, frames=2, lead=1, nth=1)
+
+
+def kandinsky_6():
+    """The picture is a frame behind two of the video; without sound."""
+    pipe = assembled("Kandinsky6TI2VAPipeline", videos.kandinsky6(), text_encoder_2=None, tokenizer_2=None)
+    call = dict(image=picture(), num_frames=5, guidance_scale=3.0, sample_audio=False, **text(5), **SIZE)
+    call |= {f"{prefix}pooled_prompt_embeds": torch.ones(1, 8) for prefix in ("", "negative_")}
+    parts = {"reference": (slice(12, 18), (2, 3))}
+    layers = ("video_dec_block.self_attention",)
+    return Run(pipe, call, layers, (4, 3), slice(0, 12), parts, CFG_CALLS, frames=2)
+
+
 def hunyuan():
     model = videos.hunyuan_video("token_replace")
     parts = dict(text_encoder_2=None, tokenizer_2=None, image_processor=None)
@@ -372,6 +404,8 @@ RUNS: dict[str, Callable[[], Run]] = {
         cosmos_1,
         cosmos_2,
         cosmos_25,
+        cosmos_3,
+        kandinsky_6,
         hunyuan,
         framepack,
         helios,
@@ -402,11 +436,11 @@ def test_a_whole_run(name):
         torch.manual_seed(5)  # some draw without the generator
         common = dict(num_inference_steps=2, output_type="latent", generator=generator())
         out = run.pipe(**(common | run.call))
-        return out.frames if hasattr(out, "frames") else out.images
+        return next(getattr(out, name) for name in ("frames", "images", "video") if hasattr(out, name))
 
     calls = [c for c in capture_calls(model, go, run.layers) if c.k.shape[2] >= run.keys]
     plain = go()
-    with i2am.trace(run.pipe, time_groups=2, output="model") as tracer:
+    with i2am.trace(run.pipe, time_groups=2, output="model", record="qk") as tracer:
         assert same(go(), plain)
     maps = tracer.maps()
     assert maps.references == list(run.parts)

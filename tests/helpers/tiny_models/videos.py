@@ -169,3 +169,70 @@ def i2vgen():
         cross_attention_dim=dit.TEXT,
         attention_head_dim=8,
     )
+
+
+def kandinsky6():
+    return build(
+        "Kandinsky6Transformer3DModel",
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=dit.TEXT,
+        in_text_dim2=8,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 6, 6),
+        in_audio_dim=4,
+        out_audio_dim=4,
+        ca_rope=True,
+        cross_gates=True,
+        fix_modulation=True,
+        visual_token_type_num_embeddings=2,
+    )
+
+
+def cosmos3():
+    return build(
+        "Cosmos3OmniTransformer",
+        head_dim=12,
+        hidden_size=24,
+        intermediate_size=24,
+        latent_channel=4,
+        latent_patch_size=2,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        num_key_value_heads=1,
+        patch_latent_dim=16,
+        vocab_size=16,
+        sound_dim=4,
+        sound_gen=True,
+        rope_axes_dim=(2, 2, 2),
+    )
+
+
+def consisid(is_train_face=True):
+    return build(
+        "ConsisIDTransformer3DModel",
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=8,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=dit.TEXT,
+        num_layers=4,
+        use_rotary_positional_embeddings=True,
+        is_train_face=is_train_face,
+        cross_attn_dim_head=8,
+        cross_attn_num_heads=2,
+        LFE_id_dim=6,
+        LFE_vit_dim=8,
+        LFE_depth=5,
+        LFE_dim_head=4,
+        LFE_num_heads=2,
+        LFE_num_id_token=2,
+        LFE_num_querie=4,
+        LFE_output_dim=16,
+        LFE_ff_mult=2,
+    )
