@@ -61,3 +61,4 @@ def test_every_family_that_traces_a_pipeline_is_shown_by_a_test():
     if not support.FAMILIES or not all(row.complete for row in support.FAMILIES.values()):
         pytest.skip("not all tests of families ran in this session")
     assert not support.not_shown()
+    assert not support.not_shown(support.RECORDED), "no test of these passes record='qk'"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import math
 import sys
 from dataclasses import replace
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -141,11 +141,28 @@ def _forget_fakes(model: nn.Module) -> None:
 
     (Rotary embeddings are kept so: Qwen-Image's would be fake tensors in the forward itself.)
     """
-    files = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
-    files = {name for name in files if name.partition(".")[0] not in ("torch", "builtins")}
-    for found in gc.get_objects():
-        if type(found) is functools._lru_cache_wrapper and found.__module__ in files:
-            found.cache_clear()
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    kinds = {kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")}
+    for place in (*kinds, *(sys.modules[kind.__module__] for kind in kinds if kind.__module__ in sys.modules)):
+        for value in list(vars(place).values()):
+            for function in _inside(value):
+                if isinstance(function, functools._lru_cache_wrapper):
+                    function.cache_clear()
+
+
+def _inside(value: Any) -> list[Any]:
+    """Return a function or method, and the functions that it wraps (diffusers puts one around its ``lru_cache``s)."""
+    function = getattr(value, "__func__", value)
+    if not isinstance(function, FunctionType):
+        return [function]
+    return [function, *(cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))]
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def _keeps_state(model: nn.Module) -> bool:

@@ -74,7 +74,7 @@ def test_stable_cascade():
     calls = capture_calls(pipe.prior, go, ("attention",))
     grids = {n[0] * n[1]: n for n in ((8, 6), (9, 6), (8, 5), (4, 3), (5, 3), (4, 2))}
     plain = go()
-    with i2am.trace(pipe, time_groups=2, output="model") as tracer:
+    with i2am.trace(pipe, time_groups=2, output="model", record="qk") as tracer:
         assert go().equal(plain)
     maps = tracer.maps()
     chosen = generated(calls, lambda c: grids[c.q.shape[2]])

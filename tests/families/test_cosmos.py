@@ -41,7 +41,7 @@ def test_cosmos():
     go = videos.denoise(model, call_of(first_frame()))
     calls = capture_calls(model, go, ("attn1",))
     plain = go()
-    with i2am.patch_transformer(model, num_steps=4, time_groups=2, guidance=0, output="model") as tracer:
+    with i2am.patch_transformer(model, num_steps=4, time_groups=2, guidance=0, output="model", record="qk") as tracer:
         assert go().equal(plain)
     chosen = generated(calls, (4, 3), slice(6, None), evaluations=range(0, 8, 2))
     truth = Truth(chosen, keys=slice(0, 6), groups=[0] * 4 + [1] * 4, reference_grid=(2, 3))

@@ -40,7 +40,7 @@ def test_fibo2(lengths):
     go = loop(model, references, lengths)
     calls = capture_calls(model, go, ("attention",))
     plain = go()
-    with i2am.patch_transformer(model, num_steps=4, time_groups=2, guidance=0, output="model") as tracer:
+    with i2am.patch_transformer(model, num_steps=4, time_groups=2, guidance=0, output="model", record="qk") as tracer:
         assert go().equal(plain)
     maps = tracer.maps()
     assert maps.layers == ["noise_refiner.0.attention", "layers.0.attention", "layers.1.attention"]

@@ -65,7 +65,7 @@ def test_kontext_in_bfloat16():
     assert calls[0].q.dtype == torch.bfloat16
     chosen = generated(calls, (4, 6), slice(5, 29))
     plain = go()
-    with i2am.trace(pipe, time_groups=2, output="model") as tracer:
+    with i2am.trace(pipe, time_groups=2, output="model", record="qk") as tracer:
         assert (go() == plain).all()
     check(tracer.maps(), Truth(chosen, keys=slice(29, 61), groups=[0, 0, 1, 1], reference_grid=(4, 8)), 2)
 
@@ -398,7 +398,7 @@ def test_visualcloze():
     go = cloze_call(transformer, [(False, False, False), (False, True, False)])
     calls = capture_calls(transformer, go, KINDS)
     plain = go()
-    with i2am.patch_transformer(transformer, num_steps=4, time_groups=2, output="model") as tracer:
+    with i2am.patch_transformer(transformer, num_steps=4, time_groups=2, output="model", record="qk") as tracer:
         assert go().equal(plain)
     maps = tracer.maps()
     at = 5 + 24 + torch.arange(24).reshape(4, 6)

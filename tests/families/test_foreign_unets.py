@@ -5,7 +5,9 @@ import pytest
 import torch
 
 import i2am
+from tests.helpers.families import check_levels
 from tests.helpers.tiny_models import unet as pipelines
+from tests.helpers.truth import Truth, capture
 
 
 class ReorderedUNet(diffusers.UNet2DConditionModel):
@@ -86,3 +88,35 @@ def test_a_unet_of_two_contexts_is_described_layer_by_layer():
     with i2am.patch_unet(unet, reference=reference), torch.no_grad():
         with pytest.raises(ValueError, match=r"layer down_blocks\.0.*7 of the 7 keys.*layers of another context"):
             unet(*given)
+
+
+class GarmentFirst(diffusers.DiffusionPipeline):
+    """A pipeline whose guidance is called like diffusers', and is [garment, zeros], as OOTDiffusion's is."""
+
+    do_classifier_free_guidance, image_guidance_scale = True, 2.0
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, latents, garment):
+        context = torch.cat([garment, torch.zeros_like(garment)])
+        self.scheduler.set_timesteps(2)
+        for t in self.scheduler.timesteps:
+            cond, uncond = self.unet(torch.cat([latents] * 2), t, context).sample.chunk(2)
+            latents = self.scheduler.step(uncond + 2 * (cond - uncond), t, latents).prev_sample
+        return latents
+
+
+@pytest.mark.parametrize("guidance", ["auto", 0, (0, 2)])
+def test_attributes_of_others_pipelines_are_not_taken_for_diffusers(guidance):
+    unet, scheduler = pipelines.unet(), pipelines.ddim()
+    pipe, reference = GarmentFirst(unet, scheduler), i2am.Reference(grid=(3, 4))
+    given = torch.randn(1, 4, 8, 8), torch.randn(1, 12, pipelines.CONTEXT)
+    calls = capture(unet, lambda: pipe(*given))
+    truth = Truth(calls, samples=slice(0, 1), groups=[0, 1], reference_grid=(3, 4))
+    line = dict(reference=reference, scheduler=scheduler, time_groups=2, guidance=guidance)
+    with i2am.patch_unet(unet, **line) as tracer:
+        pipe(*given)
+    check_levels(tracer.maps(), truth, 2)

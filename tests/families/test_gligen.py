@@ -66,7 +66,7 @@ def test_gligen():
     calls = capture_calls(unet, go, ("fuser.attn",))
     grids = {48: (8, 6), 12: (4, 3)}
     plain = go()
-    with i2am.patch_unet(unet, num_steps=4, time_groups=2, output="model") as tracer:
+    with i2am.patch_unet(unet, num_steps=4, time_groups=2, output="model", record="qk") as tracer:
         assert go().equal(plain)
     maps = tracer.maps()
     assert maps.references == ["reference_0", "reference_1"]
@@ -111,7 +111,7 @@ def test_gligen_pipeline():
     calls = [c for c in capture_calls(pipe.unet, go, ("fuser.attn",)) if c.evaluation % 2 == 0]
     grids = {own: (side, side) for side in (2, 4, 8, 16) for own in [side * side]}
     plain = go()
-    with i2am.trace(pipe, time_groups=2, output="model") as tracer:
+    with i2am.trace(pipe, time_groups=2, output="model", record="qk") as tracer:
         assert (go() == plain).all()
     maps = tracer.maps()
     assert maps.references == ["reference_0", "reference_1"]

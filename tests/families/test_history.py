@@ -14,7 +14,7 @@ def check_parts(model, go, kinds, grid, parts, total):
     """``parts``: name → (first key, grid). The generated tokens are ``total`` of ``grid``'s."""
     calls = [c for c in capture_calls(model, go, kinds) if c.k.shape[2] >= total]
     plain = go()
-    with i2am.patch_transformer(model, num_steps=4, time_groups=2, guidance=0, output="model") as tracer:
+    with i2am.patch_transformer(model, num_steps=4, time_groups=2, guidance=0, output="model", record="qk") as tracer:
         assert go().equal(plain)
     maps = tracer.maps()
     assert maps.references == list(parts)

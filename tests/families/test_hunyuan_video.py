@@ -58,7 +58,7 @@ def test_hunyuan_video_15():
     go = loop(model, torch.randn(1, 9, 12))
     calls = [c for c in capture_calls(model, go, ("attn",)) if c.layer.startswith("transformer_blocks")]
     plain = go()
-    with i2am.patch_transformer(model, num_steps=4, time_groups=2, guidance=0, output="model") as tracer:
+    with i2am.patch_transformer(model, num_steps=4, time_groups=2, guidance=0, output="model", record="qk") as tracer:
         assert go().equal(plain)
     own = 3 * 4 * 6
     chosen = generated(calls, (12, 6), slice(0, own), evaluations=range(0, 8, 2))

@@ -36,7 +36,7 @@ def test_i2vgen():
     calls = [c for c in capture_calls(model, go, ("attn2",)) if c.k.shape[2] == TEXT + 64 + 4]
     grids = {16 * 24: (16, 24), 8 * 12: (8, 12)}
     plain = go()
-    with i2am.patch_unet(model, num_steps=4, time_groups=2, output="model") as tracer:
+    with i2am.patch_unet(model, num_steps=4, time_groups=2, output="model", record="qk") as tracer:
         assert go().equal(plain)
     maps = tracer.maps()
     assert maps.references == ["first_frame", "clip"]

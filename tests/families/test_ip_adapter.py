@@ -88,7 +88,7 @@ def test_masked_images_come_one_by_one():
     images = [[pipelines.image(seed=3)], [pipelines.image(seed=4), pipelines.image(seed=5)]]
     go = run_at(pipe, ip_adapter_image=images, cross_attention_kwargs={"ip_adapter_masks": masks}, **PROMPT)
     calls, plain = capture(pipe.unet, go), go()
-    with i2am.trace(pipe, time_groups=2, output="model") as tracer:
+    with i2am.trace(pipe, time_groups=2, output="model", record="qk") as tracer:
         traced = go()
     maps = tracer.maps()
     assert (plain == traced).all()

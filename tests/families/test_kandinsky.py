@@ -171,7 +171,7 @@ def test_unclip():
     assert {c.evaluation for c in calls} == set(range(4))
     grids = {16: (4, 4), 64: (8, 8)}
     plain = go()
-    with i2am.trace(pipe, time_groups=2, output="model") as tracer:
+    with i2am.trace(pipe, time_groups=2, output="model", record="qk") as tracer:
         assert (go() == plain).all()
     chosen = generated(calls, lambda c: grids[c.q.shape[2]])
     truth = Truth(chosen, samples=GUIDED, keys=slice(0, 3), groups=[0, 0, 1, 1])

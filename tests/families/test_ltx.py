@@ -117,7 +117,7 @@ def test_ltx2_in_context():
     go = videos.denoise(model, call, guided=False)
     calls = [c for c in capture_calls(model, go, ("attn1",)) if c.k.shape[2] == 32]
     plain = go()
-    with i2am.patch_transformer(model, num_steps=4, time_groups=2, output="model") as tracer:
+    with i2am.patch_transformer(model, num_steps=4, time_groups=2, output="model", record="qk") as tracer:
         assert go().equal(plain)
         with torch.no_grad():  # what else the pipeline calls the model for
             perturbed = call(100.0, dit.text_tokens(5), batch=1)

@@ -57,7 +57,7 @@ def test_motif_video():
     own = 3 * 2 * 3
     calls = [c for c in capture_calls(model, go, ("attn",)) if c.k.shape[2] == own + 9 + 5]
     plain = go()
-    with i2am.patch_transformer(model, num_steps=4, time_groups=2, guidance=0, output="model") as tracer:
+    with i2am.patch_transformer(model, num_steps=4, time_groups=2, guidance=0, output="model", record="qk") as tracer:
         assert go().equal(plain)
     maps = tracer.maps()
     names = [f"transformer_blocks.{i}.attn" for i in range(DUAL)]

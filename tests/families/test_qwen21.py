@@ -45,7 +45,7 @@ def test_qwen_image_21(guided, cached):
         Captured(c.evaluation, c.layer, 0, (4, 6), c.q, c.k, c.mask) for c in final if not (guided and c.evaluation % 2)
     ]
     plain = go()
-    with i2am.trace(pipe, time_groups=2, output="model") as tracer:
+    with i2am.trace(pipe, time_groups=2, output="model", record="qk") as tracer:
         assert go().equal(plain)
     groups = [0] * 4 + [1] * 4 if guided else [0, 0, 1, 1]
     # three words, reference_0, two words, reference_1, one word, the generated picture

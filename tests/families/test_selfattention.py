@@ -54,7 +54,7 @@ def test_self_attention_maps_are_named_so(build, inputs, samples, grid):
         generated(capture_calls(pipe.unet, go, ("attn1",)), unet_grid(grid)), samples=samples, groups=[0, 0, 1, 1]
     )
     plain = go()
-    with i2am.trace(pipe, mode="self", time_groups=2, output="model") as tracer:
+    with i2am.trace(pipe, mode="self", time_groups=2, output="model", record="qk") as tracer:
         assert (go() == plain).all()
     maps = tracer.maps()
     assert maps.references == ["self"]
@@ -251,7 +251,7 @@ def test_dreamlite_joins_pictures_along_their_width(mobile):
     calls = capture_calls(pipe.unet, go, ("attn1",))
     assert calls[0].q.shape[0] == (1 if mobile else 3)
     plain = go()
-    with i2am.trace(pipe, time_groups=2, output="model") as tracer:
+    with i2am.trace(pipe, time_groups=2, output="model", record="qk") as tracer:
         assert (go() == plain).all()
     maps = tracer.maps()
     assert maps.canvas == (24, 32)
@@ -344,7 +344,9 @@ def test_banked_references(keys_only, count):
         assert call.k.shape[2] % (1 + count) == 0
     own = lambda call: call.k.shape[2] // (1 + count)  # noqa: E731
     want = go()
-    with i2am.patch_unet(reader, reference=i2am.Banked(), scheduler=scheduler, time_groups=2, output="model") as tracer:
+    with i2am.patch_unet(
+        reader, reference=i2am.Banked(), scheduler=scheduler, time_groups=2, output="model", record="qk"
+    ) as tracer:
         assert go().equal(want)
     maps = tracer.maps()
     names = ["reference"] if count == 1 else ["reference_0", "reference_1"]

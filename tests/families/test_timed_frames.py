@@ -81,7 +81,7 @@ def test_a_timestep_for_each_frame(kind):
     go = videos.denoise(model, call)
     calls = capture_calls(model, go, ("attn1",))
     plain = go()
-    with i2am.patch_transformer(model, num_steps=4, time_groups=2, guidance=0, output="model") as tracer:
+    with i2am.patch_transformer(model, num_steps=4, time_groups=2, guidance=0, output="model", record="qk") as tracer:
         assert go().equal(plain)
     maps = tracer.maps()
     chosen = generated(calls, (4, 3), slice(6, 18), evaluations=range(0, 8, 2))

@@ -151,7 +151,7 @@ def test_blip_diffusion():
 
     calls = capture(pipe.unet, go)
     plain = go()
-    with i2am.trace(pipe, time_groups=2, output="model") as tracer:
+    with i2am.trace(pipe, time_groups=2, output="model", record="qk") as tracer:
         assert (go() == plain).all()
     maps = tracer.maps()
     assert maps.references == ["subject"]

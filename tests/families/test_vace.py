@@ -37,7 +37,7 @@ def test_vace():
     go = videos.denoise(model, call_of(2))
     calls = capture_calls(model, go, ("attn1",))
     plain = go()
-    with i2am.patch_transformer(model, num_steps=4, time_groups=2, guidance=0, output="model") as tracer:
+    with i2am.patch_transformer(model, num_steps=4, time_groups=2, guidance=0, output="model", record="qk") as tracer:
         assert go().equal(plain)
     maps = tracer.maps()
     assert maps.layers == ["vace_blocks.0.attn1", "vace_blocks.1.attn1", "blocks.0.attn1", "blocks.1.attn1"]

@@ -98,7 +98,9 @@ def test_kin_of_wan(kind):
 
     calls = [c for c in capture_calls(transformer, go, ("attn2",)) if c.k.shape[2] == 10]
     plain = go()
-    with i2am.patch_transformer(transformer, num_steps=4, time_groups=2, guidance=0, output="model") as tracer:
+    with i2am.patch_transformer(
+        transformer, num_steps=4, time_groups=2, guidance=0, output="model", record="qk"
+    ) as tracer:
         assert go().equal(plain)
     chosen = generated(calls, (6, 3), evaluations=range(0, 8, 2))
     truth = Truth(chosen, groups=[0] * 4 + [1] * 4, reference_grid=(3, 3), skip=1)

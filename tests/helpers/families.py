@@ -18,7 +18,7 @@ import torch
 
 import i2am
 from tests.helpers.truth import Truth, assert_peak
-from tests.support_table import check, note
+from tests.support_table import asked, check, note
 
 GUIDED = slice(1, 2)  # [uncond, cond] of one image
 PROMPT = {"prompt": "a b"}
@@ -62,9 +62,10 @@ def traced(pipe, go, *, strip=1, **options):
         strip: how many pictures the maps show below each other (latent frames of a video).
         options: of :func:`i2am.trace`.
     """
+    record = {} if options.get("rollout") else {"record": "qk"}
     model = getattr(pipe, "transformer", None) or pipe.unet
     before, plain = hooks(model), go()
-    with i2am.trace(pipe, time_groups=2, output="model", **options) as tracer:
+    with i2am.trace(pipe, time_groups=2, output="model", **(record | options)) as tracer:
         got = go()
     assert (got == plain).all()
     assert hooks(model) == before
@@ -99,6 +100,7 @@ def check_parts(maps, parts, chosen, *, groups, samples=slice(None)):
 
 def check_levels(maps, truth, T, reference=None, directions=("r2g", "g2r")):
     """Compare all levels with the truth; those of heads where all layers have as many."""
+    asked(maps, truth, directions, reference=reference)
     for direction in directions:
         assert_peak(maps.ulam(direction, reference=reference), truth.ulam(direction))
         assert_peak(maps.tlam(direction, reference=reference), truth.tlam(direction, T))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+PATCH = (0.6, 0.3)  # where SRAM is asked, on a picture of 1 × 1
+
 
 @dataclass
 class Captured:
@@ -87,7 +89,8 @@ class Truth:
             column = torch.softmax(s[..., keys], dim=-2)
             self.grids[c.layer] = c.grid
             self.lengths[c.layer] = (q.shape[2], k.shape[2])
-            maps = {"r2g": column.mean(-1), "g2r": row.mean(-2), "mass": row.sum(-1)}
+            patch = int(PATCH[0] * c.grid[0]) * c.grid[1] + int(PATCH[1] * c.grid[1])
+            maps = {"r2g": column.mean(-1), "g2r": row.mean(-2), "mass": row.sum(-1), "sram": row[..., patch, :]}
             self.maps.setdefault(c.layer, []).append((c.evaluation, maps))
 
     @property
@@ -101,13 +104,13 @@ class Truth:
         h, w = self.grids[name]
         if lift:
             mean = mean * self.lengths[name][0 if direction == "r2g" else 1]
-        if direction == "g2r":
+        if direction in ("g2r", "sram"):
             mean, (h, w) = mean[..., self.skip :], self.reference_grid
         grid = mean.reshape(*mean.shape[:2], h, w)
         return F.interpolate(grid, size, mode="bicubic", align_corners=False).clamp_min(0)
 
     def size(self, direction, names=None):
-        if direction == "g2r":
+        if direction in ("g2r", "sram"):
             return self.reference_grid
         return max((self.grids[n] for n in names or self.layers), key=lambda g: g[0] * g[1])
 
@@ -125,6 +128,11 @@ class Truth:
     def llam(self, direction, names=None, **kw):
         names, size = names or self.layers, kw.pop("size", None) or self.size(direction, names)
         return torch.stack([self.layer(direction, n, size, **kw).mean(1) for n in names], dim=1)
+
+
+def assert_sram(maps, truth, **options):
+    """Compares the patch's SRAM, from what was recorded, with the truth."""
+    assert_peak(maps.sram(PATCH, canvas=(1, 1), **options), truth.ulam("sram"))
 
 
 def assert_peak(got, want, tolerance=2e-5):
