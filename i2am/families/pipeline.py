@@ -16,6 +16,7 @@ from i2am.families.tokens import patch_grid
 from i2am.families.unet import channels_beside
 from i2am.tracing.guidance import Told
 from i2am.tracing.who import images_of_call
+from i2am.tracing.wrappers import inside
 
 
 class TracedPipeline(NamedTuple):
@@ -36,13 +37,13 @@ def read_pipeline(pipe: Any, request: Request) -> TracedPipeline:
     Raises:
         ValueError: not a pipeline, or one whose reference never becomes attention keys.
     """
-    transformer = getattr(pipe, "transformer", None)
-    unet = getattr(pipe, "unet", None) or getattr(pipe, "image_unet", None)
+    transformer = inside(getattr(pipe, "transformer", None))
+    unet = inside(getattr(pipe, "unet", None) or getattr(pipe, "image_unet", None))
     if hasattr(pipe, "scheduler") and isinstance(transformer, nn.Module):
         return _read_transformer(pipe, transformer, request)
     facts = facts_of(type(pipe))
     if facts is not None and facts.model is not None:
-        unet = getattr(pipe, facts.model)
+        unet = inside(getattr(pipe, facts.model))
     if hasattr(pipe, scheduler_of(type(pipe))) and isinstance(unet, nn.Module):
         return _read_unet(pipe, unet, request)
     if facts is not None and facts.refused is not None:
@@ -103,8 +104,8 @@ def told_by(pipe: Any, family: Family) -> Told:
     """Return how the running call of ``pipe`` lays out guidance.
 
     In a batch: [unconditional, conditional], with perturbed attention [unconditional, conditional, perturbed],
-    InstructPix2Pix [conditional, image only, unconditional]. Of older pipelines (Paint-by-Example, ImageVariation) only
-    the number of pictures is known: as often as the batch holds them, so many parts it has.
+    InstructPix2Pix [conditional, image only, unconditional]. Of older pipelines (Paint-by-Example, ImageVariation) and
+    of others' code only the number of pictures is known: as often as the batch holds them, so many parts it has.
     """
     name = type(pipe).__name__
     guider = getattr(pipe, "guider", None)
@@ -118,6 +119,8 @@ def told_by(pipe: Any, family: Family) -> Told:
     call = family.conditional_call if _of_diffusers(pipe) else None
     if not family.batched_guidance:
         return Told(1, 0, call, how=f"{name}'s order of calls")
+    if calls_own_code(type(pipe)):  # its attributes may be called like those of diffusers, and mean something else
+        return Told(images=images_of_call(pipe), how=name)
     try:
         guided = bool(pipe.do_classifier_free_guidance)
     except AttributeError:  # no such property, or not called yet

@@ -9,9 +9,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from i2am.families import ForwardInputs, PipelineFacts, TokenLayout
+from i2am.families.arguments import argument_of
 from i2am.families.joint import NO_REFERENCE
 from i2am.families.tokens import reference_names
 from i2am.families.unet import UNetFamily, attentions, grid_of
@@ -54,7 +55,14 @@ class ConcatenatedLatents(SelfAttention):
         parts = forward.latents.chunk(c.parts, dim=-2 if c.axis == "height" else -1)
         if not any(x.any() for i, x in enumerate(parts) if i != c.generated):  # a picture from text alone (DreamLite)
             raise ValueError(NO_REFERENCE.format(model=type(self.unet).__name__))
-        return forward._replace(latents=parts[c.generated], grid=part, stepped=False)
+        conditioning = forward.conditioning or self._beside(args, kwargs, forward.latents.shape[1])
+        return forward._replace(latents=parts[c.generated], grid=part, stepped=False, conditioning=conditioning)
+
+    def _beside(self, args: tuple[Any, ...], kwargs: dict[str, Any], latents: int) -> tuple[Tensor, ...]:
+        """Return the references among the channels behind the latents' (CatVTON's): zeros where there is none."""
+        c, channels = self.concatenated, argument_of(self.unet, args, kwargs, 0, "sample")[:, latents:]
+        parts = channels.chunk(c.parts, dim=-2 if c.axis == "height" else -1)
+        return tuple(x for i, x in enumerate(parts) if i != c.generated) if channels.shape[1] else ()
 
     def enter(self, layer: LayerContext, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer.awaits = self._layout(grid_of(layer), layer.name)

@@ -43,8 +43,8 @@ class Guidance:
     Args:
         mode: "auto"; "none" (every sample of every call counts); or the index of the conditional part of the batch, or
             (index, parts), or, where guidance runs as calls of its own, the index of the conditional call of an
-            evaluation. With an index alone, the parts are what the pipeline says, else as often as the latents repeat,
-            else max(2, index + 1).
+            evaluation: (index, 1) says that it does. With an index alone, the parts are what the pipeline says, else as
+            often as the latents repeat, else max(2, index + 1).
 
     Under "auto", guidance in a batch repeats the same latents: halves are [unconditional, conditional], diffusers'
     order, unless the embeddings of all parts but one are zeros: that one is conditional then. More parts have no order
@@ -62,12 +62,14 @@ class Guidance:
         """Forget the run so far."""
         self._layout: dict[tuple[int, Told], Verdict] = {}  # per batch size, looked up once a run: a GPU waits for it
         self._doubted: set[tuple[int, Told]] = set()  # those of which the second evaluation is looked at, too
-        self._last: tuple[Tensor, float, tuple[Tensor, ...]] | None = None  # latents, timestep, conditioning
+        self._last: tuple[Tensor, float, list[tuple[Tensor, int]]] | None = (
+            None  # latents, timestep, all that was given
+        )
         self._taken: int | None = None  # steps of the scheduler at the last call
         self.doubt: str | None = ""  # what the second evaluation is to settle; None: it has
         self.call = 0  # index of the running call among those of its evaluation
         self.calls = 0  # the most that one evaluation has had
-        self.by_calls = False  # the index names a call
+        self.by_calls = self._parts == 1  # the index names a call
 
     def judge(
         self,
@@ -79,6 +81,7 @@ class Guidance:
         *,
         from_keys: bool = False,
         as_calls: bool = False,
+        given: Sequence[Tensor] | None = None,
     ) -> Verdict:
         """Return what counts of a forward.
 
@@ -90,6 +93,8 @@ class Guidance:
             told: what the pipeline says.
             as_calls: the model runs guidance as calls of its own: an index names one of these, unless latents repeat.
             from_keys: an unconditional half of zeros shows in the reference keys alone.
+            given: all tensors of the forward, by which the very same evaluation is known when it comes once more; none:
+                some of what it looks at is not among them. None: the conditioning.
 
         Raises:
             ValueError: neither the pipeline nor the evidence tells what counts.
@@ -98,9 +103,10 @@ class Guidance:
             self.restart()
         if info.taken is not None:  # other tiles may have been evaluated since
             info, self._taken = info._replace(stepped=info.taken != self._taken), info.taken
-        again = self._again(latents, conditioning, timestep, info, told)
+        everything = conditioning if given is None else given
+        again = self._again(latents, everything, timestep, info, told)
         before = None if self._last is None else self._last[0]
-        self._last = latents, timestep, tuple(conditioning)
+        self._last = latents, timestep, [(x, _version(x)) for x in everything] if info.stepped is None else []
         counted = info.step is not None and info.stepped is None  # num_steps=: nobody tells the picture's size
         if again == "other latents" and (self.mode != "none" or counted):
             if told.extra is not None:
@@ -148,7 +154,7 @@ class Guidance:
         self._layout[latents, told] = verdict
 
     def _again(
-        self, latents: Tensor, conditioning: Sequence[Tensor], timestep: float, info: StepInfo, told: Told
+        self, latents: Tensor, given: Sequence[Tensor], timestep: float, info: StepInfo, told: Told
     ) -> str | None:
         """Return how a call relates to the one before: None is a new evaluation."""
         if self._last is None or info.stepped or self._last[1] != timestep:
@@ -159,7 +165,7 @@ class Guidance:
             return "other latents" if told.call is None else "same latents"
         if not _same(self._last[0], latents):
             return "other latents"
-        if info.stepped is None and _all_same(self._last[2], conditioning):
+        if info.stepped is None and given and _all_same(self._last[2], given):
             return None  # the very same evaluation once more
         return "same latents"
 
@@ -167,11 +173,12 @@ class Guidance:
         """Return the index of the conditional call; None: guidance lies in the batch, or there is none."""
         if self.mode == "auto":
             if told.call is None and self.call:
+                first, second = (0, 1) if latents.shape[0] == 1 else ((0, 1), (1, 1))
                 raise Unexplained(
                     f"{self.call + 1} calls at timestep {timestep:g} on the same latents without a step between: "
-                    "guidance as "
-                    "calls of its own, and nothing tells which one is conditional: pass its index, guidance=0 for the "
-                    "first call or guidance=1 for the second, or guidance='none' if every call counts"
+                    "guidance as calls of its own, and nothing tells which one is conditional: pass its index, "
+                    f"guidance={first} for the first call or guidance={second} for the second, or guidance='none' if "
+                    "every call counts"
                 )
             return told.call
         index, batch = self._index, latents.shape[0]
@@ -185,10 +192,8 @@ class Guidance:
         elif not self.by_calls and self.call:
             raise Unexplained(
                 f"guidance={index} was taken for a part of the batch of {batch}, but {self.call + 1} calls came at "
-                "timestep "
-                f"{timestep:g} on the same latents: give each call a batch that does not divide into {parts} parts, or "
-                "one "
-                "tracer a call"
+                f"timestep {timestep:g} on the same latents: pass guidance=({index}, 1) if each call is one part, and "
+                "it is the index of the conditional call"
             )
         return index if self.by_calls else None
 
@@ -307,8 +312,16 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.device.type == "meta" or bool(torch.equal(a, b))
 
 
-def _all_same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+def _all_same(before: Sequence[tuple[Tensor, int]], given: Sequence[Tensor]) -> bool:
+    """Tell whether the same tensors are given as before, which nobody has written into since."""
+    if len(before) != len(given) or any(_version(x) != version for x, version in before):
+        return False
+    return all(_same(x, y) for (x, _), y in zip(before, given, strict=True))
+
+
+def _version(x: Tensor) -> int:
+    """Return how often a tensor has been written into; 0 where torch does not count that (inference mode)."""
+    return 0 if x.is_inference() else x._version
 
 
 def _part(batch: int, parts: int, index: int) -> slice:

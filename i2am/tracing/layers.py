@@ -36,7 +36,7 @@ def watch_layer(owner: object, family: Family, name: str, module: nn.Module) -> 
         call = family.leave(layer, module)
         if call is not None:
             context.attend(context, layer, call)
-        elif not (callable(layer.awaits) and family.told_by_keys):  # a bank was only written
+        elif not (layer.seen and callable(layer.awaits) and family.told_by_keys):  # a bank was only written
             context.blind[name] = layer
 
     def computed(*_: Any) -> None:

@@ -147,7 +147,8 @@ class TraceSettings:
                 '"auto": what the pipeline says, else the evidence (repeated latents, embeddings that are all zeros); '
                 '"none": every sample of every call counts; or the index of the conditional part of a guided batch '
                 "(of as many as the pipeline says or the latents repeat, else max(2, index + 1)), (index, parts), or "
-                "the index of the conditional call where guidance runs as calls of its own."
+                "the index of the conditional call where guidance runs as calls of its own; (index, 1): where each "
+                "call is one part."
             )
         },
     )
@@ -386,7 +387,7 @@ def _is_index(x: object) -> bool:
 
 
 def _is_part(x: object) -> bool:
-    return isinstance(x, tuple) and len(x) == 2 and all(map(_is_index, x)) and x[0] < x[1]
+    return isinstance(x, tuple) and len(x) == 2 and all(map(_is_index, x)) and (x[0] < x[1] or x[1] == 1)
 
 
 def _is_count(x: object) -> bool:

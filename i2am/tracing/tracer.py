@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from i2am.families import Family, ForwardInputs, View
+from i2am.families.arguments import tensors_of
 from i2am.maps import AttributionMaps
 from i2am.maps.frames import PICTURE, Video
 from i2am.references import Grid, choose_layers
@@ -281,6 +282,7 @@ class Tracer:
                 told,
                 as_calls=not self._family.batched_guidance,
                 from_keys=self._family.told_by_keys and self._settings.guidance == "auto",
+                given=() if self._family.told_by_keys else tensors_of((*args, *kwargs.values())),
             )
         except Unexplained as error:
             self._spoil(str(error))

@@ -150,8 +150,9 @@ def test_calls_of_their_own(info):
     assert run("none", 2, info=info) == [0, 1] * 3
     with pytest.raises(Unexplained, match=r"2 calls at timestep 900 on the same latents"):
         run("auto", 2, info=info)
-    with pytest.raises(Unexplained, match="taken for a part of the batch of 2, but 2 calls"):
+    with pytest.raises(Unexplained, match=r"taken for a part of the batch of 2, but 2 calls.*guidance=\(1, 1\)"):
         run(1, 2, batch=2, info=info)
+    assert run((1, 1), 2, batch=2, info=info) == [None, 1] * 3
 
 
 def test_other_latents_without_a_step():
@@ -185,6 +186,21 @@ def test_the_very_same_call_again_is_no_guidance():
     guidance = Guidance("auto")
     for _ in range(3):
         assert guidance.judge(x.clone(), (text.clone(),), 500.0, UNKNOWN, Told()).samples == slice(0, 1)
+
+
+def test_what_is_given_beside_the_latents_tells_another_call():
+    """Two calls at one timestep on the same latents, of which nothing says that they are the same in all else."""
+    x, text, bank = latents(1), torch.randn(1, 2, 3), torch.randn(1, 4)
+    for given in ([(text, bank), (text, bank + 1)], [(), ()]):
+        guidance = Guidance("auto")
+        guidance.judge(x, (text,), 500.0, UNKNOWN, Told(), given=given[0])
+        with pytest.raises(Unexplained, match="2 calls at timestep 500 on the same latents"):
+            guidance.judge(x.clone(), (text,), 500.0, UNKNOWN, Told(), given=given[1])
+    guidance = Guidance("auto")
+    guidance.judge(x, (text,), 500.0, UNKNOWN, Told(), given=(x, text))
+    text.mul_(2)  # the buffer of the prompt, written into
+    with pytest.raises(Unexplained, match="2 calls at timestep 500 on the same latents"):
+        guidance.judge(x, (text,), 500.0, UNKNOWN, Told(), given=(x, text))
 
 
 def test_each_run_is_looked_at_anew():
