@@ -28,8 +28,11 @@ from i2am.tracing.options import (
     TraceSettings,
     takes_trace_options,
 )
+from i2am.tracing.samplers import SamplerClock
 from i2am.tracing.tracer import Tracer
+from i2am.tracing.watch import is_sampler
 from i2am.tracing.who import calling_pipeline
+from i2am.tracing.wrappers import inside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -131,8 +134,8 @@ def patch_unet(
         reference: which cross-attention keys encode the reference; several for several references. Not needed with an
             IP-Adapter. :class:`Concatenated` or :class:`Banked` where self-attention carries it.
         num_steps: denoising steps of a run; steps are counted by their timesteps.
-        scheduler: the diffusers scheduler that drives the loop; its steps are counted. With neither, calls are grouped
-            by timestep, in equal ranges of [0, 1000).
+        scheduler: the diffusers scheduler that drives the loop, or the CompVis sampler (PLMSSampler, DDIMSampler); its
+            steps are counted. With neither, calls are grouped by timestep, in equal ranges of [0, 1000).
         options: see :class:`i2am.tracing.options.TraceSettings`.
 
     Returns:
@@ -254,7 +257,7 @@ def patch_modules(
     from i2am.families.modules import AttentionModules
     from i2am.families.sequences import Sequences
 
-    layers = options.pop("layers", None)
+    model, layers = inside(model), options.pop("layers", None)
     settings = TraceSettings(output="model", **options)
     described = reference if callable(reference) else _described(reference)
     if described is None or isinstance(described, (Concatenated, Banked)):
@@ -288,6 +291,7 @@ def _patch(
 ) -> Tracer:
     from i2am.families.registry import read_model
 
+    model = inside(model)
     family = read_model(model, _request(reference, settings), entry=entry)
     return Tracer(model, family, _clock(num_steps, scheduler), settings, told=_told_by_caller(family))
 
@@ -307,6 +311,13 @@ def _clock(num_steps: int | None, scheduler: Any) -> Clock:
     """Return a bare model's clock; it watches the scheduler from now on."""
     if num_steps is not None and scheduler is not None:
         raise ValueError("pass num_steps or scheduler, not both: the scheduler knows its steps")
+    if scheduler is not None and is_sampler(scheduler):
+        return SamplerClock(scheduler)
+    if scheduler is not None and not all(hasattr(scheduler, name) for name in ("step", "set_timesteps")):
+        raise ValueError(
+            f"scheduler= takes a scheduler of diffusers or a sampler of CompVis, got {type(scheduler).__name__}, which "
+            "has no step and set_timesteps: pass num_steps= where each step has a timestep of its own"
+        )
     if scheduler is not None:
         return SchedulerClock(scheduler)
     return TimestepClock() if num_steps is None else CountingClock(num_steps)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from i2am.tracing import hooks
+from i2am.tracing.wrappers import inside
 
 if TYPE_CHECKING:
     from i2am.tracing.tracer import Tracer
@@ -56,13 +57,14 @@ def unpatch(target: Any) -> bool:
 
     Returns: whether something was tracing it.
     """
+    target = inside(target)
     with _lock:
         found = [
             tracer
             for model, tracer in _tracers.items()
             if model is target
             or (tracer.pipe is target)
-            or any(part is model for part in getattr(target, "components", {}).values())
+            or any(inside(part) is model for part in getattr(target, "components", {}).values())
         ]
     for tracer in found:
         tracer.unpatch()

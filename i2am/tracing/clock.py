@@ -6,13 +6,13 @@ may skip the first steps (img2img strength), and a tracer may see several runs; 
 
 from __future__ import annotations
 
-import functools
 import math
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from i2am.tracing.watch import unwatch, watch
 
 BFLOAT16 = 2.0**-7  # models are given timesteps in their own dtype: half a step of its mantissa, and some
 
@@ -167,10 +167,10 @@ class SchedulerClock(Clock):
         self.restart()
 
     def open(self) -> None:
-        _watch(self.scheduler, self)
+        watch(self.scheduler, self)
 
     def close(self) -> None:
-        _unwatch(self.scheduler, self)
+        unwatch(self.scheduler, self)
 
     def restart(self) -> None:
         self.cut_short = self._start is not None and self._count < self._expected
@@ -218,10 +218,10 @@ class SchedulerClock(Clock):
         """Watch the pipeline's new scheduler, if it was replaced."""
         now = self._source()
         if now is not self.scheduler:
-            _unwatch(self.scheduler, self)
+            unwatch(self.scheduler, self)
             self.scheduler = now
             self.restart()
-            _watch(now, self)
+            watch(now, self)
 
     def _check(self, timestep: float) -> None:
         """Refuse a call at another timestep than the one at which the scheduler stands."""
@@ -298,66 +298,6 @@ class ViewsClock(SchedulerClock):
         self._count += self._at is not None and self._at != timestep
         self._at = timestep
         return super().read(timestep, time_groups)
-
-
-# ------------------------------------------------------------------------------------------------------- watching
-
-
-_lock = threading.Lock()
-_watched: dict[int, tuple[Any, list[SchedulerClock]]] = {}  # id(scheduler) → it and the clocks that follow it
-_replaced: dict[tuple[type, str], tuple[Any, Any]] = {}  # class and method → (ours, the class's own or None)
-METHODS = ("step", "set_timesteps")
-
-
-def _watch(scheduler: Any, clock: SchedulerClock) -> None:
-    """Tell ``clock`` of each call of the scheduler's methods. The class is wrapped, never the object."""
-    with _lock:
-        _watched.setdefault(id(scheduler), (scheduler, []))[1].append(clock)
-        for name in METHODS:
-            kind = type(scheduler)
-            if (kind, name) not in _replaced:
-                own = vars(kind).get(name)
-                ours = _telling(name, getattr(kind, name))
-                _replaced[kind, name] = ours, own
-                setattr(kind, name, ours)
-
-
-def _unwatch(scheduler: Any, clock: SchedulerClock) -> None:
-    with _lock:
-        _, clocks = _watched.get(id(scheduler), (None, []))
-        if clock in clocks:
-            clocks.remove(clock)
-        if not clocks:
-            _watched.pop(id(scheduler), None)
-        kind = type(scheduler)
-        if any(type(s) is kind for s, _ in _watched.values()):
-            return
-        for name in METHODS:
-            ours, own = _replaced.pop((kind, name), (None, None))
-            if ours is None or vars(kind).get(name) is not ours:  # else someone replaced it after us
-                continue
-            if own is None:
-                delattr(kind, name)
-            else:
-                setattr(kind, name, own)
-
-
-def _telling(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``method`` of a scheduler's class: it tells the clocks of a watched object that it has run."""
-
-    @functools.wraps(method)  # pipelines read the signature (`eta`, `generator`, …)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = method(self, *args, **kwargs)
-        scheduler, clocks = _watched.get(id(self), (None, ()))
-        if scheduler is self:
-            for clock in list(clocks):
-                if name == "step":
-                    clock.on_step(kwargs.get("sample", args[2] if len(args) > 2 else None))
-                else:
-                    clock.on_set_timesteps()
-        return result
-
-    return wrapper
 
 
 def _close(timesteps: list[float], at: int, timestep: float) -> bool:

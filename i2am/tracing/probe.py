@@ -42,6 +42,7 @@ from i2am.tracing.intercept import (
 )
 from i2am.tracing.layers import BlindLayerError, blind_message, watch_layer
 from i2am.tracing.observe import as_autocast, padding_is_masked, take_awaited
+from i2am.tracing.wrappers import inside
 
 PROBED = tuple(name for name in READS if name != "columns")
 OnGrids = Callable[[Grid, Grid | None], Tensor]
@@ -300,7 +301,8 @@ def probe(
         raise ValueError(f"mode must be 'reference' or 'self', got {mode!r}")
     request = Request(_described(reference), self_attention=mode == "self")
     if isinstance(model, nn.Module):
-        denoiser, family = model, read_model(model, request, entry="patch_unet")
+        denoiser = inside(model)
+        family = read_model(denoiser, request, entry="patch_unet")
     else:
         traced = read_pipeline(model, request)
         denoiser, family = traced.model, traced.family

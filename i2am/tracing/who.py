@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from i2am.tracing.wrappers import inside
+
 PIPELINES = ("DiffusionPipeline", "ModularPipeline")  # names of classes whose calls run a model
 LIBRARY = ("/torch/nn/modules/", "/torch/_dynamo/", "/torch/utils/_contextlib")  # frames that are no pipeline's
 
@@ -141,7 +143,7 @@ def replaced(pipe: Any, model: Any) -> str:
     """Say that a pipeline runs another model now than the one that is traced, if it does."""
     parts = [] if pipe is None else list(vars(pipe).values())
     own = [part for p in parts if hasattr(p, "components") for part in vars(p).values()]  # of a combined pipeline's
-    if pipe is None or any(part is model for part in [*parts, *own]):
+    if pipe is None or any(inside(part) is model for part in [*parts, *own]):
         return ""
     return (
         f" ({type(pipe).__name__} no longer has the {type(model).__name__} that is traced: trace it after its model is "

@@ -379,6 +379,45 @@ def test_first_block_cache(small_qwen):  # noqa: F811
     assert maps.tlam("g2r", layers="transformer_blocks.1.attn")[:, 1].isnan().all()  # nothing ran there
 
 
+TAYLOR = dict(cache_interval=2, disable_cache_before_step=1, taylor_factors_dtype=torch.float32)
+BLOCKS = {  # caches that answer in place of whole blocks
+    "taylorseer": ("TaylorSeerCacheConfig", TAYLOR),
+    "taylorseer, lite": ("TaylorSeerCacheConfig", TAYLOR | {"use_lite_mode": True}),
+    "magcache": (
+        "MagCacheConfig",
+        dict(mag_ratios=[1.0] * 4, num_inference_steps=4, threshold=1.0, max_skip_steps=1, retention_ratio=0.25),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@living("TaylorSeer, MagCache", "works", "calls that the cache answers do not count")
+def test_caches_that_answer_for_blocks(name, small_qwen):  # noqa: F811
+    kind, options = BLOCKS[name]
+    if not hasattr(diffusers, kind):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {kind}")
+    pipe = dit.qwen()
+    go = qwen(pipe, pipelines.image((64, 32)))
+    pipe.transformer.enable_cache(getattr(diffusers, kind)(**options))
+    calls = [c for c in capture_calls(pipe.transformer, go, ("attn",)) if c.evaluation % 2 == 0]  # conditional
+    assert len(calls) < 8
+    plain = go()
+    maps = trace(pipe, go, output="model", record="qk")
+    assert (go() == plain).all()
+    for layer in sorted({c.layer for c in calls}):
+        mine = [c for c in calls if c.layer == layer]
+        truth = Truth(
+            generated(mine, (4, 6), slice(7, 31)),
+            keys=slice(31, 97),
+            groups=[0] * 4 + [1] * 4,
+            reference_grid=(6, 11),
+        )
+        assert sum(maps.counts()[layer]) == len(mine)
+        for direction in ("r2g", "g2r", "mass"):
+            assert_peak(maps.ulam(direction, layers=layer), truth.ulam(direction))
+        assert_peak(maps.sram((0.6, 0.3), canvas=(1, 1), layers=layer), truth.ulam("sram"))
+
+
 @living("FasterCache", "refuses", "it drops the unconditional half of the batch in some calls; disable_cache()")
 def test_faster_cache():
     pipe, go = kontext_pipe()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import types
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models import Transformer2DModel
@@ -153,6 +154,37 @@ class TryOnModel(nn.Module):
             uncond, cond = self.model(x, time, context=text, control=control, **masks).chunk(2)
             latents = scheduler.step(uncond + guidance * (cond - uncond), t, latents).prev_sample
         return latents
+
+
+class PLMSSampler:
+    """A sampler of CompVis' kind: the first step also evaluates the model at the next timestep."""
+
+    def make_schedule(self, ddim_num_steps):
+        self.ddim_timesteps = np.arange(ddim_num_steps) * (1000 // ddim_num_steps) + 1
+        self.alphas = torch.linspace(0.9, 0.1, ddim_num_steps)
+
+    @torch.no_grad()
+    def sample(self, noise, x, steps=4):
+        """``noise(x, t)``: what a model says of latents ``x`` at timesteps ``t``."""
+        self.make_schedule(ddim_num_steps=steps)
+        times, before = np.flip(self.ddim_timesteps), []
+        for i, t in enumerate(times):
+            following = times[min(i + 1, steps - 1)]
+            x, e = self.p_sample_plms(x, noise, t, index=steps - i - 1, t_next=following, old_eps=before)
+            before.append(e)
+        return x
+
+    def p_sample_plms(self, x, noise, t, index, t_next, old_eps):
+        def step(e):
+            return x - (1 - self.alphas[index]) * 0.3 * e
+
+        e = noise(x, self._of(x, t))
+        if not old_eps:
+            return step((e + noise(step(e), self._of(x, t_next))) / 2), e
+        return step((3 * e - old_eps[-1]) / 2), e
+
+    def _of(self, x, t):
+        return torch.full((x.shape[0],), int(t))
 
 
 class PixelAwareUpscaler(nn.Module):
