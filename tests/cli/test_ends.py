@@ -87,6 +87,25 @@ def test_completion_knows_every_option(capsys):
 
 
 @pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        (["trace", "P", "--dtype", "fl"], ["float32", "float16"]),
+        (["trace", "P", "--device", ""], ["cpu", "cuda", "mps"]),
+        (["app", "--zoo", "ex"], ["exemplar"]),
+        (["completion", "f"], ["fish"]),
+        (["evaluate", "--time"], ["--time-groups"]),
+        (["trace", "--out", ""], []),  # a file
+    ],
+)
+def test_completion_of_values(line, offered, capsys):
+    assert cli.main(["completion", "bash"]) == 0
+    words = " ".join(f"'{word}'" for word in ["i2am", *line])
+    script = capsys.readouterr().out + f"COMP_WORDS=({words}); COMP_CWORD={len(line)}; _i2am; echo ${{COMPREPLY[@]}}"
+    told = subprocess.run(["bash"], input=script, text=True, capture_output=True, check=True)
+    assert (told.stdout.split(), told.stderr) == (offered, "")
+
+
+@pytest.mark.parametrize(
     ("text", "word"),
     [
         ("[]", "_class_name"),
