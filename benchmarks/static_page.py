@@ -49,13 +49,13 @@ def version_key(version: str) -> tuple[int, ...]:
 def spills(record: dict) -> Iterator[str]:
     """Yield the lines of the table of spills and issue clocks, and what other versions and dtypes spill."""
     tables = record["tables"]
-    newest = max(tables, key=version_key)
-    for arch, table in sorted(tables[newest].items(), reverse=True):
+    shown = record.get("costs", {}).get("triton") or max(tables, key=version_key)
+    for arch, table in sorted(tables[shown].items(), reverse=True):
         chosen = {
             name: row for name, row in table.items() if ", fp16, " in name and name.split(", ")[0] != "accumulate"
         }
         head_dims = sorted({int(d) for row in chosen.values() for d in row})
-        yield f"**{arch}, fp16, Triton {newest}**: issue clocks of the main loops for 8,192 scores; **bytes** spilled."
+        yield f"**{arch}, fp16, Triton {shown}**: issue clocks of the main loops for 8,192 scores; **bytes** spilled."
         yield ""
         yield "| | " + " | ".join(f"d {d}" for d in head_dims) + " |"
         yield "|---" * (1 + len(head_dims)) + "|"
