@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 from dataclasses import replace
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from i2am.tracing.options import RecordOptions
 
 logger = logging.getLogger("i2am")
 
+CACHE: Any = functools._lru_cache_wrapper
+WRAPPING = CACHE, FunctionType, MethodType, staticmethod, classmethod, property, functools.partial
 WORTH_SAYING = 0.1  # of the limit: a smaller record is not announced as loudly
 
 
@@ -129,40 +131,54 @@ def run_on_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return mode.from_tensor(x) if isinstance(x, Tensor) else x
 
     state = {name: fake(x) for name, x in (*model.named_parameters(), *model.named_buffers())}
+    before = [(module, dict(vars(module))) for module in model.modules()]
     try:
         with torch.no_grad(), mode:
             functional_call(model, state, tree_map(fake, args), tree_map(fake, kwargs))
     finally:
+        for module, attributes in before:
+            _restore(vars(module), attributes)
         _forget_fakes(model)
 
 
+def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Undo what a run on shapes has kept in a module for later, such as a ``cached_property``."""
+    for name in now.keys() - before.keys():
+        del now[name]
+    for name, value in before.items():
+        if now.get(name) is not value:
+            now[name] = value
+
+
 def _forget_fakes(model: nn.Module) -> None:
-    """Empty the ``lru_cache``s of the files that a model's classes are written in: a run on shapes fills them, too.
+    """Empty the ``lru_cache``s that the files of a model's classes know: a run on shapes fills them, too.
 
     (Rotary embeddings are kept so: Qwen-Image's would be fake tensors in the forward itself.)
     """
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     kinds = {kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")}
-    for place in (*kinds, *(sys.modules[kind.__module__] for kind in kinds if kind.__module__ in sys.modules)):
+    files = [sys.modules[name] for name in {kind.__module__ for kind in kinds} & sys.modules.keys()]
+    seen: set[int] = set()
+    for place in (*kinds, *files, *model.modules()):
         for value in list(vars(place).values()):
-            for function in _inside(value):
-                if isinstance(function, functools._lru_cache_wrapper):
-                    function.cache_clear()
+            _clear(value, seen)
 
 
-def _inside(value: Any) -> list[Any]:
-    """Return a function or method, and the functions that it wraps (diffusers puts one around its ``lru_cache``s)."""
-    function = getattr(value, "__func__", value)
-    if not isinstance(function, FunctionType):
-        return [function]
-    return [function, *(cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))]
+def _clear(found: Any, seen: set[int]) -> None:
+    """Empty ``found``, if it is a cache other than torch's own, and those that it wraps: a decorator's, a property's.
 
-
-def _is_filled(cell: CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
+    (The garbage collector's list would be shorter to walk, but knows nothing that ``gc.freeze()`` has set aside.)
+    """
+    if id(found) in seen or not isinstance(found, WRAPPING):
+        return
+    seen.add(id(found))
+    if isinstance(found, CACHE) and not str(found.__module__).startswith("torch"):
+        found.cache_clear()
+    for inner in ("__wrapped__", "__func__", "fget", "func"):
+        _clear(getattr(found, inner, None), seen)
+    for cell in getattr(found, "__closure__", None) or ():
+        if cell != CellType():  # filled
+            _clear(cell.cell_contents, seen)
 
 
 def _keeps_state(model: nn.Module) -> bool:
