@@ -241,6 +241,26 @@ def test_a_failure_is_tried_again_once(tmp_path):
         store.close()
 
 
+@pytest.mark.parametrize("written", [1, 40, -1])
+def test_a_record_that_is_being_written_counts_once_it_is_whole(tmp_path, written):
+    """Whoever looks in between sees none, and looks again."""
+    (sample,) = samples_of(1)
+    one, other = Store(tmp_path), Store(tmp_path)
+    for store in (one, other):
+        store.open(SETTINGS)
+    one.finish(failed(sample) | {"status": "ok"})
+    one.close()
+    (journal,) = (tmp_path / "samples").glob("*.jsonl")
+    header, record = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(header + record[:written])
+    assert other.pending([sample]) == [0]
+    assert other.record(sample) is None
+    journal.write_bytes(header + record)
+    assert other.pending([sample]) == []
+    assert other.record(sample)["status"] == "ok"
+    other.close()
+
+
 def test_a_good_record_stays(tmp_path):
     """Of one row: whatever comes later. Of another row: the later one counts."""
     good, bad = (Entry("a.jsonl", 0, ok, "row", 1.0, 0) for ok in (True, False))
