@@ -26,6 +26,7 @@ from i2am.maps import AttributionMaps, LayerSums
 
 SETTINGS = {"command": "evaluate", "versions": {}}
 PICTURE = np.random.default_rng(0).random((32, 32, 3))
+PROC = Path("/proc/self/stat").exists()
 MASK = np.pad(np.ones((12, 12), np.float32), 10)
 
 
@@ -141,6 +142,22 @@ def test_a_lease_of_another_machine_lives_by_its_beat(tmp_path):
         assert other.exists()  # of another machine: not ours to remove
 
 
+def test_a_lease_of_a_dead_process_of_this_machine_holds_nothing_however_fresh(tmp_path):
+    """And one of a process that lives here holds, however old its last beat: it may have been stopped for an hour."""
+    with Lease(tmp_path) as lease:
+        dead = lease.owner._replace(name=f"{machine()}-4194304-x.lease", pid=4194304)
+        (tmp_path / dead.name).write_text(json.dumps(dead._asdict()))
+        assert not lease.alive(dead)
+        assert lease.others() == []
+        assert not (tmp_path / dead.name).exists()
+        parent = os.getppid()
+        started = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]) if PROC else 0
+        here = lease.owner._replace(name=f"{machine()}-{parent}-x.lease", pid=parent, started=started)
+        (tmp_path / here.name).write_text(json.dumps(here._asdict()))
+        os.utime(tmp_path / here.name, (1, 1))
+        assert lease.alive(here) or not PROC
+
+
 # ----------------------------------------------------------------------------------------------------------- identity
 
 
@@ -204,7 +221,7 @@ def failed(sample):
     return {"id": sample.id, "digest": sample.digest, "seed": 0, "status": "failed", "error": "", "pictures": {}}
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="where processes are told from is Linux's")
+@pytest.mark.skipif(not PROC, reason="where processes are told from is Linux's")
 def test_what_another_process_has_just_failed_is_not_tried_again(tmp_path, monkeypatch):
     """Not while it is there, as its launch does the rest; by the next run it is."""
     (sample,) = samples_of(1)
@@ -281,9 +298,11 @@ def test_one_picture_that_is_gone_hides_no_change_of_another(tmp_path):
     store.open(SETTINGS)
     store.finish(failed(sample) | {"status": "ok", "pictures": pictures_identity(sample)})
     assert store.pending([sample]) == []
-    picture.write_bytes(b"another")
-    with pytest.raises(ValueError, match=r"other pictures \(a: image"):
-        store.pending([sample])
+    for contents in (b"another", b"two"):  # of the same size, too
+        picture.write_bytes(contents)
+        os.utime(picture, ns=(1, 1))
+        with pytest.raises(ValueError, match=r"other pictures \(a: image"):
+            store.pending([sample])
     store.close()
 
 
