@@ -430,6 +430,15 @@ def test_box_of_a_mask():
         box_of(torch.zeros(3, 3))
 
 
+def test_boxes_are_compared_in_the_masks_pixels_and_a_given_one_counts():
+    r2g, mask = torch.zeros(32, 32), torch.zeros(128, 128)
+    r2g[8:16, 4:20] = 1
+    mask[32:64, 16:80] = 1
+    assert score(r2g, None, mask)["box_iou"] > 0.85
+    assert score(r2g, None, mask, box=i2am.Box(100, 100, 120, 120))["box_iou"] == 0
+    assert score(r2g, None, 1 - mask, box=i2am.Box(32, 16, 64, 80))["box_iou"] > 0.85
+
+
 def test_nothing_found_counts_zero():
     assert score(torch.ones(8, 8), None, box=i2am.Box(0, 0, 4, 4)) == {"box_iou": 0.0}
 

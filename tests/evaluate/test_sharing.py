@@ -258,6 +258,35 @@ def test_a_failure_is_tried_again_once(tmp_path):
         store.close()
 
 
+def test_what_another_process_gives_back_unfinished_is_done_after_all(tmp_path):
+    """And what it has done meanwhile is not waited for."""
+    samples = samples_of(3)
+    one, other = Store(tmp_path), Store(tmp_path)
+    for store in (one, other):
+        store.open(SETTINGS)
+    one.start()
+    assert one.claim(samples[0])
+    assert one.claim(samples[2])
+    done = []
+
+    def traced(sample):
+        done.append(sample.id)
+        if sample is samples[1]:
+            one.release(samples[0])
+            one.finish(failed(samples[2]) | {"status": "ok"})
+            one.release(samples[2])
+        return Traced(maps(), PICTURE, PICTURE, MASK)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("i2am.evaluate.run.time.sleep", lambda _: pytest.fail("nobody is waited for"))
+        evaluate(samples, traced, other, wait=False)
+        assert done == ["s001", "s000"]
+        evaluate(samples, traced, other, wait=True)
+    assert done == ["s001", "s000"]
+    for store in (one, other):
+        store.close()
+
+
 @pytest.mark.parametrize("written", [1, 40, -1])
 def test_a_record_that_is_being_written_counts_once_it_is_whole(tmp_path, written):
     """Whoever looks in between sees none, and looks again."""
