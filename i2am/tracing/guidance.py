@@ -6,6 +6,7 @@ evidence; where neither tells, the call is refused with what was seen. A user's 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -257,6 +258,15 @@ class Guidance:
             return Verdict(_part(batch, parts, full[0]), parts, how, seen=known is None)
         if parts == 2:
             how = "latents repeat: [unconditional, conditional], diffusers' order"
+            if known is None and not from_keys:
+                how += ", assumed"
+                warnings.warn(
+                    f"i2am: the latents of a batch of {batch} repeat, and nothing tells which half is conditional: the "
+                    "second is taken, as in diffusers' own loops. Say guidance=1 where that is so, guidance=0 where "
+                    "the first half is",
+                    UserWarning,
+                    stacklevel=2,
+                )
             doubt = (
                 f"a batch of {batch} held the same latents twice in the only evaluation of a run: guidance, or "
                 "pictures of one seed? Pass guidance=1 where the second half is conditional, guidance='none' where "

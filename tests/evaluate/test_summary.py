@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from i2am.evaluate import Sample, Store, parquet, summarise
 from i2am.evaluate import summary as module
-from i2am.evaluate.contact import CAPTION, Row, _fitting, _font, contact_sheet
+from i2am.evaluate.contact import CAPTION, WIDEST, Row, _fitting, _font, contact_sheet
 from i2am.evaluate.summary import MANY, interval
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,3 +180,22 @@ def test_long_ids_are_cut_and_scores_are_not():
     assert cut.endswith(f"n… · {scores}")
     assert 650 < draw.textlength(cut, font=_font(CAPTION)) <= 700
     assert draw.textlength("−·ш", font=_font(CAPTION)) > 15
+
+
+def test_a_text_of_several_lines_may_lie_across_blocks(tmp_path, monkeypatch):
+    pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    texts = [f"line {i}\nline {i + 1}\n\nthe last of {i}" for i in range(200)]
+    with (tmp_path / "t.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "error"], *([str(i), text] for i, text in enumerate(texts))])
+    monkeypatch.setattr(parquet, "BLOCK", 100)
+    parquet.convert(str(tmp_path / "t.csv"), str(tmp_path / "t.parquet"), {"id": "string", "error": "string"})
+    assert pq.read_table(tmp_path / "t.parquet")["error"].to_pylist() == texts
+
+
+def test_wide_strips_are_shrunk_as_they_are(tmp_path):
+    wide, square = tmp_path / "wide.jpg", tmp_path / "square.jpg"
+    Image.new("RGB", (2 * WIDEST, 400), "red").save(wide)
+    Image.new("RGB", (WIDEST, 200), "red").save(square)
+    rows = [[Row("best", "a", "", path), Row("worst", "a", "", path)] for path in (wide, square)]
+    shrunk, same = (contact_sheet(two, 1, "imacs_r2g") for two in rows)
+    assert shrunk.size == same.size

@@ -1,5 +1,7 @@
 """Which samples and calls count: told, shown by the evidence, said by the user, or refused."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -209,3 +211,24 @@ def test_each_run_is_looked_at_anew():
     first = StepInfo(0, step=0, first=True, stepped=True)
     assert guidance.judge(torch.cat([x, x]), (), 900.0, first, Told()).samples == slice(1, 2)
     assert guidance.judge(latents(2), (), 900.0, first, Told()).samples == slice(0, 2)
+
+
+def test_an_assumed_order_is_said():
+    """Of two halves with the same latents and other embeddings nothing tells which is conditional."""
+    x, text = latents(1), torch.randn(2, 2, 3)
+    twice = torch.cat([x, x])
+    with pytest.warns(UserWarning, match=r"nothing tells which half is conditional.*guidance=0"):
+        verdict = Guidance("auto").judge(twice, (text,), 900.0, STEPPED, Told())
+    assert verdict.samples == slice(1, 2)
+    assert verdict.how.endswith("assumed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mode, told, given in (
+            (1, Told(), text),
+            ("auto", Told(2, 1, how="a pipeline"), text),
+            ("auto", Told(images=1, how="a pipeline"), text),
+            ("auto", Told(), torch.cat([torch.zeros(1, 2, 3), text[:1]])),
+        ):
+            verdict = Guidance(mode).judge(twice, (given,), 900.0, STEPPED, told)
+            assert verdict.samples == slice(1, 2)
+            assert "assumed" not in verdict.how
