@@ -228,7 +228,8 @@ def test_any_name_of_an_option_completes(shell, name):
 
     parser = argparse.ArgumentParser()
     parser.add_argument(f"--{name}-option")
-    script = (completion._fish if shell == "fish" else completion._bash)({"trace": completion._flags(parser)}, shell)
+    commands = {"trace": completion._words(parser)}
+    script = completion._fish(commands) if shell == "fish" else completion._bash(commands, shell)
     assert f"{name}-option" in script
 
 

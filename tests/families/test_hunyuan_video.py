@@ -98,7 +98,7 @@ def test_hunyuan_video(condition):
     calls = [c for c in capture_calls(model, go, ("attn",)) if c.k.shape[2] == 18 + 13]
     seen = i2am.Reference(grid=(4, 2), tokens=slice(0, 8), name="llava")
     plain = go()
-    options = dict(num_steps=4, time_groups=2, guidance=0, output="model")
+    options = dict(num_steps=4, time_groups=2, guidance=0, output="model", record="qk")
     with i2am.patch_transformer(model, reference=seen, **options) as tracer:
         assert go().equal(plain)
     maps, own = tracer.maps(), slice(6 * replaced, 18)
