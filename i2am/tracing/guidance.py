@@ -189,6 +189,12 @@ class Guidance:
             return None
         parts = self._parts or self._parts_of(latents, told)
         if not self.by_calls and self.call == 0 and batch % parts:
+            if any(verdict.parts > 1 for verdict in self._layout.values()):
+                raise Unexplained(
+                    f"guidance={index} has named a part of each batch so far, and the batch of {batch} that came at "
+                    f"timestep {timestep:g} does not divide into {parts}: a call beside the denoising? Make it on a "
+                    "copy of the model, or unpatch() before it"
+                )
             self.by_calls = True
         elif not self.by_calls and self.call:
             raise Unexplained(

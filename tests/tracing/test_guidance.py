@@ -232,3 +232,11 @@ def test_an_assumed_order_is_said():
             verdict = Guidance(mode).judge(twice, (given,), 900.0, STEPPED, told)
             assert verdict.samples == slice(1, 2)
             assert "assumed" not in verdict.how
+
+
+def test_a_call_beside_the_denoising_does_not_turn_parts_into_calls():
+    guidance = Guidance(1)
+    twice = torch.cat([latents(1)] * 2)
+    assert guidance.judge(twice, (), 900.0, UNKNOWN, Told()).samples == slice(1, 2)
+    with pytest.raises(Unexplained, match=r"guidance=1 has named a part.*batch of 1 .*timestep 333 .*into 2"):
+        guidance.judge(latents(1), (), 333.0, UNKNOWN, Told())
