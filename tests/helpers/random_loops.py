@@ -366,6 +366,7 @@ class Player:
     def call(self, x, t, context, label, place=contextlib.nullcontext):
         """Call the model once, as the loop labels it, with the interruption where one was drawn."""
         self.forwards += 1
+        label = None if label is None else replace(label)  # a call of its own may fail half-way
         local, before = self.recorder.local, getattr(self.recorder.local, "label", None)
         local.label, handle = label, None
         if self.loop.interrupt is not None and self.forwards - 1 == self.loop.interrupt[0]:
