@@ -120,8 +120,8 @@ No measurement: a model of counts (`benchmarks/static_model.py`), Triton {triton
 matrix products plus those of its busiest other pipe, at peak rates, or of its loads if these take longer; launches, the
 grid's tail and the merge between the passes are left out. It has no free parameter. Published rates: Figure 5 of the
 FlashAttention-3 paper (arXiv 2407.08608v2: H100 SXM5 at 1,830 MHz, fp16, not causal, 16,384 tokens; cuDNN 9.1.1,
-FlashAttention 2.5.8, Triton's nightly of April 2024). Held against kernels whose rates are known, in clocks of one
-processor for 128 × 64 scores:
+FlashAttention 2.5.8, Triton's nightly of April 2024; read from a transcription of the figure, not from its source).
+Held against kernels whose rates are known, in clocks of one processor for 128 × 64 scores:
 """
 BY_HAND = """FlashAttention-3's counts are by hand: two products and one exponential a score. The tutorial's are of its
 pointer form, compiled here by a later Triton than the published rates are of; its form by tensor descriptors comes to
