@@ -63,9 +63,7 @@ class Guidance:
         """Forget the run so far."""
         self._layout: dict[tuple[int, Told], Verdict] = {}  # per batch size, looked up once a run: a GPU waits for it
         self._doubted: set[tuple[int, Told]] = set()  # those of which the second evaluation is looked at, too
-        self._last: tuple[Tensor, float, list[tuple[Tensor, int]]] | None = (
-            None  # latents, timestep, all that was given
-        )
+        self._last: tuple[Tensor, float, list[tuple[Tensor, int]]] | None = None  # latents, timestep, what was given
         self._taken: int | None = None  # steps of the scheduler at the last call
         self.doubt: str | None = ""  # what the second evaluation is to settle; None: it has
         self.call = 0  # index of the running call among those of its evaluation
@@ -264,7 +262,8 @@ class Guidance:
             return Verdict(_part(batch, parts, full[0]), parts, how, seen=known is None)
         if parts == 2:
             how = "latents repeat: [unconditional, conditional], diffusers' order"
-            if known is None and not from_keys:
+            sure = from_keys or known is not None
+            if not sure:
                 how += ", assumed"
                 warnings.warn(
                     f"i2am: the latents of a batch of {batch} repeat, and nothing tells which half is conditional: the "
@@ -278,7 +277,6 @@ class Guidance:
                 "pictures of one seed? Pass guidance=1 where the second half is conditional, guidance='none' where "
                 "every sample counts"
             )
-            sure = from_keys or known is not None
             return Verdict(_part(batch, 2, 1), 2, how, from_keys, known is None, "" if sure else doubt)
         raise Unexplained(
             f"the batch of {batch} holds the same latents {parts} times: guidance of {parts} parts, or several "

@@ -38,8 +38,7 @@ class Ledger:
     def run(self, step: int | None, steps: int | None, *, first: bool) -> None:
         """Note which step of how many is evaluated, and whether a run begins with it."""
         if first or self.runs == 0:
-            if self._at is not None and self.steps is not None:
-                self._ended[self._at, self.steps] += 1
+            self._ended.update(self._last())
             self.runs += 1
         self._at, self.steps = None if step is None else step + 1, steps
 
@@ -105,11 +104,13 @@ class Ledger:
             "versions": versions(),
         }
 
+    def _last(self) -> list[tuple[int, int]]:
+        """Return (begun, in all) steps of the last run; nothing where they are not known."""
+        return [] if self._at is None or self.steps is None else [(self._at, self.steps)]
+
     def _lengths(self) -> Counter[tuple[int, int]]:
         """Return (begun, in all) steps → runs, the last one among them."""
-        return self._ended + Counter(
-            [(self._at, self.steps)] if self._at is not None and self.steps is not None else []
-        )
+        return self._ended + Counter(self._last())
 
     def _ended_early(self) -> list[str]:
         """Return a note if runs did not go through all of their steps."""
@@ -118,6 +119,8 @@ class Ledger:
             return []
         (begun, steps), n = next(iter(early)), sum(early.values())
         where = f"after {begun} of {steps} steps" if len(early) == 1 else f"one of them after {begun} of {steps} steps"
+        if any(length in early for length in self._last()):  # maps() may be asked while it runs
+            where += ", or the last is not over"
         return [f"{n} of {self.runs} runs ended early, {where}: what they had computed counts, too"]
 
     def _summary(self, notes: list[str]) -> list[str]:
