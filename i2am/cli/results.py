@@ -223,9 +223,11 @@ def _drawings(
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """Yield (name, function that draws it) of each figure of a run."""
     from i2am import plot
+    from i2am.plot.labels import quantity
 
     def unified(direction: str, image: Image) -> Figure:
-        ax = plot.overlay(image, maps.ulam(direction, reference=name), title=f"ULAM · {plot.meaning(maps, direction)}")
+        says = {"title": f"ULAM · {plot.meaning(maps, direction)}", "quantity": quantity(direction, {})}
+        ax = plot.overlay(image, maps.ulam(direction, reference=name), **says)
         return plot.note(ax.figure, footer) if footer else ax.figure
 
     yield "summary", partial(plot.summary, maps, generated, reference, reference_name=name, footer=footer)

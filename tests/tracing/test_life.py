@@ -185,6 +185,7 @@ def test_a_run_that_ended_early_is_told():
         with pytest.raises(RuntimeError, match="disk"):
             run(3, failing)
         assert "1 of 1 runs ended early, after 2 of 3 steps" in repr(tracer.maps())
+        assert any("or the last is not over" in note for note in tracer.maps().provenance["notes"])
         run(3)
         assert "5 of 5 calls of UNet2DConditionModel, StableDiffusionPipeline: 2 runs of 3 steps" in repr(tracer.maps())
         assert "1 of 2 runs ended early, after 2 of 3 steps: what they had computed counts" in repr(tracer.maps())
