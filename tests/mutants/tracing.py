@@ -3,12 +3,14 @@
 from tests.mutants import Mutant
 
 PLACE = "i2am/tracing/"
-CLOCK, GUIDANCE, OBSERVE, SUMS = (f"{PLACE}{name}.py" for name in ("clock", "guidance", "observe", "sums"))
+NAMES = ("clock", "watch", "guidance", "observe", "sums")
+CLOCK, WATCH, GUIDANCE, OBSERVE, SUMS = (f"{PLACE}{name}.py" for name in NAMES)
 REGIONS, QK, TILES, WHO = (f"{PLACE}{name}.py" for name in ("regions", "qk", "tiles", "who"))
 INTERCEPT, TRACER, ACCUMULATOR = (f"{PLACE}{name}.py" for name in ("intercept", "tracer", "accumulator"))
 TESTS = ["tests/tracing/test_patch.py", "tests/tracing/test_observe.py", "tests/tracing/test_context.py"]
 TESTS_OF = {
     CLOCK: ["tests/tracing/test_clock.py", "tests/tracing/test_steps.py", "tests/tracing/test_context.py"],
+    WATCH: ["tests/tracing/test_clock.py", "tests/tracing/test_steps.py", "tests/tracing/test_context.py"],
     GUIDANCE: ["tests/tracing/test_guidance.py", "tests/tracing/test_context.py", "tests/tracing/test_patch.py"],
     OBSERVE: [
         "tests/tracing/test_observe.py",
@@ -36,7 +38,7 @@ MUTANTS = [
     Mutant(CLOCK, "max(time_groups - 1 - int(timestep", "max(int(timestep", "noisiest last"),
     Mutant(CLOCK, "if timestep in self._seen[:-1]:", "if timestep in self._seen:", "a repeat is a new run"),
     Mutant(
-        CLOCK, "if any(type(s) is kind for s, _ in _watched.values()):", "if False:", "another tracer's is unwatched"
+        WATCH, "if any(type(s) is kind for s, _ in _watched.values()):", "if False:", "another tracer's is unwatched"
     ),
     Mutant(GUIDANCE, "return Verdict(_part(batch, 2, 1), 2, how", "return Verdict(_part(batch, 2, 0), 2, how"),
     Mutant(GUIDANCE, "        if info.first:\n            self.restart()", "        pass", "the last run's layout"),
